@@ -1,0 +1,1 @@
+"""The event contract: tables, features and tasks, declared once."""

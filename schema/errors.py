@@ -1,0 +1,29 @@
+"""The error tree: every error that Funnel raises on purpose is a FunnelError."""
+
+
+class FunnelError(Exception):
+    """Base of all errors raised on purpose; its text says what was expected, what came, and what to do next."""
+
+
+class ConfigError(FunnelError):
+    """A configuration or dataset declaration is wrong."""
+
+
+class DataError(FunnelError):
+    """Source data break the event contract."""
+
+
+class SchemaError(FunnelError):
+    """Examples or a TFX schema do not match the declared features."""
+
+
+class ShapeError(FunnelError):
+    """A tensor or array has the wrong shape or dtype."""
+
+
+class IndexBuildError(FunnelError):
+    """The candidate index cannot be built or does not pass its own checks."""
+
+
+class ServingError(FunnelError):
+    """A model server or a request to it failed."""

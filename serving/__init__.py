@@ -1,0 +1,1 @@
+"""Local model server, client and the files for the official server."""

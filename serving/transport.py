@@ -1,0 +1,210 @@
+"""How the client reaches a server: one interface, and the REST side of it. Imports no TensorFlow."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal, Protocol
+
+import httpx
+
+from schema.errors import ConfigError, ServingError
+
+Kind = Literal["string", "integer", "float"]
+
+
+class ServerUnavailableError(ServingError):
+    """Nothing answers at the target, or the server refuses work for now."""
+
+
+class DeadlineExceededError(ServingError):
+    """The time given for a call was over before the answer."""
+
+
+class ModelNotFoundError(ServingError):
+    """The server does not serve this model or version."""
+
+
+class BadRequestError(ServingError):
+    """The request does not fit the model: wrong feature, type or value."""
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input of a signature; `rank` counts the batch dimension."""
+
+    kind: Kind
+    dtype: str
+    rank: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Outputs as nested lists, and the version that gave them (None over REST, whose answers do not tell)."""
+
+    outputs: Mapping[str, Any]
+    version: int | None
+
+
+class Transport(Protocol):
+    """One way to call a server. All methods raise the errors of this module and take the seconds left."""
+
+    def input_specs(self, model: str, timeout_s: float) -> Mapping[str, InputSpec]:
+        """Returns the inputs of the model's `serving_default` signature."""
+
+    def predict(
+        self, model: str, inputs: Mapping[str, Any], specs: Mapping[str, InputSpec], timeout_s: float
+    ) -> Prediction:
+        """Runs `serving_default` on nested lists."""
+
+    def available_versions(self, model: str, timeout_s: float) -> list[int]:
+        """Returns the versions in state AVAILABLE."""
+
+    def close(self) -> None:
+        """Releases the connection."""
+
+
+def open_transport(target: str) -> Transport:
+    """Returns the transport of a target: `grpc://host:port`, `http://host:port` or `https://host:port`.
+
+    Raises:
+      ConfigError: any other form.
+    """
+    scheme, separator, address = target.partition("://")
+    if separator and address and scheme in ("http", "https"):
+        return RestTransport(target)
+    if separator and address and scheme == "grpc":
+        # The generated gRPC code imports TensorFlow, seconds of start-up that a REST user need not pay.
+        from serving.grpc_transport import GrpcTransport
+
+        return GrpcTransport(address)
+    raise ConfigError(
+        f"target {target!r}: expected grpc://host:port or http://host:port, e.g. grpc://127.0.0.1:8500"
+    )
+
+
+def unavailable(target: str, reason: object) -> ServerUnavailableError:
+    """Returns the error of a server that cannot be reached."""
+    return ServerUnavailableError(
+        f"no model server answers at {target} ({reason}); start one with `funnel serve`, or check the target"
+    )
+
+
+def deadline_exceeded(target: str, call: str) -> DeadlineExceededError:
+    """Returns the error of a call that took too long."""
+    return DeadlineExceededError(
+        f"{call} at {target} did not answer in time; raise timeout_s, or look at the server's load and log"
+    )
+
+
+_KINDS: Final[dict[str, Kind]] = {
+    "DT_STRING": "string",
+    "DT_FLOAT": "float",
+    "DT_DOUBLE": "float",
+    **dict.fromkeys(("DT_INT64", "DT_INT32", "DT_INT16", "DT_INT8", "DT_UINT8"), "integer"),
+}
+
+
+def input_spec(name: str, dtype: str, rank: int) -> InputSpec:
+    """Describes an input by the name of its dtype in the protos, such as `DT_FLOAT`.
+
+    Raises:
+      ServingError: a dtype that no feature has.
+    """
+    if dtype not in _KINDS:
+        raise ServingError(
+            f"input {name!r} of the model has dtype {dtype}; expected text, a float or an integer"
+        )
+    return InputSpec(_KINDS[dtype], dtype, rank)
+
+
+class RestTransport:
+    """TensorFlow Serving's REST API over one pool of connections.
+
+    Requests run on an event loop in a thread of its own: only there can a whole call, and not just each read
+    of it, be given a deadline.
+    """
+
+    def __init__(self, target: str) -> None:
+        self._target = target.rstrip("/")
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rest-transport", daemon=True)
+        self._thread.start()
+        self._http = httpx.AsyncClient(base_url=self._target, timeout=None, trust_env=False)
+
+    def input_specs(self, model: str, timeout_s: float) -> dict[str, InputSpec]:
+        """See Transport."""
+        metadata = self._call("GET", f"/v1/models/{model}/metadata", None, timeout_s)
+        try:
+            inputs = metadata["metadata"]["signature_def"]["signature_def"]["serving_default"]["inputs"]
+            return {
+                name: input_spec(name, info["dtype"], len(info["tensor_shape"]["dim"]))
+                for name, info in inputs.items()
+            }
+        except (KeyError, TypeError) as error:
+            raise ServingError(
+                f"{self._target}: metadata of model {model!r} lack {error} of serving_default"
+            ) from error
+
+    def predict(
+        self, model: str, inputs: Mapping[str, Any], specs: Mapping[str, InputSpec], timeout_s: float
+    ) -> Prediction:
+        """See Transport."""
+        answer = self._call("POST", f"/v1/models/{model}:predict", {"inputs": inputs}, timeout_s)
+        outputs = answer.get("outputs")
+        if not isinstance(outputs, dict):
+            raise ServingError(f"{self._target}: model {model!r} answered without named outputs")
+        return Prediction(outputs, version=None)
+
+    def available_versions(self, model: str, timeout_s: float) -> list[int]:
+        """See Transport."""
+        answer = self._call("GET", f"/v1/models/{model}", None, timeout_s)
+        statuses = answer.get("model_version_status", [])
+        return [int(status["version"]) for status in statuses if status["state"] == "AVAILABLE"]
+
+    def close(self) -> None:
+        """See Transport."""
+        asyncio.run_coroutine_threadsafe(self._http.aclose(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _call(
+        self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float
+    ) -> dict[str, Any]:
+        # json.dumps writes NaN, which means "missing" here; the JSON writer of httpx refuses it.
+        content = None if body is None else json.dumps(body).encode()
+        request = self._http.request(method, path, content=content)
+        try:
+            response = asyncio.run_coroutine_threadsafe(
+                asyncio.wait_for(request, timeout_s), self._loop
+            ).result()
+        except asyncio.TimeoutError as error:
+            raise deadline_exceeded(self._target, f"{method} {path}") from error
+        except httpx.HTTPError as error:
+            raise unavailable(self._target, repr(error)) from error
+        try:
+            answer = json.loads(response.content)
+        except ValueError as error:
+            raise ServingError(
+                f"{method} {path} at {self._target}: the answer is not JSON: {error}"
+            ) from error
+        if response.status_code == httpx.codes.OK and isinstance(answer, dict):
+            return answer
+        message = answer.get("error") if isinstance(answer, dict) else answer
+        raise _error_of(response.status_code, f"{method} {path} at {self._target}: {message}")
+
+
+def _error_of(http_code: int, message: str) -> ServingError:
+    if http_code == httpx.codes.BAD_REQUEST:
+        return BadRequestError(message)
+    if http_code == httpx.codes.NOT_FOUND:
+        return ModelNotFoundError(f"{message}; check the model name and what the server serves")
+    if http_code == httpx.codes.GATEWAY_TIMEOUT:
+        return DeadlineExceededError(message)
+    if http_code in (httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.TOO_MANY_REQUESTS):
+        return ServerUnavailableError(f"{message}; try again later")
+    return ServingError(f"{message} (HTTP {http_code}); look at the server's log")

@@ -1,0 +1,35 @@
+"""Version directories of a model on disk: `<base path>/<number>/saved_model.pb`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from schema.errors import ServingError
+
+
+def find_versions(base_path: Path) -> dict[int, Path]:
+    """Returns the version directories of a model that hold a `saved_model.pb`, by version number."""
+    if not base_path.is_dir():
+        return {}
+    return {
+        int(path.name): path
+        for path in base_path.iterdir()
+        if path.name.isascii() and path.name.isdecimal() and (path / "saved_model.pb").is_file()
+    }
+
+
+def check_has_version(name: str, base_path: Path) -> None:
+    """Raises ServingError when a model has no version directory, with what to do about it."""
+    if find_versions(base_path):
+        return
+    if not base_path.is_dir():
+        raise ServingError(f"model {name!r}: base path {base_path} is not a folder; check the path")
+    if (base_path / "saved_model.pb").is_file():
+        raise ServingError(
+            f"model {name!r}: base path {base_path} is itself a SavedModel; "
+            f"put it into a folder with a number as its name and give the folder above"
+        )
+    raise ServingError(
+        f"model {name!r}: no version under {base_path}; expected a folder with a number as its name "
+        f"that holds saved_model.pb, such as {base_path / '1'}"
+    )

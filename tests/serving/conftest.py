@@ -1,0 +1,35 @@
+"""One real model server for the tests of this folder, on tiny models saved into a temporary folder."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from serving.process import ModelServerProcess
+from serving.warmup import write_warmup_requests
+from tests.serving import models
+
+POLL_WAIT_S = 0.1
+
+
+@pytest.fixture(scope="session")
+def base_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Base path by model name; `swapped` is for the tests that push versions."""
+    root = tmp_path_factory.mktemp("serving_models")
+    paths = {name: root / name for name in ("retrieval", "ranking", "echo", "swapped")}
+    for path in paths.values():
+        path.mkdir()
+    models.save(models.Retrieval(), paths["retrieval"] / "1")
+    models.save(models.Ranking(), paths["ranking"] / "1")
+    models.save_echo(paths["echo"] / "1", version=1)
+    models.save_echo(paths["swapped"] / "1", version=1)
+    requests = [{"x": np.zeros(size, np.float32)} for size in (1, 2, 4)]
+    write_warmup_requests(paths["echo"] / "1", "echo", requests, signature_name="which_version")
+    return paths
+
+
+@pytest.fixture(scope="session")
+def server(base_paths: dict[str, Path]) -> Iterator[ModelServerProcess]:
+    with ModelServerProcess(base_paths, poll_wait_s=POLL_WAIT_S) as process:
+        yield process

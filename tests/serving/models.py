@@ -1,0 +1,128 @@
+"""Tiny models with the exported signatures of docs/architecture.md, computed by rules that tests can redo by hand."""
+
+from pathlib import Path
+
+import tensorflow as tf
+
+ITEM_IDS = [f"item{i}" for i in range(8)]
+MAX_K = 8
+TASKS = ("click", "watch_time")
+
+
+def _text(rank: int, name: str) -> tf.TensorSpec:
+    return tf.TensorSpec([None] * rank, tf.string, name=name)
+
+
+QUERY = (
+    _text(1, "user_id"),
+    tf.TensorSpec([None], tf.float32, name="age"),
+    tf.TensorSpec([None], tf.int64, name="event_time_unix_s"),
+    _text(2, "history_item_ids"),
+)
+
+
+class Retrieval(tf.Module):
+    """Returns the catalogue in order, without excluded items; scores 8, 7, 6, ... by place in the catalogue.
+
+    The reason is the newest watched item. A user is known when the id starts with "known".
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.item_ids = tf.constant(ITEM_IDS)
+
+    @tf.function(
+        input_signature=[*QUERY, tf.TensorSpec([None], tf.int32, name="k"), _text(2, "exclude_item_ids")]
+    )
+    def serve(self, user_id, age, event_time_unix_s, history_item_ids, k, exclude_item_ids):
+        max_k = tf.reduce_max(k)
+        tf.debugging.assert_less_equal(max_k, MAX_K, message="k above the exported maximum")
+        scores = tf.range(len(ITEM_IDS), 0.0, -1.0)
+        excluded = tf.reduce_any(self.item_ids[None, :, None] == exclude_item_ids[:, None, :], axis=2)
+        kept = tf.where(excluded, -1.0, scores[None, :])
+        top_scores, top = tf.math.top_k(kept, max_k)
+        is_item = (top_scores > 0) & (tf.range(max_k)[None, :] < k[:, None])
+        length = tf.reduce_sum(tf.cast(history_item_ids != "", tf.int64), axis=1)
+        newest = tf.gather(history_item_ids, tf.maximum(length - 1, 0), batch_dims=1)
+        return {
+            "item_ids": tf.where(is_item, tf.gather(self.item_ids, top), ""),
+            "scores": tf.where(is_item, top_scores, 0.0),
+            "reason_item_ids": tf.where(is_item, newest[:, None], ""),
+            "user_is_known": tf.cast(tf.strings.substr(user_id, 0, 5) == "known", tf.int64),
+            "history_length": length,
+        }
+
+
+class Ranking(tf.Module):
+    """Prefers high item numbers: click = number / 10, watch_time = age (0 when missing), score = their sum."""
+
+    @tf.function(input_signature=[*QUERY, _text(2, "candidate_item_ids")])
+    def serve(self, user_id, age, event_time_unix_s, history_item_ids, candidate_item_ids):
+        is_item = candidate_item_ids != ""
+        digits = tf.where(is_item, tf.strings.substr(candidate_item_ids, 4, 1), "0")
+        click = tf.where(is_item, tf.strings.to_number(digits) / 10.0, 0.0)
+        watch_time = tf.where(is_item, tf.where(tf.math.is_nan(age), 0.0, age)[:, None], 0.0)
+        return {
+            "click": click,
+            "watch_time": watch_time,
+            "score": click + watch_time,
+            "item_is_known": tf.cast(is_item, tf.int64),
+        }
+
+
+class Echo(tf.Module):
+    """One model for what the API must carry unchanged; `calls` counts runs, warm-up included."""
+
+    def __init__(self, version: int) -> None:
+        super().__init__()
+        self.version = version
+        self.calls = tf.Variable(0, dtype=tf.int64)
+
+    @tf.function(
+        input_signature=[
+            _text(1, "text"),
+            tf.TensorSpec([None], tf.int64, name="number"),
+            tf.TensorSpec([None, None], tf.float32, name="floats"),
+        ]
+    )
+    def serve(self, text, number, floats):
+        return {"text": text, "text_bytes": text, "number": number, "floats": floats}
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, name="x")])
+    def half(self, x):
+        return {"y": x / 2}
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, name="x")])
+    def which_version(self, x):
+        self.calls.assign_add(1)
+        ones = tf.ones_like(x, tf.int64)
+        return {"version": ones * self.version, "calls": ones * self.calls}
+
+    @tf.function(input_signature=[tf.TensorSpec([], tf.float32, name="seconds")])
+    def sleep(self, seconds):
+        def burn(end):
+            return tf.timestamp() < end
+
+        end = tf.timestamp() + tf.cast(seconds, tf.float64)
+        tf.while_loop(burn, lambda end: [tf.identity(end)], [end])
+        return {"done": seconds}
+
+
+def save(model: tf.Module, path: Path, **signatures) -> Path:
+    """Saves at a path beside and renames, as the Pusher does, so that a polling server sees whole versions."""
+    partial = path.with_name(f".{path.name}")
+    tf.saved_model.save(model, str(partial), signatures=signatures or {"serving_default": model.serve})
+    partial.rename(path)
+    return path
+
+
+def save_echo(path: Path, version: int) -> Path:
+    model = Echo(version)
+    return save(
+        model,
+        path,
+        serving_default=model.serve,
+        half=model.half,
+        which_version=model.which_version,
+        sleep=model.sleep,
+    )

@@ -1,0 +1,244 @@
+"""Metrics against hand calculations, slow oracles and the laws that they must obey."""
+
+import doctest
+import math
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from schema.contract import TaskKind
+from schema.errors import ConfigError, DataError, ShapeError
+from tests import oracles
+from trainer import metrics
+
+ITEMS = st.sampled_from(["", "a", "b", "c", "d", "e", "f"])
+LISTS = st.integers(1, 8).flatmap(
+    lambda k: st.lists(
+        st.tuples(st.lists(ITEMS, min_size=k, max_size=k), st.lists(ITEMS, max_size=6)),
+        min_size=1,
+        max_size=6,
+    )
+)
+# Few distinct values, so that ties are common.
+SCORES = st.sampled_from([0.0, 0.1, 0.25, 0.3, 0.5, 0.7, 0.9, 1.0])
+BINARY_ROWS = st.lists(st.tuples(st.sampled_from([0.0, 1.0]), SCORES, st.sampled_from("uvw")), max_size=30)
+REAL_ROWS = st.lists(st.tuples(st.sampled_from([0.0, 1.5, 2.0, 7.0, 60.0]), st.integers(-3, 9)), max_size=40)
+
+
+def columns(rows, width):
+    return [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in range(width)]
+
+
+def test_worked_examples_in_the_docstrings_hold():
+    outcome = doctest.testmod(metrics)
+    assert outcome.attempted >= 14
+    assert outcome.failed == 0
+
+
+@pytest.mark.parametrize("name", metrics.RETRIEVAL_METRICS)
+@given(queries=LISTS, data=st.data())
+def test_retrieval_metrics_equal_the_oracle(name, queries, data):
+    ranked, positives = columns(queries, 2)
+    k = data.draw(st.integers(1, len(ranked[0])))
+    hits, num_positives = metrics.match_positives(ranked, positives)
+    values = metrics.retrieval_metrics(hits, num_positives, [k])[f"{name}_at_{k}"]
+    oracle = getattr(oracles, f"{name}_at_k")
+    expected = [oracle(row, wanted, k) for row, wanted in queries]
+    np.testing.assert_allclose(values, expected, rtol=1e-12)  # a few float64 additions
+    np.testing.assert_allclose(metrics.macro_mean(values), oracles.macro_mean(expected), rtol=1e-12)
+
+
+@given(queries=LISTS, data=st.data())
+def test_coverage_equals_the_oracle(queries, data):
+    ranked, _ = columns(queries, 2)
+    k = data.draw(st.integers(1, len(ranked[0])))
+    assert metrics.coverage_at_k(ranked, 9, k) == oracles.coverage_at_k(ranked, 9, k)
+
+
+@given(queries=LISTS)
+def test_ids_as_bytes_or_integers_match_as_strings_do(queries):
+    ranked, positives = columns(queries, 2)
+    hits, num_positives = metrics.match_positives(ranked, positives)
+    number = {"": -1, **{item: code for code, item in enumerate("fedcba")}}
+    for convert in (str.encode, number.__getitem__):
+        other_hits, other_num = metrics.match_positives(
+            [[convert(item) for item in row] for row in ranked],
+            [[convert(item) for item in row] for row in positives],
+        )
+        np.testing.assert_array_equal(other_hits, hits)
+        np.testing.assert_array_equal(other_num, num_positives)
+
+
+def test_perfect_ranking_scores_one_and_useless_ranking_zero():
+    hits, num_positives = metrics.match_positives([["a", "b", "c"], ["x", "y", "z"]], [["b", "a"], ["a"]])
+    for name, values in metrics.retrieval_metrics(hits, num_positives, [1, 2, 3]).items():
+        assert values.tolist() == ([0.5, 0.0] if name == "recall_at_1" else [1.0, 0.0]), name
+
+
+def test_ndcg_worked_by_hand_over_three_queries():
+    # Hits at ranks 1 and 3 of 4 positives; hit at rank 2 of 1 positive; no positives at all.
+    ranked = [["a", "x", "b"], ["x", "a", "y"], ["a", "b", "c"]]
+    values = metrics.ndcg_at_k(*metrics.match_positives(ranked, [["a", "b", "c", "d"], ["a"], []]), k=3)
+    ideal = 1 + 0.6309297535714575 + 0.5
+    np.testing.assert_allclose(values, [1.5 / ideal, 0.6309297535714575, np.nan], rtol=1e-12)
+
+
+def test_query_without_positives_is_left_out_of_the_mean_not_counted_as_zero():
+    values = metrics.recall_at_k(*metrics.match_positives([["a"], ["a"]], [["a"], []]), k=1)
+    assert metrics.macro_mean(values) == 1.0
+    assert math.isnan(metrics.macro_mean(values[1:]))
+
+
+def test_repeated_item_neither_gains_twice_nor_hides_a_later_item():
+    hits, num_positives = metrics.match_positives([["a", "a", "b"]], [["a", "b"]])
+    assert hits.tolist() == [[True, False, True]]
+    assert metrics.recall_at_k(hits, num_positives, 3).tolist() == [1.0]
+
+
+def test_k_beyond_the_list_is_refused_since_it_would_be_a_smaller_k_in_disguise():
+    with pytest.raises(ShapeError, match="k is 3"):
+        metrics.recall_at_k(*metrics.match_positives([["a", "b"]], [["a"]]), k=3)
+
+
+@pytest.mark.parametrize(
+    ("ranked", "positives"),
+    [
+        pytest.param(["a", "b"], [["a"]], id="one-dimensional"),
+        pytest.param([["a"], ["b"]], [["a"]], id="other-number-of-queries"),
+        pytest.param([["a"]], [[1]], id="strings-against-integers"),
+        pytest.param([["a"]], [[b"a"]], id="strings-against-bytes"),
+        pytest.param([[0.5]], [[0.5]], id="floats"),
+    ],
+)
+def test_bad_rankings_are_refused(ranked, positives):
+    with pytest.raises(ShapeError):
+        metrics.match_positives(ranked, positives)
+
+
+def test_coverage_refuses_a_catalogue_smaller_than_what_was_recommended():
+    with pytest.raises(DataError, match="2 distinct items"):
+        metrics.coverage_at_k([["a", "b"]], catalogue_size=1, k=2)
+
+
+@given(rows=BINARY_ROWS)
+def test_binary_metrics_equal_the_oracles(rows):
+    labels, predictions, users = columns(rows, 3)
+    assert metrics.auc(labels, predictions) == pytest.approx(
+        oracles.xauc(labels, predictions), abs=1e-12, nan_ok=True
+    )
+    assert metrics.gauc(labels, predictions, users) == pytest.approx(
+        oracles.gauc(labels, predictions, users), abs=1e-12, nan_ok=True
+    )
+    assert metrics.log_loss(labels, predictions) == pytest.approx(
+        oracles.log_loss(labels, predictions), abs=1e-9, nan_ok=True
+    )
+
+
+@given(rows=BINARY_ROWS, num_bins=st.integers(1, 12))
+def test_ece_equals_the_oracle(rows, num_bins):
+    labels, predictions, _ = columns(rows, 3)
+    assert metrics.ece(labels, predictions, num_bins) == pytest.approx(
+        oracles.ece(labels, predictions, num_bins), abs=1e-12, nan_ok=True
+    )
+
+
+@given(rows=REAL_ROWS)
+def test_regression_metrics_equal_the_oracles(rows):
+    labels, predictions = columns(rows, 2)
+    assert metrics.xauc(labels, predictions) == pytest.approx(
+        oracles.xauc(labels, predictions), abs=1e-12, nan_ok=True
+    )
+    assert metrics.mae(labels, predictions) == pytest.approx(
+        oracles.mae(labels, predictions), abs=1e-12, nan_ok=True
+    )
+
+
+@given(rows=BINARY_ROWS, seed=st.integers(0, 2**32 - 1))
+def test_order_of_the_rows_does_not_matter(rows, seed):
+    table = np.array(rows, dtype=object).reshape(-1, 3)
+    shuffled = np.random.default_rng(seed).permutation(table)
+    for kind in TaskKind:
+        first, second = (
+            metrics.ranking_metrics(kind, t[:, 0].astype(float), t[:, 1].astype(float), t[:, 2].astype(str))
+            for t in (table, shuffled)
+        )
+        assert first == pytest.approx(second, abs=1e-12, nan_ok=True)
+
+
+@given(rows=REAL_ROWS)
+def test_order_metrics_ignore_increasing_maps_and_mirror_under_negation(rows):
+    labels, predictions = (np.array(column, dtype=float) for column in columns(rows, 2))
+    value = metrics.xauc(labels, predictions)
+    assert metrics.xauc(labels**3, np.exp(predictions)) == pytest.approx(value, abs=1e-12, nan_ok=True)
+    assert metrics.xauc(labels, -predictions) == pytest.approx(1 - value, abs=1e-12, nan_ok=True)
+
+
+@given(rows=BINARY_ROWS)
+def test_xauc_of_binary_labels_is_auc_and_gauc_of_one_user_is_auc(rows):
+    labels, predictions, _ = columns(rows, 3)
+    value = metrics.auc(labels, predictions)
+    assert metrics.xauc(labels, predictions) == pytest.approx(value, abs=1e-12, nan_ok=True)
+    assert metrics.gauc(labels, predictions, ["u"] * len(rows)) == pytest.approx(
+        value, abs=1e-12, nan_ok=True
+    )
+
+
+def test_constant_predictions_order_nothing():
+    labels = [0.0, 1.0, 1.0, 0.0, 1.0]
+    assert metrics.auc(labels, [0.6] * 5) == 0.5
+    assert metrics.xauc([1.0, 2.0, 3.0], [4.0] * 3) == 0.5
+    assert metrics.ece(labels, [0.6] * 5) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_one_class_or_no_rows_give_nan_not_a_number_that_passes_a_gate():
+    assert math.isnan(metrics.auc([1, 1], [0.2, 0.3]))
+    assert math.isnan(metrics.gauc([1, 0], [0.2, 0.3], ["u", "v"]))
+    assert math.isnan(metrics.xauc([2.0, 2.0], [0.2, 0.3]))
+    for kind in TaskKind:
+        assert all(math.isnan(value) for value in metrics.ranking_metrics(kind, [], [], []).values())
+
+
+def test_order_metrics_equal_the_pairwise_definition_on_thousands_of_rows_and_stay_fast():
+    rng = np.random.default_rng(7)
+    labels, predictions = rng.gamma(1.0, 20.0, 3000).round(), rng.normal(size=3000).round(2)
+    right = (labels[:, None] > labels) * (
+        (predictions[:, None] > predictions) + 0.5 * (predictions[:, None] == predictions)
+    )
+    expected = right.sum() / (labels[:, None] > labels).sum()
+    assert metrics.xauc(labels, predictions) == pytest.approx(expected, abs=1e-12)
+
+    started = time.process_time()
+    metrics.xauc(rng.gamma(1.0, 20.0, 200_000), rng.normal(size=200_000))
+    # About 0.5 s; the pairwise definition would need 40 billion comparisons.
+    assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        pytest.param(lambda: metrics.auc([0, 1], [0.5]), ShapeError, "must both be", id="lengths-differ"),
+        pytest.param(lambda: metrics.mae([[1.0]], [[1.0]]), ShapeError, "must both be", id="two-dimensional"),
+        pytest.param(
+            lambda: metrics.mae([1.0, 2.0], [1.0, np.nan]),
+            DataError,
+            "1 of 2 predictions",
+            id="nan-prediction",
+        ),
+        pytest.param(
+            lambda: metrics.auc([0, 2], [0.5, 0.1]), DataError, "0 or 1; found 2", id="label-not-binary"
+        ),
+        pytest.param(
+            lambda: metrics.log_loss([0, 1], [0.5, 3.0]), DataError, "sigmoid", id="logit-as-probability"
+        ),
+        pytest.param(lambda: metrics.ece([0], [0.5], num_bins=0), ConfigError, "num_bins", id="no-bins"),
+        pytest.param(
+            lambda: metrics.gauc([0, 1], [0.5, 0.1], ["u"]), ShapeError, "user_ids", id="users-missing"
+        ),
+    ],
+)
+def test_bad_ranking_input_is_refused_with_a_reason(call, error, text):
+    with pytest.raises(error, match=text):
+        call()

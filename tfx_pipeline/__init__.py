@@ -1,0 +1,1 @@
+"""TFX pipeline, its components, datasets and the command line."""

@@ -1,0 +1,1 @@
+"""Components of the pipeline that TFX does not bring itself."""

@@ -1,0 +1,208 @@
+"""Contract tables to tf.Example columns: histories, joins and labels, all as column operations.
+
+Three kinds of example come out of the same tables: one per interaction (training and evaluation), one per user as of
+the end of training (batch recommendation and retrieval evaluation), one per item (the catalogue).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from schema.contract import DatasetSpec
+from trainer import features
+
+# Event times are below 2**33 seconds, so user and time fit one sortable int64 key.
+_TIME_BITS = 33
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleSettings:
+    """What shapes the examples besides the data.
+
+    Attributes:
+      train_end_unix_s: moment as of which user states and catalogue are taken.
+      max_positives_per_user: a user's latest positives of the train split that retrieval learns from, so that a few
+        heavy users do not dominate the loss (Covington et al. 2016, section 3.4).
+    """
+
+    train_end_unix_s: int
+    max_positives_per_user: int
+
+
+def interaction_columns(
+    events: pl.DataFrame, users: pl.DataFrame, items: pl.DataFrame, spec: DatasetSpec, settings: ExampleSettings
+) -> pl.DataFrame:
+    """One row per interaction: query, candidate and label columns, with the column `split`.
+
+    Args:
+      events: interactions of some users; all of their interactions, in any order.
+      users: at least the rows of those users.
+      items: the whole items table.
+      spec: the declaration.
+      settings: see ExampleSettings.
+
+    Returns:
+      The rows of `events` sorted by (event time, row number). The history of a row holds the user's positives with an
+      event time strictly earlier than the row's, whatever their split: what a live system would know.
+    """
+    events = events.with_columns(pl.col("user_id").rank("dense").cast(pl.Int64).alias("_user"))
+    events = events.sort("_user", features.EVENT_TIME, "row_number")
+    is_positive = pl.col(spec.positive).fill_null(0) > 0
+    watched = events.filter(is_positive)
+    columns = [_history(events, watched).alias(features.HISTORY)]
+    if features.SEARCH_TOKENS in events.columns:
+        columns.append(_search_history(events).alias(features.SEARCH_TOKENS))
+    # Rank from the latest: 0 is a user's latest train positive.
+    latest_first = (is_positive & (pl.col("split") == "train")).cum_sum(reverse=True).over("_user")
+    in_cap = (pl.col("split") != "train") | (latest_first <= settings.max_positives_per_user)
+    columns.append((is_positive & in_cap).cast(pl.Float32).alias(features.RETRIEVAL_WEIGHT))
+    events = events.with_columns(columns)
+    events = _join_as_of(events, users, "user_id")
+    events = _join_as_of(events, items, "item_id")
+    return events.sort(features.EVENT_TIME, "row_number").drop("_user")
+
+
+def user_state_columns(
+    events: pl.DataFrame, users: pl.DataFrame, spec: DatasetSpec, settings: ExampleSettings, default_surface: str | None
+) -> pl.DataFrame:
+    """One row per user as of the end of training, with what was held out.
+
+    Args:
+      events: all interactions of some users.
+      users: rows of those users, and of users without interactions.
+      spec: the declaration.
+      settings: see ExampleSettings.
+      default_surface: surface of users who have no train event; None when the dataset has no surfaces.
+
+    Returns:
+      Query columns as a request at the end of training would give them; `seen_item_ids`, all train positives;
+      `eval_item_ids` and `test_item_ids`, the positives of those splits that were not seen in training, in time order.
+    """
+    events = events.sort(features.EVENT_TIME, "row_number")
+    positives = events.filter(pl.col(spec.positive).fill_null(0) > 0)
+    train = positives.filter(pl.col("split") == "train")
+    everyone = pl.concat([users["user_id"], events["user_id"]]).unique(maintain_order=True).to_frame()
+    states = everyone.join(
+        train.group_by("user_id", maintain_order=True).agg(
+            pl.col("item_id").tail(features.MAX_HISTORY).alias(features.HISTORY),
+            pl.col("item_id").unique(maintain_order=True).alias(features.SEEN_ITEMS),
+        ),
+        on="user_id",
+        how="left",
+    )
+    unseen = positives.join(train.select("user_id", "item_id").unique(), on=["user_id", "item_id"], how="anti")
+    unseen = unseen.sort(features.EVENT_TIME, "row_number")
+    for split, name in (("eval", features.EVAL_ITEMS), ("test", features.TEST_ITEMS)):
+        held_out = unseen.filter(pl.col("split") == split).group_by("user_id", maintain_order=True)
+        states = states.join(
+            held_out.agg(pl.col("item_id").unique(maintain_order=True).alias(name)), on="user_id", how="left"
+        )
+    past = events.filter(pl.col("split") == "train")
+    if features.SURFACE in events.columns:
+        last = past.group_by("user_id").agg(pl.col(features.SURFACE).drop_nulls().last())
+        states = states.join(last, on="user_id", how="left")
+        states = states.with_columns(pl.col(features.SURFACE).fill_null(default_surface))
+    if features.SEARCH_TOKENS in events.columns:
+        tokens = _distinct_searches(past).group_by("user_id", maintain_order=True)
+        states = states.join(
+            tokens.agg(pl.col(features.SEARCH_TOKENS).explode().tail(features.MAX_HISTORY)), on="user_id", how="left"
+        )
+    states = states.with_columns(pl.lit(settings.train_end_unix_s, dtype=pl.Int64).alias(features.EVENT_TIME))
+    return _join_as_of(states, users, "user_id")
+
+
+def catalogue_columns(items: pl.DataFrame, settings: ExampleSettings) -> pl.DataFrame:
+    """One row per item with its features as of the end of training."""
+    ids = items.select("item_id").unique(maintain_order=True)
+    as_of = ids.with_columns(pl.lit(settings.train_end_unix_s, dtype=pl.Int64).alias(features.EVENT_TIME))
+    return _join_as_of(as_of, items, "item_id").drop(features.EVENT_TIME)
+
+
+def _history(events: pl.DataFrame, watched: pl.DataFrame) -> pl.Series:
+    """Latest watched item ids of each event's user with a time strictly before the event's; oldest first."""
+    start, end = _window(_key(events), _key(watched), events["_user"].to_numpy() << _TIME_BITS)
+    return _gather_lists(watched["item_id"], np.maximum(start, end - features.MAX_HISTORY), end)
+
+
+def _search_history(events: pl.DataFrame) -> pl.Series:
+    """Latest search tokens of each event's user, of searches strictly before the event."""
+    searches = _distinct_searches(events)
+    tokens = searches.select("_user", features.EVENT_TIME, features.SEARCH_TOKENS).explode(features.SEARCH_TOKENS)
+    start, end = _window(_key(events), _key(tokens), events["_user"].to_numpy() << _TIME_BITS)
+    return _gather_lists(tokens[features.SEARCH_TOKENS], np.maximum(start, end - features.MAX_HISTORY), end)
+
+
+def _distinct_searches(events: pl.DataFrame) -> pl.DataFrame:
+    """One row per search: the rows of one result page repeat its tokens."""
+    searches = events.filter(pl.col(features.SEARCH_TOKENS).list.len() > 0)
+    joined = pl.col(features.SEARCH_TOKENS).list.join("\x1f")
+    return searches.filter((joined != joined.shift(1).over("user_id")).fill_null(True))
+
+
+def _key(table: pl.DataFrame) -> np.ndarray:
+    return (table["_user"].to_numpy() << _TIME_BITS) | table[features.EVENT_TIME].to_numpy()
+
+
+def _window(at: np.ndarray, past: np.ndarray, user_start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row range of `past` (sorted keys) with the same user and a strictly smaller time, for every key of `at`."""
+    return np.searchsorted(past, user_start, side="left"), np.searchsorted(past, at, side="left")
+
+
+def _gather_lists(values: pl.Series, start: np.ndarray, end: np.ndarray) -> pl.Series:
+    """Lists values[start[i]:end[i]], which may overlap."""
+    lengths = end - start
+    offsets = np.zeros(len(start) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    flat = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - start, lengths)
+    taken = pa.LargeListArray.from_arrays(pa.array(offsets), _arrow(values).take(pa.array(flat)))
+    return pl.Series(pl.from_arrow(taken))
+
+
+def _join_as_of(left: pl.DataFrame, right: pl.DataFrame, key: str) -> pl.DataFrame:
+    """Adds the columns of users or items that were valid at the event time."""
+    if "valid_from_unix_s" not in right.columns:
+        return left.join(right, on=key, how="left", maintain_order="left")
+    order = left.with_row_index("_order").sort(features.EVENT_TIME)
+    joined = order.join_asof(
+        right.sort("valid_from_unix_s"),
+        left_on=features.EVENT_TIME,
+        right_on="valid_from_unix_s",
+        by=key,
+        strategy="backward",
+        check_sortedness=False,
+    )
+    return joined.sort("_order").drop("_order", "valid_from_unix_s")
+
+
+def example_batch(table: pl.DataFrame, inputs: Mapping[str, str]) -> pa.RecordBatch:
+    """Arrow columns as the tf.Example encoder takes them: every feature a list, a missing value an empty list.
+
+    Args:
+      table: rows to encode.
+      inputs: feature name to dtype ("string", "int64", "float32"); each must be a column of the table.
+    """
+    kinds = {"string": pa.large_binary(), "int64": pa.int64(), "float32": pa.float32()}
+    arrays = [_as_lists(table[name], kinds[dtype]) for name, dtype in inputs.items()]
+    return pa.RecordBatch.from_arrays(arrays, names=list(inputs))
+
+
+def _as_lists(column: pl.Series, value_type: pa.DataType) -> pa.LargeListArray:
+    if isinstance(column.dtype, pl.List):
+        lengths = column.list.len().fill_null(0).to_numpy()
+        values = column.drop_nulls().explode(empty_as_null=False) if lengths.any() else pl.Series([], dtype=column.dtype.inner)
+    else:
+        lengths = column.is_not_null().to_numpy().astype(np.int64)
+        values = column.drop_nulls()
+    offsets = np.zeros(len(column) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return pa.LargeListArray.from_arrays(pa.array(offsets), _arrow(values).cast(value_type))
+
+
+def _arrow(values: pl.Series) -> pa.Array:
+    arrow = values.to_arrow()
+    return arrow.combine_chunks() if isinstance(arrow, pa.ChunkedArray) else arrow

@@ -1,0 +1,28 @@
+"""The item catalogue as the models see it: string ids and transformed features, one row per item, never split."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Catalogue:
+    """Every candidate item.
+
+    Letters: I = items.
+
+    Attributes:
+      item_ids: object array [I] of str, unique, never empty.
+      transformed: transformed candidate features by name; int64 or float32 [I], lists padded with 0 as [I, L].
+      upload_time_unix_s: int64 [I], -1 where unknown; None when the dataset has no upload time.
+    """
+
+    item_ids: np.ndarray
+    transformed: Mapping[str, np.ndarray]
+    upload_time_unix_s: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.item_ids)

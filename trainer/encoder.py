@@ -1,0 +1,109 @@
+"""Turns transformed features into dense vectors; shared by the towers and the ranker."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import tensorflow as tf
+
+from trainer import features
+
+
+def embedding_width(num_ids: int, largest: int) -> int:
+    """Embedding width that grows with the log of the cardinality (Covington et al. 2016, section 4.1).
+
+    Args:
+      num_ids: number of ids of the space, padding and OOV included.
+      largest: upper bound of the width.
+
+    Returns:
+      A multiple of 4 between 4 and `largest`.
+    """
+    return min(largest, 4 * math.ceil(math.log2(max(2, num_ids)) / 2))
+
+
+class EmbeddingTables(tf.keras.layers.Layer):
+    """One embedding table per vocabulary space; row 0 (padding) reads as zeros through the mask of its users."""
+
+    def __init__(self, vocabulary_sizes: Mapping[str, int], widths: Mapping[str, int], **kwargs: object) -> None:
+        """Makes the tables.
+
+        Args:
+          vocabulary_sizes: ids per space, padding and OOV included.
+          widths: embedding width per space; only these spaces get a table.
+          **kwargs: passed to the Keras layer.
+        """
+        super().__init__(**kwargs)
+        self.tables = {
+            space: tf.keras.layers.Embedding(vocabulary_sizes[space], width, name=f"embedding_{space}")
+            for space, width in sorted(widths.items())
+        }
+
+    def call(self, space: str, ids: tf.Tensor) -> tf.Tensor:
+        """Embeds int ids of any shape; the result has one more dimension, the width of the space."""
+        return self.tables[space](ids)
+
+    def mean(self, space: str, ids: tf.Tensor) -> tf.Tensor:
+        """Mean of the embeddings of each row's ids, padding ignored; zeros for an empty row.
+
+        Args:
+          space: vocabulary space.
+          ids: int [B, L].
+
+        Returns:
+          float32 [B, width].
+        """
+        mask = tf.cast(tf.not_equal(ids, features.PADDING_ID), tf.float32)[..., tf.newaxis]
+        total = tf.reduce_sum(self(space, ids) * mask, axis=-2)
+        return total / tf.maximum(tf.reduce_sum(mask, axis=-2), 1.0)
+
+
+class FeatureEncoder(tf.keras.layers.Layer):
+    """Concatenates the encodings of a list of features.
+
+    A categorical feature is its embedding, a list is the mean of its embeddings, a continuous feature is x, x squared
+    and the square root of x of its quantile-normalised value (Covington et al. 2016, section 4.1) and the embedding of
+    its quantile bucket, which also tells a missing value apart.
+    """
+
+    def __init__(
+        self, encoded: Sequence[features.Feature], tables: EmbeddingTables, bucket_width: int = 4, **kwargs: object
+    ) -> None:
+        """Makes an encoder over shared tables.
+
+        Args:
+          encoded: the features, in the order of the output.
+          tables: shared embedding tables; must hold the space of every categorical feature here.
+          bucket_width: embedding width of quantile buckets.
+          **kwargs: passed to the Keras layer.
+        """
+        super().__init__(**kwargs)
+        self.encoded = tuple(encoded)
+        self.tables = tables
+        self.buckets = {
+            f.name: tf.keras.layers.Embedding(features.NUM_BUCKETS + 1, bucket_width, name=f"bucket_{f.name}")
+            for f in self.encoded
+            if not f.is_categorical
+        }
+
+    def call(self, inputs: Mapping[str, tf.Tensor]) -> tf.Tensor:
+        """Encodes a batch.
+
+        Args:
+          inputs: transformed features by name; ids int [...], lists of ids int [..., L], cdf float32 [...].
+
+        Returns:
+          float32 [..., D].
+        """
+        parts = []
+        for feature in self.encoded:
+            if feature.is_list:
+                parts.append(self.tables.mean(feature.space, inputs[feature.id_name]))
+            elif feature.is_categorical:
+                parts.append(self.tables(feature.space, inputs[feature.id_name]))
+            else:
+                x = inputs[feature.cdf_name]
+                parts.append(tf.stack([x, tf.square(x), tf.sqrt(x)], axis=-1))
+                parts.append(self.buckets[feature.name](inputs[feature.bucket_name]))
+        return tf.concat(parts, axis=-1)

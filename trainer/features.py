@@ -1,0 +1,185 @@
+"""Names and groups of features: from the declaration to raw examples to transformed examples.
+
+Imports nothing heavy: the client, the pipeline definition and the tests read names from here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from schema.contract import DatasetSpec, FeatureKind
+
+USER_ID = "user_id"
+ITEM_ID = "item_id"
+CREATOR_ID = "creator_id"
+UPLOAD_TIME = "upload_time_unix_s"
+EVENT_TIME = "event_time_unix_s"
+SURFACE = "surface"
+POSITION = "position"
+SEARCH_TOKENS = "search_tokens"
+HISTORY = "history_item_ids"
+RETRIEVAL_WEIGHT = "retrieval_weight"
+
+# Only in user-state examples.
+EVAL_ITEMS = "eval_item_ids"
+TEST_ITEMS = "test_item_ids"
+SEEN_ITEMS = "seen_item_ids"
+
+# Made from event_time_unix_s (and upload_time_unix_s) inside the Transform graph.
+HOUR_OF_DAY = "hour_of_day"
+DAY_OF_WEEK = "day_of_week"
+EXAMPLE_AGE = "example_age_days"
+ITEM_AGE = "item_age_days"
+
+SPLITS = ("train", "eval", "test")
+MAX_HISTORY = 50
+
+# Transformed ids: 0 is padding or missing, 1 is any value outside the vocabulary, the vocabulary starts at 2.
+PADDING_ID = 0
+OOV_ID = 1
+FIRST_VOCABULARY_ID = 2
+
+# A vocabulary shared by the candidate and the history side, so that both read one embedding table.
+ITEM_SPACE = "item_id"
+
+
+@dataclasses.dataclass(frozen=True)
+class Feature:
+    """One raw model input and how it is transformed.
+
+    Attributes:
+      name: raw feature name, unique over the dataset.
+      kind: decides dtype and transformation; ids and lists of ids count as (multi-)categorical.
+      space: vocabulary that its values share; two features of one space share one embedding table.
+    """
+
+    name: str
+    kind: FeatureKind
+    space: str
+
+    @property
+    def is_list(self) -> bool:
+        """Whether an example holds any number of values."""
+        return self.kind in (FeatureKind.MULTI_CATEGORICAL, FeatureKind.TEXT)
+
+    @property
+    def is_categorical(self) -> bool:
+        """Whether its transformed form is one id, or a list of ids, of a vocabulary."""
+        return self.kind is not FeatureKind.CONTINUOUS
+
+    @property
+    def id_name(self) -> str:
+        """Transformed int64 id, or ids, of a categorical feature."""
+        return f"{self.name}_ids" if self.is_list else f"{self.name}_id"
+
+    @property
+    def cdf_name(self) -> str:
+        """Transformed float32 in [0, 1]: the share of training values at or below (continuous features)."""
+        return f"{self.name}_cdf"
+
+    @property
+    def bucket_name(self) -> str:
+        """Transformed int64 quantile bucket in [0, NUM_BUCKETS]; 0 is missing (continuous features)."""
+        return f"{self.name}_bucket"
+
+    @property
+    def transformed_names(self) -> tuple[str, ...]:
+        """Every name that this feature has after Transform."""
+        return (self.id_name,) if self.is_categorical else (self.cdf_name, self.bucket_name)
+
+
+# Quantile buckets of a continuous feature; bucket ids run from 1 to NUM_BUCKETS.
+NUM_BUCKETS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureSpace:
+    """The features of a dataset by role.
+
+    Attributes:
+      query: features of user and context known at request time, transformed from inputs of the same name, except
+        for the clock features, which come from event_time_unix_s.
+      candidate: features of the item alone, the same for every request.
+      cross: continuous features of the item and the request time together (item age); ranking only.
+      labels: label names that some task or the positive definition uses.
+    """
+
+    query: tuple[Feature, ...]
+    candidate: tuple[Feature, ...]
+    cross: tuple[Feature, ...]
+    labels: tuple[str, ...]
+
+    @property
+    def all(self) -> tuple[Feature, ...]:
+        """Query, candidate and cross features."""
+        return self.query + self.candidate + self.cross
+
+    def find(self, name: str) -> Feature:
+        """The feature with this raw name. Raises KeyError when there is none."""
+        return next(f for f in self.all if f.name == name)
+
+
+CLOCK_FEATURES = (
+    Feature(HOUR_OF_DAY, FeatureKind.CATEGORICAL, HOUR_OF_DAY),
+    Feature(DAY_OF_WEEK, FeatureKind.CATEGORICAL, DAY_OF_WEEK),
+    Feature(EXAMPLE_AGE, FeatureKind.CONTINUOUS, EXAMPLE_AGE),
+)
+
+
+def feature_space(spec: DatasetSpec) -> FeatureSpace:
+    """Derives the features of a dataset from its declaration."""
+    columns = spec.interactions.columns
+    query = [Feature(USER_ID, FeatureKind.CATEGORICAL, USER_ID)]
+    query += [Feature(f.name, f.kind, f.name) for f in spec.users.features]
+    query += [Feature(HISTORY, FeatureKind.MULTI_CATEGORICAL, ITEM_SPACE)]
+    if SURFACE in columns:
+        query.append(Feature(SURFACE, FeatureKind.CATEGORICAL, SURFACE))
+    if SEARCH_TOKENS in columns:
+        query.append(Feature(SEARCH_TOKENS, FeatureKind.MULTI_CATEGORICAL, SEARCH_TOKENS))
+    query += CLOCK_FEATURES
+
+    candidate = [Feature(ITEM_ID, FeatureKind.CATEGORICAL, ITEM_SPACE)]
+    candidate += [Feature(f.name, f.kind, f.name) for f in spec.items.features]
+    if CREATOR_ID in spec.items.columns:
+        candidate.append(Feature(CREATOR_ID, FeatureKind.CATEGORICAL, CREATOR_ID))
+    cross = []
+    if UPLOAD_TIME in spec.items.columns:
+        cross.append(Feature(ITEM_AGE, FeatureKind.CONTINUOUS, ITEM_AGE))
+    labels = dict.fromkeys([spec.positive, *(task.label for task in spec.tasks)])
+    return FeatureSpace(tuple(query), tuple(candidate), tuple(cross), tuple(labels))
+
+
+@dataclasses.dataclass(frozen=True)
+class RawInput:
+    """One raw feature of an example or of a serving request.
+
+    Attributes:
+      name: name in the tf.Example and in the signatures.
+      dtype: "string", "int64" or "float32".
+      is_list: shape [B, None] in a request when true, else [B].
+    """
+
+    name: str
+    dtype: str
+    is_list: bool
+
+
+def raw_query_inputs(spec: DatasetSpec) -> tuple[RawInput, ...]:
+    """What a request says about user and context, in signature order."""
+    clock = {f.name for f in CLOCK_FEATURES}
+    inputs = [_raw_input(f) for f in feature_space(spec).query if f.name not in clock]
+    return (*inputs, RawInput(EVENT_TIME, "int64", False))
+
+
+def raw_candidate_inputs(spec: DatasetSpec) -> tuple[RawInput, ...]:
+    """What the catalogue says about an item."""
+    inputs = [_raw_input(f) for f in feature_space(spec).candidate]
+    if UPLOAD_TIME in spec.items.columns:
+        inputs.append(RawInput(UPLOAD_TIME, "int64", False))
+    return tuple(inputs)
+
+
+def _raw_input(feature: Feature) -> RawInput:
+    dtype = "string" if feature.is_categorical else "float32"
+    # Text is one string in an example and is split into words by the Transform graph.
+    return RawInput(feature.name, dtype, feature.kind is FeatureKind.MULTI_CATEGORICAL)

@@ -1,0 +1,147 @@
+"""Transformed examples to batches.
+
+Examples are parsed in windows of up to a million; a window is cached, shuffled as a whole and cut into batches. Data
+that fit one window are thus shuffled globally in every epoch, larger data window by window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_transform as tft
+
+from schema.contract import DatasetSpec
+from schema.errors import DataError
+from trainer import features
+from trainer.catalogue import Catalogue
+from trainer.raw_inputs import parse_candidate_examples, to_dense, transform_candidates
+
+WINDOW_EXAMPLES = 1_000_000
+_CATALOGUE_BATCH = 8_192
+
+Window = Mapping[str, tf.Tensor]
+
+
+def expand(patterns: Sequence[str]) -> list[str]:
+    """Files that match the patterns, sorted. Raises DataError when there is none."""
+    files = sorted(file for pattern in patterns for file in tf.io.gfile.glob(pattern))
+    if not files:
+        raise DataError(f"no example files match {', '.join(patterns)}")
+    return files
+
+
+def windows(
+    patterns: Sequence[str],
+    spec: DatasetSpec,
+    transform_output: tft.TFTransformOutput,
+    window_examples: int = WINDOW_EXAMPLES,
+) -> tf.data.Dataset:
+    """Parsed windows of transformed examples, cached in memory.
+
+    Args:
+      patterns: gzipped TFRecord files of transformed examples.
+      spec: the declaration.
+      transform_output: gives the types of the transformed features.
+      window_examples: examples per window.
+
+    Returns:
+      A dataset of dicts of dense tensors with N <= window_examples rows: ids and buckets int32 [N], lists of ids int32
+      [N, L] padded with 0, cdf, labels (NaN where absent) and retrieval_weight float32 [N].
+    """
+    feature_spec = transform_output.transformed_feature_spec()
+
+    def parse(serialized: tf.Tensor) -> dict[str, tf.Tensor]:
+        parsed = tf.io.parse_example(serialized, feature_spec)
+        columns = {}
+        for name, value in parsed.items():
+            dense = to_dense(value)
+            columns[name] = tf.cast(dense, tf.int32) if dense.dtype == tf.int64 else dense
+        return columns
+
+    records = tf.data.TFRecordDataset(expand(patterns), compression_type="GZIP", num_parallel_reads=1)
+    return records.batch(window_examples).map(parse).cache()
+
+
+def shuffled_batches(
+    window_dataset: tf.data.Dataset, batch_size: int, seed: int, keep: Callable[[Window], tf.Tensor] | None = None
+) -> tf.data.Dataset:
+    """One epoch of shuffled batches per iteration, in another order each time.
+
+    Args:
+      window_dataset: from `windows`.
+      batch_size: rows per batch. The last, smaller batch of a window is dropped unless it is the window's only one.
+      seed: of the order.
+      keep: bool [N] of the rows of a window that take part; all by default.
+    """
+    seeds = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True)
+
+    def batches(window: Window, window_seed: tf.Tensor) -> tf.data.Dataset:
+        rows = _kept_rows(window, keep)
+        rows = tf.random.experimental.stateless_shuffle(rows, seed=tf.stack([window_seed, window_seed]))
+        count = tf.shape(rows)[0]
+        full = count // batch_size
+        starts = tf.data.Dataset.range(tf.cast(tf.where(full > 0, full, tf.minimum(count, 1)), tf.int64))
+        return starts.map(lambda i: _gather(window, rows[i * batch_size : (i + 1) * batch_size]))
+
+    return tf.data.Dataset.zip((window_dataset, seeds)).flat_map(batches).prefetch(tf.data.AUTOTUNE)
+
+
+def ordered_batches(
+    window_dataset: tf.data.Dataset, batch_size: int, keep: Callable[[Window], tf.Tensor] | None = None
+) -> tf.data.Dataset:
+    """All rows in file order; the last batch of a window may be smaller."""
+
+    def batches(window: Window) -> tf.data.Dataset:
+        rows = _kept_rows(window, keep)
+        count = tf.cast(tf.shape(rows)[0], tf.int64)
+        starts = tf.data.Dataset.range((count + batch_size - 1) // batch_size)
+        return starts.map(lambda i: _gather(window, rows[i * batch_size : (i + 1) * batch_size]))
+
+    return window_dataset.flat_map(batches).prefetch(tf.data.AUTOTUNE)
+
+
+def _kept_rows(window: Window, keep: Callable[[Window], tf.Tensor] | None) -> tf.Tensor:
+    rows = tf.range(tf.shape(next(iter(window.values())))[0])
+    return rows if keep is None else tf.boolean_mask(rows, keep(window))
+
+
+def _gather(window: Window, rows: tf.Tensor) -> dict[str, tf.Tensor]:
+    return {name: tf.gather(column, rows) for name, column in window.items()}
+
+
+def load_catalogue(patterns: Sequence[str], transform_output: tft.TFTransformOutput, spec: DatasetSpec) -> Catalogue:
+    """Reads the whole catalogue and transforms its features.
+
+    Raises:
+      DataError: no files, no items, or item ids that are empty or not unique.
+    """
+    layer = transform_output.transform_features_layer()
+    raw_parts: list[dict[str, tf.Tensor]] = []
+    parts: list[dict[str, np.ndarray]] = []
+    records = tf.data.TFRecordDataset(expand(patterns), compression_type="GZIP")
+    for serialized in records.batch(_CATALOGUE_BATCH):
+        raw = parse_candidate_examples(serialized, spec)
+        raw_parts.append({name: raw[name] for name in (features.ITEM_ID, features.UPLOAD_TIME) if name in raw})
+        parts.append({name: value.numpy() for name, value in transform_candidates(layer, raw, spec).items()})
+    if not parts:
+        raise DataError(f"the catalogue {', '.join(patterns)} has no items")
+
+    def upload_times() -> np.ndarray | None:
+        if features.UPLOAD_TIME not in raw_parts[0]:
+            return None
+        return np.concatenate([part[features.UPLOAD_TIME].numpy() for part in raw_parts])
+
+    ids = np.concatenate([part[features.ITEM_ID].numpy() for part in raw_parts]).astype(str).astype(object)
+    if len(set(ids)) != len(ids) or "" in set(ids):
+        raise DataError(f"the catalogue has {len(ids)} rows but {len(set(ids) - {''})} distinct, non-empty item ids")
+    return Catalogue(ids, {name: _concat_padded([part[name] for part in parts]) for name in parts[0]}, upload_times())
+
+
+def _concat_padded(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Concatenates rows; lists are padded with 0 to the longest."""
+    if parts[0].ndim == 1:
+        return np.concatenate(parts)
+    width = max(1, max(part.shape[1] for part in parts))
+    return np.concatenate([np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in parts])

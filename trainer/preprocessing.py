@@ -1,0 +1,142 @@
+"""The Transform graph: the only place where raw values are changed.
+
+It runs in Beam over the training examples and, unchanged, inside every exported model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import tensorflow as tf
+import tensorflow_transform as tft
+
+from schema.contract import DatasetSpec, FeatureKind, dataset_spec_from_json
+from trainer import features
+
+_SECONDS_PER_HOUR = 3_600
+_SECONDS_PER_DAY = 86_400
+_HOURS = 24
+_DAYS = 7
+# 1970-01-01 was a Thursday; Monday is day 0.
+_EPOCH_DAY_OF_WEEK = 3
+# Rank error of the quantile sketch relative to the number of rows.
+_QUANTILE_EPSILON = 0.001
+
+
+def preprocessing_fn(
+    inputs: Mapping[str, tf.SparseTensor], custom_config: Mapping[str, object]
+) -> dict[str, tf.Tensor | tf.SparseTensor]:
+    """Raw example columns to model inputs.
+
+    Args:
+      inputs: every raw feature as a sparse [B, L] tensor; an absent value has no entry.
+      custom_config: "dataset", the declaration as JSON, and "train_end_unix_s", the end of training.
+
+    Returns:
+      For each feature its transformed names (see trainer.features.Feature); for each label and for retrieval_weight a
+      float32 [B] with NaN where absent.
+    """
+    spec = dataset_spec_from_json(str(custom_config["dataset"]))
+    space = features.feature_space(spec)
+    outputs: dict[str, tf.Tensor | tf.SparseTensor] = {}
+
+    event_time = _scalar(inputs[features.EVENT_TIME], -1)
+    outputs.update(_clock(event_time, spec, int(str(custom_config["train_end_unix_s"]))))
+    if space.cross:
+        upload_time = _scalar(inputs[features.UPLOAD_TIME], -1)
+        known = (event_time >= 0) & (upload_time >= 0)
+        age = tf.cast(tf.maximum(event_time - upload_time, 0), tf.float32) / _SECONDS_PER_DAY
+        outputs.update(_quantile_normalised(tf.where(known, age, float("nan")), space.find(features.ITEM_AGE)))
+
+    clock = {f.name for f in features.CLOCK_FEATURES}
+    learnt_spaces: dict[str, str] = {}
+    # The candidate side is first, so that the item vocabulary is learnt from shown items and shared with histories.
+    for feature in space.candidate + space.query:
+        if feature.name in clock:
+            continue
+        raw = inputs[feature.name]
+        if feature.kind is FeatureKind.CONTINUOUS:
+            outputs.update(_quantile_normalised(_scalar(raw, float("nan")), feature))
+            continue
+        if feature.kind is FeatureKind.TEXT:
+            raw = _words(raw)
+        if feature.space not in learnt_spaces:
+            learnt_spaces[feature.space] = tft.vocabulary(raw, vocab_filename=feature.space)
+        ids = _ids(raw, learnt_spaces[feature.space])
+        outputs[feature.id_name] = ids if feature.is_list else _scalar(ids, features.PADDING_ID)
+
+    for label in (*space.labels, features.RETRIEVAL_WEIGHT):
+        outputs[label] = _scalar(inputs[label], float("nan"))
+    return outputs
+
+
+def vocabulary_sizes(transform_output: tft.TFTransformOutput, spec: DatasetSpec) -> dict[str, int]:
+    """Number of ids per vocabulary space, padding and OOV included."""
+    sizes = {
+        features.HOUR_OF_DAY: _HOURS + features.FIRST_VOCABULARY_ID,
+        features.DAY_OF_WEEK: _DAYS + features.FIRST_VOCABULARY_ID,
+    }
+    for feature in features.feature_space(spec).all:
+        if feature.is_categorical and feature.space not in sizes:
+            size = transform_output.vocabulary_size_by_name(feature.space)
+            sizes[feature.space] = size + features.FIRST_VOCABULARY_ID
+    return sizes
+
+
+def _scalar(values: tf.SparseTensor, missing: float | int) -> tf.Tensor:
+    """Dense [B] from sparse [B, <=1]; rows without a value get `missing`."""
+    narrow = tf.SparseTensor(values.indices, values.values, [values.dense_shape[0], 1])
+    return tf.squeeze(tf.sparse.to_dense(narrow, default_value=missing), axis=1)
+
+
+def _clock(event_time: tf.Tensor, spec: DatasetSpec, train_end_unix_s: int) -> dict[str, tf.Tensor]:
+    """Hour of day and day of week of the users' local time, and the example's age."""
+    hour_of_day, day_of_week, example_age = features.CLOCK_FEATURES
+    local = event_time + int(spec.utc_offset_hours * _SECONDS_PER_HOUR)
+    hour = (local // _SECONDS_PER_HOUR) % _HOURS
+    day = (local // _SECONDS_PER_DAY + _EPOCH_DAY_OF_WEEK) % _DAYS
+    known = event_time >= 0
+    # Zero for every request after training: the model is asked about the very end of its window (Covington, 3.3).
+    age = tf.cast(tf.maximum(train_end_unix_s - event_time, 0), tf.float32) / _SECONDS_PER_DAY
+    outputs = {
+        hour_of_day.id_name: tf.where(known, hour + features.FIRST_VOCABULARY_ID, features.PADDING_ID),
+        day_of_week.id_name: tf.where(known, day + features.FIRST_VOCABULARY_ID, features.PADDING_ID),
+    }
+    outputs.update(_quantile_normalised(tf.where(known, age, 0.0), example_age))
+    return outputs
+
+
+def _words(text: tf.SparseTensor) -> tf.SparseTensor:
+    """Lower-case words of a sparse [B, <=1] text as sparse [B, L]."""
+    dense = tf.strings.lower(_scalar(text, ""), encoding="utf-8")
+    cleaned = tf.strings.regex_replace(dense, r"[^\pL\pN]+", " ")
+    return tf.strings.split(tf.strings.strip(cleaned)).to_sparse()
+
+
+def _ids(values: tf.SparseTensor, vocabulary: str) -> tf.SparseTensor:
+    """Vocabulary ids of sparse strings: OOV_ID outside the vocabulary, the vocabulary from FIRST_VOCABULARY_ID."""
+    index = tft.apply_vocabulary(values, vocabulary, default_value=features.OOV_ID - features.FIRST_VOCABULARY_ID)
+    return tf.SparseTensor(index.indices, index.values + features.FIRST_VOCABULARY_ID, index.dense_shape)
+
+
+def _quantile_normalised(x: tf.Tensor, feature: features.Feature) -> dict[str, tf.Tensor]:
+    """The share of training values at or below x, and x's quantile bucket.
+
+    Args:
+      x: float32 [B]; NaN is missing.
+      feature: names the outputs.
+
+    Returns:
+      cdf float32 [B] in [0, 1], 0 where missing; bucket int64 [B] in 1..NUM_BUCKETS, 0 where missing.
+    """
+    finite = tf.math.is_finite(x)
+    boundaries = tft.quantiles(
+        tf.boolean_mask(x, finite), features.NUM_BUCKETS, epsilon=_QUANTILE_EPSILON, name=f"{feature.name}_quantiles"
+    )
+    value = tf.where(finite, x, 0.0)
+    cdf = tft.apply_buckets_with_interpolation(value, boundaries)
+    bucket = tft.apply_buckets(value, boundaries) + 1
+    return {
+        feature.cdf_name: tf.where(finite, tf.clip_by_value(cdf, 0.0, 1.0), 0.0),
+        feature.bucket_name: tf.where(finite, bucket, 0),
+    }

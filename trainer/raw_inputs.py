@@ -1,0 +1,116 @@
+"""Raw features as tensors: from serialized examples and from serving requests to the Transform graph and out of it.
+
+Dense everywhere outside: absent strings are "", absent integers -1, absent floats NaN, lists padded on the right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import tensorflow as tf
+
+from schema.contract import DatasetSpec
+from trainer import features
+from trainer.features import RawInput
+
+_DTYPES = {"string": tf.string, "int64": tf.int64, "float32": tf.float32}
+MISSING: Mapping[str, Any] = {"string": "", "int64": -1, "float32": float("nan")}
+
+
+def query_signature(spec: DatasetSpec) -> dict[str, tf.TensorSpec]:
+    """Tensor specs of the raw query features of a request: [B], or [B, L] for lists."""
+    return {
+        raw.name: tf.TensorSpec([None, None] if raw.is_list else [None], _DTYPES[raw.dtype], name=raw.name)
+        for raw in features.raw_query_inputs(spec)
+    }
+
+
+def transform_query(layer: Any, raw: Mapping[str, tf.Tensor], spec: DatasetSpec) -> dict[str, tf.Tensor]:
+    """Raw query features of a request to transformed ones.
+
+    Args:
+      layer: `tft.TFTransformOutput.transform_features_layer()`.
+      raw: tensors as in `query_signature`.
+      spec: the declaration.
+
+    Returns:
+      Transformed query features by name; lists dense [B, L], padded with 0.
+    """
+    return _transform(layer, raw, features.raw_query_inputs(spec), features.feature_space(spec).query)
+
+
+def transform_candidates(layer: Any, raw: Mapping[str, tf.Tensor], spec: DatasetSpec) -> dict[str, tf.Tensor]:
+    """Raw candidate features (see `trainer.features.raw_candidate_inputs`) to transformed ones."""
+    inputs = [r for r in features.raw_candidate_inputs(spec) if r.name != features.UPLOAD_TIME]
+    return _transform(layer, raw, inputs, features.feature_space(spec).candidate)
+
+
+def transform_cross(
+    layer: Any, event_time_unix_s: tf.Tensor, upload_time_unix_s: tf.Tensor, spec: DatasetSpec
+) -> dict[str, tf.Tensor]:
+    """Features of item and request time together, both int64 [M]; empty when the dataset has no upload time."""
+    space = features.feature_space(spec)
+    if not space.cross:
+        return {}
+    inputs = (RawInput(features.EVENT_TIME, "int64", False), RawInput(features.UPLOAD_TIME, "int64", False))
+    raw = {features.EVENT_TIME: event_time_unix_s, features.UPLOAD_TIME: upload_time_unix_s}
+    return _transform(layer, raw, inputs, space.cross)
+
+
+def _transform(
+    layer: Any, raw: Mapping[str, tf.Tensor], inputs: Iterable[RawInput], wanted: Iterable[features.Feature]
+) -> dict[str, tf.Tensor]:
+    transformed = layer({r.name: _to_sparse(raw[r.name], r) for r in inputs})
+    names = [name for feature in wanted for name in feature.transformed_names]
+    return {name: to_dense(transformed[name]) for name in names}
+
+
+def to_dense(tensor: tf.Tensor | tf.SparseTensor) -> tf.Tensor:
+    """A transformed feature as a dense tensor, lists padded with 0."""
+    return tf.sparse.to_dense(tensor) if isinstance(tensor, tf.SparseTensor) else tensor
+
+
+def _to_sparse(values: tf.Tensor, raw: RawInput) -> tf.SparseTensor:
+    """Drops the values that stand for absence."""
+    matrix = values if raw.is_list else values[:, tf.newaxis]
+    if raw.dtype == "string":
+        present = tf.not_equal(matrix, "")
+    elif raw.dtype == "int64":
+        present = matrix >= 0
+    else:
+        present = ~tf.math.is_nan(matrix)
+    return tf.SparseTensor(
+        tf.where(present), tf.boolean_mask(matrix, present), tf.shape(matrix, out_type=tf.int64)
+    )
+
+
+def parse_interaction_examples(serialized: tf.Tensor, spec: DatasetSpec) -> dict[str, tf.Tensor]:
+    """Raw query and candidate features of serialized interaction examples, string [B], as a request would hold them."""
+    return _parse(serialized, (*features.raw_query_inputs(spec), *features.raw_candidate_inputs(spec)))
+
+
+def parse_candidate_examples(serialized: tf.Tensor, spec: DatasetSpec) -> dict[str, tf.Tensor]:
+    """Raw candidate features of serialized catalogue examples, string [B]."""
+    return _parse(serialized, features.raw_candidate_inputs(spec))
+
+
+def parse_user_state_examples(serialized: tf.Tensor, spec: DatasetSpec) -> dict[str, tf.Tensor]:
+    """Raw query features and seen, eval and test item ids (string [B, L]) of serialized user states, string [B]."""
+    held_out = (features.EVAL_ITEMS, features.TEST_ITEMS, features.SEEN_ITEMS)
+    return _parse(serialized, (*features.raw_query_inputs(spec), *(RawInput(name, "string", True) for name in held_out)))
+
+
+def _parse(serialized: tf.Tensor, inputs: Iterable[RawInput]) -> dict[str, tf.Tensor]:
+    inputs = list(inputs)
+    parsed = tf.io.parse_example(serialized, {r.name: tf.io.VarLenFeature(_DTYPES[r.dtype]) for r in inputs})
+    outputs = {}
+    for raw in inputs:
+        sparse = parsed[raw.name]
+        if not raw.is_list:
+            # At most one value: the first, as Transform takes it.
+            sparse = tf.sparse.slice(tf.sparse.reset_shape(sparse, tf.maximum(sparse.dense_shape, [1, 1])), [0, 0], [sparse.dense_shape[0], 1])
+            outputs[raw.name] = tf.squeeze(tf.sparse.to_dense(sparse, default_value=MISSING[raw.dtype]), axis=1)
+        else:
+            outputs[raw.name] = tf.sparse.to_dense(sparse, default_value=MISSING[raw.dtype])
+    return outputs
