@@ -186,7 +186,9 @@ class SplitSpec(_Model):
         if by_time == (self.fractions is not None) or (self.train_until is None) != (self.eval_until is None):
             raise ValueError("give either train_until and eval_until, or fractions: [train, eval, test]")
         if by_time and self.train_until >= self.eval_until:  # type: ignore[operator]
-            raise ValueError(f"train_until {self.train_until} must be earlier than eval_until {self.eval_until}")
+            raise ValueError(
+                f"train_until {self.train_until} must be earlier than eval_until {self.eval_until}"
+            )
         if self.fractions is not None and (min(self.fractions) <= 0 or abs(sum(self.fractions) - 1) > 1e-6):
             raise ValueError(f"fractions {list(self.fractions)} must be positive and sum to 1")
         return self
@@ -227,15 +229,21 @@ class DatasetSpec(_Model):
             if names.count(name) > 1:
                 raise ValueError(f"feature {name!r} is declared twice; names are unique over users and items")
             if name in RESERVED_NAMES or name in self.labels:
-                raise ValueError(f"feature name {name!r} is taken by the contract; give it another name and 'column: {name}'")
+                raise ValueError(
+                    f"feature name {name!r} is taken by the contract; give it another name and 'column: {name}'"
+                )
         tasks = [t.name for t in self.tasks]
         for task in self.tasks:
             if task.label not in self.labels:
-                raise ValueError(f"task {task.name!r} uses label {task.label!r}, {_nearest(task.label, self.labels)}")
+                raise ValueError(
+                    f"task {task.name!r} uses label {task.label!r}, {_nearest(task.label, self.labels)}"
+                )
             if tasks.count(task.name) > 1 or task.name in {"score", "item_is_known"}:
                 raise ValueError(f"task name {task.name!r} is taken")
         if self.positive not in self.labels:
-            raise ValueError(f"positive {self.positive!r} is not a label, {_nearest(self.positive, self.labels)}")
+            raise ValueError(
+                f"positive {self.positive!r} is not a label, {_nearest(self.positive, self.labels)}"
+            )
         if self.watch_time_cap_durations is not None and "item_duration_s" not in self.interactions.columns:
             raise ValueError("watch_time_cap_durations needs interactions.columns.item_duration_s")
         return self
@@ -255,7 +263,9 @@ def load_dataset_spec(name_or_path: str | Path) -> DatasetSpec:
         path = BUILT_IN_DATASETS / f"{name_or_path}.yaml"
         if not path.is_file():
             known = sorted(p.stem for p in BUILT_IN_DATASETS.glob("*.yaml"))
-            raise ConfigError(f"unknown dataset {str(name_or_path)!r}; built in: {', '.join(known)}; or give a .yaml file")
+            raise ConfigError(
+                f"unknown dataset {str(name_or_path)!r}; built in: {', '.join(known)}; or give a .yaml file"
+            )
     return parse_model(DatasetSpec, read_yaml(path), source=str(path))
 
 
@@ -299,7 +309,11 @@ def _valid_keys(model: type[pydantic.BaseModel], loc: tuple[int | str, ...]) -> 
             continue
         field = current.model_fields.get(part)
         current = next(_models_in(field.annotation), None) if field is not None else current
-    return list(current.model_fields) if isinstance(current, type) and issubclass(current, pydantic.BaseModel) else []
+    return (
+        list(current.model_fields)
+        if isinstance(current, type) and issubclass(current, pydantic.BaseModel)
+        else []
+    )
 
 
 def _models_in(annotation: Any) -> Iterator[type[pydantic.BaseModel]]:

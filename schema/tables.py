@@ -103,7 +103,11 @@ def prepare_tables(spec: DatasetSpec, source_dir: Path, data_root: Path) -> Path
     """
     sources = {
         table: [source_dir / name for name in entity.files]
-        for table, entity in (("interactions", spec.interactions), ("users", spec.users), ("items", spec.items))
+        for table, entity in (
+            ("interactions", spec.interactions),
+            ("users", spec.users),
+            ("items", spec.items),
+        )
     }
     _check_files(sources)
     destination = data_root / _fingerprint(spec, [p for paths in sources.values() for p in paths])
@@ -138,7 +142,9 @@ def prepare_tables(spec: DatasetSpec, source_dir: Path, data_root: Path) -> Path
 def _check_files(sources: dict[str, list[Path]]) -> None:
     missing = [f"{table}: {path}" for table, paths in sources.items() for path in paths if not path.is_file()]
     if missing:
-        raise DataError(f"source files not found: {'; '.join(missing)}; check --data-dir and 'files' in the YAML")
+        raise DataError(
+            f"source files not found: {'; '.join(missing)}; check --data-dir and 'files' in the YAML"
+        )
     odd = [str(p) for paths in sources.values() for p in paths if p.suffix not in {".csv", ".parquet"}]
     if odd:
         raise DataError(f"only .csv and .parquet are read, got {', '.join(odd)}")
@@ -176,7 +182,9 @@ def _scan(paths: Sequence[Path], wanted: Sequence[str], table: str) -> pl.LazyFr
     return pl.concat(frames, how="vertical_relaxed") if len(frames) > 1 else frames[0]
 
 
-def _read_distinct(paths: Sequence[Path], wanted: Sequence[str], table: str, warnings: list[str]) -> pl.DataFrame:
+def _read_distinct(
+    paths: Sequence[Path], wanted: Sequence[str], table: str, warnings: list[str]
+) -> pl.DataFrame:
     """The wanted columns of all rows that differ in some column, declared or not."""
     try:
         source = _scan(paths, wanted, table)
@@ -194,7 +202,10 @@ def _read_interactions(paths: list[Path], spec: DatasetSpec, warnings: list[str]
     wanted = list(dict.fromkeys(c.column for c in columns.values() if c.column is not None))
     source = _read_distinct(paths, wanted, "interactions", warnings)
     table = pl.DataFrame(
-        [_cast(source, name, column, _interaction_dtype(name), "interactions") for name, column in columns.items()]
+        [
+            _cast(source, name, column, _interaction_dtype(name), "interactions")
+            for name, column in columns.items()
+        ]
     ).with_row_index("row_number")
     table = table.with_columns(pl.col("row_number").cast(pl.Int64))
     _require(table, ("user_id", "item_id", "event_time_unix_s"), "interactions")
@@ -204,7 +215,9 @@ def _read_interactions(paths: list[Path], spec: DatasetSpec, warnings: list[str]
     if start is not None:
         kept = table.filter(pl.col("event_time_unix_s") >= unix_s(start))
         if len(kept) < len(table):
-            warnings.append(f"interactions: dropped {len(table) - len(kept):,} rows before start {start.isoformat()}")
+            warnings.append(
+                f"interactions: dropped {len(table) - len(kept):,} rows before start {start.isoformat()}"
+            )
         table = kept
     for name in (WATCH_TIME, "item_duration_s"):
         if name in table.columns:
@@ -216,7 +229,9 @@ def _read_interactions(paths: list[Path], spec: DatasetSpec, warnings: list[str]
             table = table.with_columns(pl.col("item_duration_s").replace(0.0, None))
     if spec.watch_time_cap_durations is not None and WATCH_TIME in table.columns:
         cap = spec.watch_time_cap_durations * pl.col("item_duration_s")
-        table = table.with_columns(pl.min_horizontal(WATCH_TIME, cap.fill_null(float("inf"))).alias(WATCH_TIME))
+        table = table.with_columns(
+            pl.min_horizontal(WATCH_TIME, cap.fill_null(float("inf"))).alias(WATCH_TIME)
+        )
     return table
 
 
@@ -240,7 +255,9 @@ def _read_entity(paths: list[Path], spec: EntitySpec, key: str, warnings: list[s
         _cast(source, name, column, pl.Int64 if name.endswith("_unix_s") else pl.String, table_name)
         for name, column in spec.columns.items()
     ]
-    series += [_cast(source, f.name, _feature_column(f), _feature_dtype(f), table_name) for f in spec.features]
+    series += [
+        _cast(source, f.name, _feature_column(f), _feature_dtype(f), table_name) for f in spec.features
+    ]
     if key == "item_id":
         title = source[spec.title].cast(pl.String) if spec.title is not None else series[0].rename("title")
         series.append(title.rename("title"))
@@ -290,7 +307,9 @@ def _cast(source: pl.DataFrame, name: str, column: ColumnSpec, dtype: Any, table
         if raw.dtype.is_temporal():
             text = raw.cast(pl.Datetime("us")).dt.epoch("s")
         # Whole numbers are read as such first: a float64 holds microseconds since 1970 only inexactly.
-        value = text.cast(pl.Int64, strict=False) if dtype == pl.Int64 else text.cast(pl.Float64, strict=False)
+        value = (
+            text.cast(pl.Int64, strict=False) if dtype == pl.Int64 else text.cast(pl.Float64, strict=False)
+        )
         if dtype == pl.Int64:
             value = value.fill_null(text.cast(pl.Float64, strict=False).cast(pl.Int64, strict=False))
         per_second = _UNIT_PER_SECOND[column.unit]
@@ -329,7 +348,9 @@ def _require(table: pl.DataFrame, names: Sequence[str], table_name: str) -> None
         count = int(empty.fill_null(True).sum())
         if count:
             row = int(empty.fill_null(True).arg_true()[0])
-            raise DataError(f"{table_name}.{name}: {count:,} rows have no value, the first is row {row + 1:,}; it is required")
+            raise DataError(
+                f"{table_name}.{name}: {count:,} rows have no value, the first is row {row + 1:,}; it is required"
+            )
 
 
 def _check_times(times: pl.Series, where: str) -> None:
@@ -369,7 +390,9 @@ def _check_references(
         warnings.append(f"interactions: dropped {lost:,} rows whose item_id is not in the items table")
     absent = known.filter(~pl.col("user_id").is_in(users["user_id"].implode()))["user_id"].n_unique()
     if absent:
-        warnings.append(f"users: {absent:,} users of the interactions are not in the users table; their features are missing")
+        warnings.append(
+            f"users: {absent:,} users of the interactions are not in the users table; their features are missing"
+        )
     return known
 
 
@@ -394,12 +417,19 @@ def _assign_splits(table: pl.DataFrame, spec: DatasetSpec) -> tuple[pl.DataFrame
         in_train = pl.col("event_time_unix_s") < train_end
         in_eval = pl.col("event_time_unix_s") < unix_s(split.eval_until)
     table = table.with_columns(
-        pl.when(in_train).then(pl.lit("train")).when(in_eval).then(pl.lit("eval")).otherwise(pl.lit("test")).alias("split")
+        pl.when(in_train)
+        .then(pl.lit("train"))
+        .when(in_eval)
+        .then(pl.lit("eval"))
+        .otherwise(pl.lit("test"))
+        .alias("split")
     )
     counts = dict(table["split"].value_counts().iter_rows())
     for name in ("train", "eval", "test"):
         if not counts.get(name):
-            low, high = (_iso(int(t)) for t in (table["event_time_unix_s"].min(), table["event_time_unix_s"].max()))  # type: ignore[arg-type]
+            low, high = (
+                _iso(int(t)) for t in (table["event_time_unix_s"].min(), table["event_time_unix_s"].max())
+            )  # type: ignore[arg-type]
             raise DataError(
                 f"split {name!r} is empty: events run from {low} to {high}, {_describe(spec)}; move the cut times in the YAML"
             )
@@ -421,23 +451,33 @@ def _check_labels(table: pl.DataFrame, spec: DatasetSpec, warnings: list[str]) -
     for name in ("train", "eval", "test"):
         part = table.filter(pl.col("split") == name)
         if not (part[spec.positive] > 0).any():
-            raise DataError(f"split {name!r} has no positive: no row with {spec.positive} > 0 among {len(part):,}")
+            raise DataError(
+                f"split {name!r} has no positive: no row with {spec.positive} > 0 among {len(part):,}"
+            )
     train = table.filter(pl.col("split") == "train")
     for task in spec.tasks:
         label = train[task.label].drop_nulls()
         if task.kind is TaskKind.BINARY:
             odd = label.filter(~label.is_in([0.0, 1.0]))
             if len(odd):
-                raise DataError(f"task {task.name}: label {task.label} must be 0 or 1, got {odd[0]}; use 'at_least' to cut it")
+                raise DataError(
+                    f"task {task.name}: label {task.label} must be 0 or 1, got {odd[0]}; use 'at_least' to cut it"
+                )
             positives = int(label.sum())
             if positives in (0, len(label)):
                 kind = "positives" if positives == 0 else "negatives"
-                raise DataError(f"task {task.name}: label {task.label} has no {kind} in {len(label):,} train rows; remove the task")
+                raise DataError(
+                    f"task {task.name}: label {task.label} has no {kind} in {len(label):,} train rows; remove the task"
+                )
         elif label.is_empty() or label.n_unique() == 1:
-            raise DataError(f"task {task.name}: label {task.label} has fewer than two values in the train split; remove the task")
+            raise DataError(
+                f"task {task.name}: label {task.label} has fewer than two values in the train split; remove the task"
+            )
         missing = len(train) - len(label)
         if missing:
-            warnings.append(f"task {task.name}: {missing:,} of {len(train):,} train rows have no {task.label}; they get no weight")
+            warnings.append(
+                f"task {task.name}: {missing:,} of {len(train):,} train rows have no {task.label}; they get no weight"
+            )
 
 
 def _summarise(

@@ -358,5 +358,5 @@ def _encode(name: str, value: Any, spec: InputSpec) -> Any:
 
 def _checked(name: str, value: Any, spec: InputSpec) -> Any:
     if not isinstance(value, _TYPES[spec.kind]) or isinstance(value, bool):
-        raise BadRequestError(f"feature {name!r} takes a {spec.kind}, got {value!r}")
+        raise BadRequestError(f"feature {name!r} takes type {spec.kind}, got {value!r}")
     return float(value) if spec.kind == "float" else value

@@ -16,10 +16,11 @@ import os
 import signal
 import socket
 import sys
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import grpc
 from aiohttp import web
@@ -27,9 +28,6 @@ from aiohttp import web
 from schema.errors import ConfigError, FunnelError, ServingError
 from serving.config import read_model_config
 from serving.versions import check_has_version
-
-if TYPE_CHECKING:
-    from serving.loader import ModelManager
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
     os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # What TensorFlow prints at import is noise; errors of its ops come back as exceptions.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"google\.api_core")
     try:
         return asyncio.run(_serve(flags))
     except FunnelError as error:
@@ -95,39 +95,40 @@ async def _serve(flags: argparse.Namespace) -> int:
     for name, base_path in base_paths.items():
         check_has_version(name, base_path)
     # Both ports are taken before the models load: that takes seconds, and a taken port should show at once.
-    rest_socket = _bind_rest(flags.host, flags.rest_api_port)
-    grpc_server = grpc.server(ThreadPoolExecutor(_NUM_THREADS, "grpc"), options=_GRPC_OPTIONS)
-    grpc_port = _bind_grpc(grpc_server, flags.host, flags.port)
+    with _bind_rest(flags.host, flags.rest_api_port) as rest_socket:
+        grpc_server = grpc.server(ThreadPoolExecutor(_NUM_THREADS, "grpc"), options=_GRPC_OPTIONS)
+        grpc_port = _bind_grpc(grpc_server, flags.host, flags.port)
 
-    models = _load(base_paths)
-    from serving.grpc_service import add_services
-    from serving.rest import create_app
+        from serving.grpc_service import add_services
+        from serving.loader import ModelManager
+        from serving.rest import create_app
 
-    add_services(grpc_server, models)
-    runner = web.AppRunner(
-        create_app(models, ThreadPoolExecutor(_NUM_THREADS, "rest")),
-        access_log=None,
-        shutdown_timeout=_DRAIN_S,
-    )
-    await runner.setup()
-    stop = asyncio.Event()
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
-    grpc_server.start()
-    await web.SockSite(runner, rest_socket).start()
-    models.start_polling(flags.file_system_poll_wait_seconds)
-    versions = ",".join(f"{name}:{version}" for name, version in models.serving_versions())
-    rest_port = rest_socket.getsockname()[1]
-    print(f"ready grpc={flags.host}:{grpc_port} rest={flags.host}:{rest_port} models={versions}", flush=True)
+        models = ModelManager(base_paths)
+        models.load()
+        add_services(grpc_server, models)
+        app = create_app(models, ThreadPoolExecutor(_NUM_THREADS, "rest"))
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=_DRAIN_S)
+        await runner.setup()
+        stop = asyncio.Event()
+        for signal_number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
+        grpc_server.start()
+        await web.SockSite(runner, rest_socket).start()
+        models.start_polling(flags.file_system_poll_wait_seconds)
+        versions = ",".join(f"{name}:{version}" for name, version in models.serving_versions())
+        rest_port = rest_socket.getsockname()[1]
+        print(
+            f"ready grpc={flags.host}:{grpc_port} rest={flags.host}:{rest_port} models={versions}", flush=True
+        )
 
-    await stop.wait()
-    logger.info("stopping: no new requests, waiting up to %.0f s for those in flight", _DRAIN_S)
-    models.close()
-    grpc_drained = grpc_server.stop(_DRAIN_S)
-    await runner.cleanup()
-    await asyncio.to_thread(grpc_drained.wait)
-    logger.info("stopped")
-    return 0
+        await stop.wait()
+        logger.info("stopping: no new requests, waiting up to %.0f s for those in flight", _DRAIN_S)
+        models.close()
+        grpc_drained = grpc_server.stop(_DRAIN_S)
+        await runner.cleanup()
+        await asyncio.to_thread(grpc_drained.wait)
+        logger.info("stopped")
+        return 0
 
 
 def _base_paths(flags: argparse.Namespace) -> dict[str, Path]:
@@ -136,14 +137,6 @@ def _base_paths(flags: argparse.Namespace) -> dict[str, Path]:
     if flags.model_config_file is not None:
         return read_model_config(flags.model_config_file)
     return {flags.model_name: flags.model_base_path}
-
-
-def _load(base_paths: dict[str, Path]) -> ModelManager:
-    from serving.loader import ModelManager
-
-    models = ModelManager(base_paths)
-    models.load()
-    return models
 
 
 def _bind_rest(host: str, port: int) -> socket.socket:
@@ -171,4 +164,8 @@ def _port_error(api: str, flag: str, host: str, port: int) -> ServingError:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    logging.shutdown()
+    sys.stdout.flush()
+    # Without this the exit waits for TensorFlow's teardown, seconds in which nothing is left to release.
+    os._exit(exit_code)

@@ -150,7 +150,7 @@ class ModelServerProcess:
                 )
             time.sleep(0.05)
         timeout_s = self._startup_timeout_s
-        raise ServingError(f"the model server was not ready after {timeout_s:.0f} s; log:\n{self._tail()}")
+        raise ServingError(f"the model server was not ready after {timeout_s:g} s; log:\n{self._tail()}")
 
     def _read(self, name: str) -> str:
         if self._folder is None:
@@ -168,5 +168,5 @@ def _environment() -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
         "TF_USE_LEGACY_KERAS": "1",
-        "TF_CPP_MIN_LOG_LEVEL": "2",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
     }

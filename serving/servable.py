@@ -71,16 +71,16 @@ def read_signature_defs(path: Path) -> dict[str, meta_graph_pb2.SignatureDef]:
     Raises:
       ServingError: `saved_model.pb` is not a SavedModel, or has no graph tagged `serve`.
     """
-    saved_model = saved_model_pb2.SavedModel()
+    file = path / "saved_model.pb"
     try:
-        saved_model.ParseFromString((path / "saved_model.pb").read_bytes())
+        saved_model = saved_model_pb2.SavedModel.FromString(file.read_bytes())
     except DecodeError as error:
-        raise ServingError(f"{path / 'saved_model.pb'} is not a SavedModel (damaged or cut short)") from error
+        raise ServingError(f"{file} is not a SavedModel; it is damaged or cut short") from error
     for meta_graph in saved_model.meta_graphs:
         if "serve" in meta_graph.meta_info_def.tags:
             return dict(meta_graph.signature_def)
     raise ServingError(
-        f"{path / 'saved_model.pb'} has no graph tagged 'serve'; export it with tf.saved_model.save"
+        f"{file} is not a SavedModel with a graph tagged 'serve'; it is damaged or not for serving"
     )
 
 

@@ -35,7 +35,11 @@ class ExampleSettings:
 
 
 def interaction_columns(
-    events: pl.DataFrame, users: pl.DataFrame, items: pl.DataFrame, spec: DatasetSpec, settings: ExampleSettings
+    events: pl.DataFrame,
+    users: pl.DataFrame,
+    items: pl.DataFrame,
+    spec: DatasetSpec,
+    settings: ExampleSettings,
 ) -> pl.DataFrame:
     """One row per interaction: query, candidate and label columns, with the column `split`.
 
@@ -68,7 +72,11 @@ def interaction_columns(
 
 
 def user_state_columns(
-    events: pl.DataFrame, users: pl.DataFrame, spec: DatasetSpec, settings: ExampleSettings, default_surface: str | None
+    events: pl.DataFrame,
+    users: pl.DataFrame,
+    spec: DatasetSpec,
+    settings: ExampleSettings,
+    default_surface: str | None,
 ) -> pl.DataFrame:
     """One row per user as of the end of training, with what was held out.
 
@@ -95,7 +103,9 @@ def user_state_columns(
         on="user_id",
         how="left",
     )
-    unseen = positives.join(train.select("user_id", "item_id").unique(), on=["user_id", "item_id"], how="anti")
+    unseen = positives.join(
+        train.select("user_id", "item_id").unique(), on=["user_id", "item_id"], how="anti"
+    )
     unseen = unseen.sort(features.EVENT_TIME, "row_number")
     for split, name in (("eval", features.EVAL_ITEMS), ("test", features.TEST_ITEMS)):
         held_out = unseen.filter(pl.col("split") == split).group_by("user_id", maintain_order=True)
@@ -106,11 +116,15 @@ def user_state_columns(
     if features.SURFACE in events.columns:
         last = past.group_by("user_id").agg(pl.col(features.SURFACE).drop_nulls().last())
         states = states.join(last, on="user_id", how="left")
-        states = states.with_columns(pl.col(features.SURFACE).fill_null(default_surface))
+        states = states.with_columns(
+            pl.col(features.SURFACE).fill_null(pl.lit(default_surface, dtype=pl.String))
+        )
     if features.SEARCH_TOKENS in events.columns:
         tokens = _distinct_searches(past).group_by("user_id", maintain_order=True)
         states = states.join(
-            tokens.agg(pl.col(features.SEARCH_TOKENS).explode().tail(features.MAX_HISTORY)), on="user_id", how="left"
+            tokens.agg(pl.col(features.SEARCH_TOKENS).explode().tail(features.MAX_HISTORY)),
+            on="user_id",
+            how="left",
         )
     states = states.with_columns(pl.lit(settings.train_end_unix_s, dtype=pl.Int64).alias(features.EVENT_TIME))
     return _join_as_of(states, users, "user_id")
@@ -132,7 +146,9 @@ def _history(events: pl.DataFrame, watched: pl.DataFrame) -> pl.Series:
 def _search_history(events: pl.DataFrame) -> pl.Series:
     """Latest search tokens of each event's user, of searches strictly before the event."""
     searches = _distinct_searches(events)
-    tokens = searches.select("_user", features.EVENT_TIME, features.SEARCH_TOKENS).explode(features.SEARCH_TOKENS)
+    tokens = searches.select("_user", features.EVENT_TIME, features.SEARCH_TOKENS).explode(
+        features.SEARCH_TOKENS
+    )
     start, end = _window(_key(events), _key(tokens), events["_user"].to_numpy() << _TIME_BITS)
     return _gather_lists(tokens[features.SEARCH_TOKENS], np.maximum(start, end - features.MAX_HISTORY), end)
 
@@ -194,7 +210,11 @@ def example_batch(table: pl.DataFrame, inputs: Mapping[str, str]) -> pa.RecordBa
 def _as_lists(column: pl.Series, value_type: pa.DataType) -> pa.LargeListArray:
     if isinstance(column.dtype, pl.List):
         lengths = column.list.len().fill_null(0).to_numpy()
-        values = column.drop_nulls().explode(empty_as_null=False) if lengths.any() else pl.Series([], dtype=column.dtype.inner)
+        values = (
+            column.drop_nulls().explode(empty_as_null=False)
+            if lengths.any()
+            else pl.Series([], dtype=column.dtype.inner)
+        )
     else:
         lengths = column.is_not_null().to_numpy().astype(np.int64)
         values = column.drop_nulls()

@@ -26,7 +26,9 @@ def embedding_width(num_ids: int, largest: int) -> int:
 class EmbeddingTables(tf.keras.layers.Layer):
     """One embedding table per vocabulary space; row 0 (padding) reads as zeros through the mask of its users."""
 
-    def __init__(self, vocabulary_sizes: Mapping[str, int], widths: Mapping[str, int], **kwargs: object) -> None:
+    def __init__(
+        self, vocabulary_sizes: Mapping[str, int], widths: Mapping[str, int], **kwargs: object
+    ) -> None:
         """Makes the tables.
 
         Args:
@@ -68,7 +70,11 @@ class FeatureEncoder(tf.keras.layers.Layer):
     """
 
     def __init__(
-        self, encoded: Sequence[features.Feature], tables: EmbeddingTables, bucket_width: int = 4, **kwargs: object
+        self,
+        encoded: Sequence[features.Feature],
+        tables: EmbeddingTables,
+        bucket_width: int = 4,
+        **kwargs: object,
     ) -> None:
         """Makes an encoder over shared tables.
 

@@ -38,8 +38,8 @@ class Index(Protocol):
           num_neighbors: int32 scalar, at least 1; more than there are items means all items.
 
         Returns:
-          Catalogue rows int32 [B, N] (NO_ROW where fewer were found) and scores float32 [B, N], best first, with
-          N <= num_neighbors.
+          Catalogue rows int32 [B, N] (NO_ROW where fewer were found) and scores float32 [B, N], best
+          first, N <= num_neighbors.
         """
         ...
 
@@ -93,7 +93,7 @@ class ScannIndex(tf.Module):
         else:
             builder = (
                 builder.tree(settings.num_leaves, settings.num_leaves_to_search)
-                # At the same budget 0.2 finds more of the largest dot products than the library's default (off).
+                # At the same budget 0.2 finds more of the best than the library's default (off).
                 .score_ah(2, anisotropic_quantization_threshold=0.2)
                 .reorder(settings.num_reordering_candidates)
             )
@@ -125,23 +125,24 @@ def search_excluding(
 
     Args:
       index: where to search.
-      queries: float32 [B, D].
+      queries: float32 [B, D], at least one.
       k: int32 [B], items wanted per query, at least 1.
       excluded_rows: int32 [B, E], catalogue rows, NO_ROW as padding; repeats count once.
 
     Returns:
-      Rows int32 [B, K] and scores float32 [B, K], best first, K = max(k). Beyond a query's own k, and where fewer
-      items are left or found, row NO_ROW and score 0.
+      Rows int32 [B, K] and scores float32 [B, K], best first, K = max(k). Beyond a query's own k, and where
+      fewer items are left or found, row NO_ROW and score 0.
     """
-    width = tf.reduce_max(tf.concat([k, [0]], axis=0))
+    width = tf.reduce_max(k)
     # The extra column makes an empty list searchable, and lets NO_ROW results count as excluded.
     excluded = tf.sort(tf.pad(excluded_rows, [[0, 0], [1, 0]], constant_values=NO_ROW), axis=1)
-    most_excluded = tf.reduce_max(tf.concat([_num_excluded(excluded_rows), [0]], axis=0))
-    rows, scores = index.search(queries, width + most_excluded)
+    rows, scores = index.search(queries, width + tf.reduce_max(_num_excluded(excluded_rows)))
     place = tf.minimum(tf.searchsorted(excluded, rows), tf.shape(excluded)[1] - 1)
     is_excluded = tf.equal(tf.gather(excluded, place, batch_dims=1), rows)
     # top_k is stable, so the order of equal scores stays that of the index.
-    best, order = tf.math.top_k(tf.where(is_excluded, -math.inf, scores), tf.minimum(width, tf.shape(rows)[1]))
+    best, order = tf.math.top_k(
+        tf.where(is_excluded, -math.inf, scores), tf.minimum(width, tf.shape(rows)[1])
+    )
     rows = tf.gather(rows, order, batch_dims=1)
     missing = [[0, 0], [0, width - tf.shape(rows)[1]]]
     rows, best = tf.pad(rows, missing), tf.pad(best, missing, constant_values=-math.inf)
@@ -175,11 +176,13 @@ class CandidateIndex(tf.Module):
         """As `search_excluding`, by exact search."""
         return search_excluding(self.exact, queries, k, excluded_rows)
 
-    def search(self, queries: tf.Tensor, k: tf.Tensor, excluded_rows: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def search(
+        self, queries: tf.Tensor, k: tf.Tensor, excluded_rows: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         """As `search_excluding`, by ScaNN.
 
-        When the searched leaves hold too few items for some query, which happens with long exclusion lists in small
-        catalogues, the batch is searched exactly: a request gets k items whenever k are left.
+        When the searched leaves hold too few items for some query, which happens with long exclusion lists in
+        small catalogues, the batch is searched exactly: a request gets k items whenever k are left.
         """
         rows, scores = search_excluding(self.approximate, queries, k, excluded_rows)
         found = tf.math.count_nonzero(rows != NO_ROW, axis=1, dtype=tf.int32)
@@ -219,7 +222,7 @@ def build_index(
     config: IndexConfig,
     max_k: int,
 ) -> tuple[CandidateIndex, IndexFacts]:
-    """Builds ScaNN over the catalogue and raises its search effort until it finds enough of the exact results.
+    """Builds ScaNN over the catalogue and raises its effort until it finds enough of the exact results.
 
     Args:
       item_ids: [I] str, the id of each row.
@@ -229,8 +232,8 @@ def build_index(
       max_k: the largest k of a request.
 
     Raises:
-      IndexBuildError: ids are repeated, empty or not one per vector; a vector is not finite; there is no sample query;
-        the required recall is not reached although everything is searched.
+      IndexBuildError: ids are repeated, empty or not one per vector; a vector is not finite; there is no
+        sample query; the required recall is not reached although everything is searched.
     """
     started = time.monotonic()
     _check_catalogue(item_ids, vectors)
@@ -247,21 +250,24 @@ def build_index(
     for settings in efforts:
         approximate.settings = settings
         found = approximate.search(queries, tf.constant(k))[0].numpy()
-        recall = float(np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(found, exact_rows, strict=True)]))
+        recall = float(
+            np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(found, exact_rows, strict=True)])
+        )
         logger.info("index num_items=%d recall_at_%d=%.4f %s", num_items, k, recall, settings)
         if recall >= config.min_recall:
             break
     else:
         raise IndexBuildError(
-            f"ScaNN finds {recall:.4f} of the exact top {k} of {num_items:,} items with {settings}, less than "
-            f"min_recall {config.min_recall}; lower index.min_recall, or check the item vectors for near-duplicates."
+            f"ScaNN finds {recall:.4f} of the exact top {k} of {num_items:,} items with {settings}, less "
+            f"than min_recall {config.min_recall}; check the item vectors for duplicates, or lower "
+            "index.min_recall."
         )
     facts = IndexFacts(num_items, vectors.shape[1], settings, k, recall, time.monotonic() - started)
     return CandidateIndex(exact, approximate), facts
 
 
 def _efforts(num_items: int, k: int) -> list[ScannSettings]:
-    """Settings from cheap to complete, all over one partition into about the square root of the number of items."""
+    """Settings from cheap to complete, over one partition into about the square root of num_items leaves."""
     if num_items < _MIN_ITEMS_TO_PARTITION:
         return [ScannSettings(0, 0, num_items)]
     num_leaves = round(math.sqrt(num_items))
@@ -275,15 +281,15 @@ def _efforts(num_items: int, k: int) -> list[ScannSettings]:
 def _check_catalogue(item_ids: Sequence[str] | np.ndarray, vectors: np.ndarray) -> None:
     if len(item_ids) == 0 or vectors.ndim != 2 or len(item_ids) != len(vectors):
         raise IndexBuildError(
-            f"{len(item_ids):,} item ids for item vectors of shape {vectors.shape}; expected at least one id and one "
-            "row per id. Check the catalogue."
+            f"{len(item_ids):,} item ids for item vectors of shape {vectors.shape}; expected at least one id "
+            "and one row per id. Check the catalogue."
         )
     values, counts = np.unique(np.asarray(item_ids, dtype=str), return_counts=True)
     if "" in values or counts.max() > 1:
         culprit = "" if "" in values else values[counts.argmax()]
         raise IndexBuildError(
-            f"item id {culprit!r} stands in {counts[values == culprit][0]} catalogue rows; ids must be unique and not "
-            "empty. Check the items table."
+            f"item id {culprit!r} stands in {counts[values == culprit][0]} catalogue rows; ids must be "
+            "unique and not empty. Check the items table."
         )
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():

@@ -65,7 +65,10 @@ def windows(
 
 
 def shuffled_batches(
-    window_dataset: tf.data.Dataset, batch_size: int, seed: int, keep: Callable[[Window], tf.Tensor] | None = None
+    window_dataset: tf.data.Dataset,
+    batch_size: int,
+    seed: int,
+    keep: Callable[[Window], tf.Tensor] | None = None,
 ) -> tf.data.Dataset:
     """One epoch of shuffled batches per iteration, in another order each time.
 
@@ -111,7 +114,9 @@ def _gather(window: Window, rows: tf.Tensor) -> dict[str, tf.Tensor]:
     return {name: tf.gather(column, rows) for name, column in window.items()}
 
 
-def load_catalogue(patterns: Sequence[str], transform_output: tft.TFTransformOutput, spec: DatasetSpec) -> Catalogue:
+def load_catalogue(
+    patterns: Sequence[str], transform_output: tft.TFTransformOutput, spec: DatasetSpec
+) -> Catalogue:
     """Reads the whole catalogue and transforms its features.
 
     Raises:
@@ -123,7 +128,9 @@ def load_catalogue(patterns: Sequence[str], transform_output: tft.TFTransformOut
     records = tf.data.TFRecordDataset(expand(patterns), compression_type="GZIP")
     for serialized in records.batch(_CATALOGUE_BATCH):
         raw = parse_candidate_examples(serialized, spec)
-        raw_parts.append({name: raw[name] for name in (features.ITEM_ID, features.UPLOAD_TIME) if name in raw})
+        raw_parts.append(
+            {name: raw[name] for name in (features.ITEM_ID, features.UPLOAD_TIME) if name in raw}
+        )
         parts.append({name: value.numpy() for name, value in transform_candidates(layer, raw, spec).items()})
     if not parts:
         raise DataError(f"the catalogue {', '.join(patterns)} has no items")
@@ -135,8 +142,12 @@ def load_catalogue(patterns: Sequence[str], transform_output: tft.TFTransformOut
 
     ids = np.concatenate([part[features.ITEM_ID].numpy() for part in raw_parts]).astype(str).astype(object)
     if len(set(ids)) != len(ids) or "" in set(ids):
-        raise DataError(f"the catalogue has {len(ids)} rows but {len(set(ids) - {''})} distinct, non-empty item ids")
-    return Catalogue(ids, {name: _concat_padded([part[name] for part in parts]) for name in parts[0]}, upload_times())
+        raise DataError(
+            f"the catalogue has {len(ids)} rows but {len(set(ids) - {''})} distinct, non-empty item ids"
+        )
+    return Catalogue(
+        ids, {name: _concat_padded([part[name] for part in parts]) for name in parts[0]}, upload_times()
+    )
 
 
 def _concat_padded(parts: Sequence[np.ndarray]) -> np.ndarray:

@@ -21,13 +21,13 @@ def in_batch_softmax_loss(
     Formula: logits[i, j] = scores[i, j] / temperature - log_q[j]; j != i with the item of i gets weight 0 (an
     accidental hit); loss = sum_i w[i] * -log softmax(logits[i])[i] / sum_i w[i].
 
-    Dividing by the chance of being drawn makes the loss estimate the softmax over the whole catalogue. The scores
-    therefore learn the true popularity of an item too, and are used as they are at serving time.
+    Dividing by the chance of being drawn makes the loss estimate the softmax over the whole catalogue. The
+    scores therefore learn the true popularity of an item too, and are used as they are at serving time.
 
     Args:
       scores: float32 [B, B], dot products; row = query, column = item, the diagonal holds positives.
       item_ids: int [B], item of each column.
-      log_q: float32 [B], natural log of the chance that the item of a column is drawn into one place of a batch.
+      log_q: float32 [B], natural log of the chance that the item of a column is drawn into a batch place.
       temperature: above 0, no unit.
       sample_weight: float32 [B], at least 0; None weighs all rows alike. A batch of weight 0 has loss 0.
 
@@ -41,14 +41,16 @@ def in_batch_softmax_loss(
     accidental_hits = tf.linalg.set_diag(same_item, tf.zeros_like(item_ids, dtype=tf.bool))
     logits = tf.where(accidental_hits, _MASKED, logits)
     # Sparse labels: dense [B, B] ones cost most of the step at large batches.
-    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=tf.range(tf.shape(logits)[0]), logits=logits)
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
+        labels=tf.range(tf.shape(logits)[0]), logits=logits
+    )
     if sample_weight is None:
         return tf.reduce_mean(losses)
     return tf.math.divide_no_nan(tf.reduce_sum(losses * sample_weight), tf.reduce_sum(sample_weight))
 
 
 def log_sampling_probability(counts: tf.Tensor) -> tf.Tensor:
-    """Natural log of each item's share of the training positives, add-one-half smoothed so that it is always finite.
+    """Natural log of each item's share of the training positives, smoothed so that it is always finite.
 
     Args:
       counts: float or int [I], positives per item, at least 0.

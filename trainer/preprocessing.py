@@ -46,7 +46,9 @@ def preprocessing_fn(
         upload_time = _scalar(inputs[features.UPLOAD_TIME], -1)
         known = (event_time >= 0) & (upload_time >= 0)
         age = tf.cast(tf.maximum(event_time - upload_time, 0), tf.float32) / _SECONDS_PER_DAY
-        outputs.update(_quantile_normalised(tf.where(known, age, float("nan")), space.find(features.ITEM_AGE)))
+        outputs.update(
+            _quantile_normalised(tf.where(known, age, float("nan")), space.find(features.ITEM_AGE))
+        )
 
     clock = {f.name for f in features.CLOCK_FEATURES}
     learnt_spaces: dict[str, str] = {}
@@ -115,7 +117,9 @@ def _words(text: tf.SparseTensor) -> tf.SparseTensor:
 
 def _ids(values: tf.SparseTensor, vocabulary: str) -> tf.SparseTensor:
     """Vocabulary ids of sparse strings: OOV_ID outside the vocabulary, the vocabulary from FIRST_VOCABULARY_ID."""
-    index = tft.apply_vocabulary(values, vocabulary, default_value=features.OOV_ID - features.FIRST_VOCABULARY_ID)
+    index = tft.apply_vocabulary(
+        values, vocabulary, default_value=features.OOV_ID - features.FIRST_VOCABULARY_ID
+    )
     return tf.SparseTensor(index.indices, index.values + features.FIRST_VOCABULARY_ID, index.dense_shape)
 
 
@@ -131,7 +135,10 @@ def _quantile_normalised(x: tf.Tensor, feature: features.Feature) -> dict[str, t
     """
     finite = tf.math.is_finite(x)
     boundaries = tft.quantiles(
-        tf.boolean_mask(x, finite), features.NUM_BUCKETS, epsilon=_QUANTILE_EPSILON, name=f"{feature.name}_quantiles"
+        tf.boolean_mask(x, finite),
+        features.NUM_BUCKETS,
+        epsilon=_QUANTILE_EPSILON,
+        name=f"{feature.name}_quantiles",
     )
     value = tf.where(finite, x, 0.0)
     cdf = tft.apply_buckets_with_interpolation(value, boundaries)

@@ -1,4 +1,4 @@
-"""The multi-task ranker: one shared body over query, candidate and cross features, one head per declared task."""
+"""The multi-task ranker: a shared body over query, candidate and cross features, one head per task."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
@@ -22,6 +23,8 @@ from trainer.ranking_losses import LabelStatistics, labelled_loss, objective
 
 SCORE = "score"
 
+FloatArray = npt.NDArray[np.floating[Any]]
+
 _logger = logging.getLogger(__name__)
 
 
@@ -29,7 +32,10 @@ def body(config: RankingConfig) -> tf.keras.Sequential:
     """The shared layers between the encoded features and the heads: [B, D] -> [B, last hidden width]."""
     layers: list[tf.keras.layers.Layer] = []
     for width in config.hidden_layers:
-        layers += [tf.keras.layers.Dropout(config.dropout_fraction), tf.keras.layers.Dense(width, activation="relu")]
+        layers += [
+            tf.keras.layers.Dropout(config.dropout_fraction),
+            tf.keras.layers.Dense(width, activation="relu"),
+        ]
     return tf.keras.Sequential(layers, name="body")
 
 
@@ -75,7 +81,10 @@ class RankingModel(tfrs.models.Model):
         embedded = [f for f in space.query + space.candidate if f.is_categorical]
         self.tables = EmbeddingTables(
             vocabulary_sizes,
-            {f.space: embedding_width(vocabulary_sizes[f.space], config.max_embedding_width) for f in embedded},
+            {
+                f.space: embedding_width(vocabulary_sizes[f.space], config.max_embedding_width)
+                for f in embedded
+            },
         )
         self.query_encoder = FeatureEncoder(space.query, self.tables)
         self.item_encoder = FeatureEncoder(space.candidate + space.cross, self.tables)
@@ -96,7 +105,10 @@ class RankingModel(tfrs.models.Model):
         self._history_id = space.find(ft.HISTORY).id_name
         self._item_id = space.find(ft.ITEM_ID).id_name
         self._single_ids = tuple(f.id_name for f in embedded if not f.is_list)
-        self._unknown_fraction = config.unknown_fraction
+        self._id_dropout_fraction = config.id_dropout_fraction
+
+    # Nothing here branches on a tensor; AutoGraph would spend half a minute on converting Keras' own code.
+    train_step = tf.autograph.experimental.do_not_convert(tfrs.models.Model.train_step)
 
     def encode_query(self, features: Mapping[str, tf.Tensor]) -> EncodedQuery:
         """Encodes the transformed query features of B requests."""
@@ -124,7 +136,7 @@ class RankingModel(tfrs.models.Model):
         return {name: tf.squeeze(head(shared), axis=-1) for name, head in self.heads.items()}
 
     def predictions(self, logits: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        """What is served: each task's output in its own unit, and their sum weighted by score_weight as `score`."""
+        """What is served: each task's output in its unit; `score` is their sum weighted by score_weight."""
         outputs = {name: task.output(logits[name]) for name, task in self.objectives.items()}
         outputs[SCORE] = tf.add_n([task.score_weight * outputs[task.name] for task in self.tasks])
         return outputs
@@ -147,14 +159,15 @@ class RankingModel(tfrs.models.Model):
         return loss
 
     def _hide_ids(self, features: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        """Lets a random share of the known single-valued ids read as unknown, each independently of the others.
+        """Lets a random share of the known single-valued ids read as unknown, each on its own.
 
-        Vocabularies come from the training data, so without this the embedding of unknown ids would stay untrained.
+        Vocabularies come from the training data: without this the embedding of unknown ids would stay
+        untrained.
         """
         hidden = dict(features)
         for name in self._single_ids:
             ids = hidden[name]
-            hide = tf.random.uniform(tf.shape(ids)) < self._unknown_fraction
+            hide = tf.random.uniform(tf.shape(ids)) < self._id_dropout_fraction
             hide = tf.logical_and(hide, ids >= ft.FIRST_VOCABULARY_ID)
             hidden[name] = tf.where(hide, tf.constant(ft.OOV_ID, ids.dtype), ids)
         return hidden
@@ -172,7 +185,8 @@ def train(
       config: learning rate, epochs, patience.
 
     Returns:
-      One record per epoch: `epoch` (from 1), `seconds` (training only), `train_loss` and what `evaluate` returns.
+      One record per epoch: `epoch` (from 1), `seconds` (training only), `train_loss`, and what `evaluate`
+      returns.
 
     Raises:
       DataError: no validation rows, or the loss is not a finite number.
@@ -183,15 +197,17 @@ def train(
     for epoch in range(1, config.max_epochs + 1):
         start = time.perf_counter()
         train_loss = model.fit(batches, verbose=0).history["mean_loss"][0]
+        if not math.isfinite(train_loss):
+            raise DataError(
+                f"the ranking loss is {train_loss} in epoch {epoch}; lower the ranker's learning_rate, "
+                "or look for extreme labels."
+            )
         record = {"epoch": epoch, "seconds": time.perf_counter() - start, "train_loss": train_loss}
         record |= evaluate(model, eval_batches)
         log.append(record)
-        _logger.info("phase=train_ranking %s", " ".join(f"{key}={value:.5g}" for key, value in record.items()))
-        if not math.isfinite(train_loss + record["eval_loss"]):
-            raise DataError(
-                f"the ranking loss is not finite in epoch {epoch} (train {train_loss}, eval {record['eval_loss']}); "
-                "lower ranking.learning_rate, or look for extreme labels."
-            )
+        _logger.info(
+            "phase=train_ranking %s", " ".join(f"{name}={value:.5g}" for name, value in record.items())
+        )
         if record["eval_loss"] < best_loss:
             best_epoch, best_loss, best_weights = epoch, record["eval_loss"], model.get_weights()
         elif epoch - best_epoch >= config.patience_epochs:
@@ -205,15 +221,16 @@ def evaluate(model: RankingModel, batches: tf.data.Dataset) -> dict[str, float]:
     """Judges the model on labelled batches.
 
     Returns:
-      `eval_loss`: the training objective with exact means over all labelled rows; and per task `ranking/<task>/<metric>`
-      of the served output: `auc` of binary tasks, `mae` and `xauc` of the others, and `calibration`, the mean output
-      over the mean label (1 is perfect). A metric that the data cannot define is NaN.
+      `eval_loss`, the training objective with exact means over all labelled rows; and
+      `ranking/<task>/<metric>` of the served outputs: `auc` of binary tasks, `mae` and `xauc` of the others,
+      and `calibration`, the mean output over the mean label (1 is perfect). A metric that the data cannot
+      define is NaN.
 
     Raises:
       DataError: there are no rows.
     """
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(reduce_retracing=True, autograph=False)
     def judge(batch: Mapping[str, tf.Tensor]) -> dict[str, Any]:
         logits = model(batch, training=False)
         losses = {n: labelled_loss(task, logits[n], batch[label[n]]) for n, task in model.objectives.items()}
@@ -221,8 +238,8 @@ def evaluate(model: RankingModel, batches: tf.data.Dataset) -> dict[str, float]:
 
     label = {task.name: task.label for task in model.tasks}
     sums = {name: np.zeros(2) for name in label}
-    labels: dict[str, list[np.ndarray]] = {name: [] for name in label}
-    outputs: dict[str, list[np.ndarray]] = {name: [] for name in label}
+    labels: dict[str, list[FloatArray]] = {name: [] for name in label}
+    outputs: dict[str, list[FloatArray]] = {name: [] for name in label}
     for batch in batches:
         judged = judge(batch)
         for name in label:
@@ -232,7 +249,11 @@ def evaluate(model: RankingModel, batches: tf.data.Dataset) -> dict[str, float]:
     if not any(len(piece) for piece in labels[model.tasks[0].name]):
         raise DataError("no validation rows for the ranker; the eval split is empty: move split.eval_until.")
 
-    result = {"eval_loss": sum(task.loss_weight * sums[task.name][0] / max(sums[task.name][1], 1) for task in model.tasks)}
+    result = {
+        "eval_loss": sum(
+            task.loss_weight * sums[task.name][0] / max(sums[task.name][1], 1) for task in model.tasks
+        )
+    }
     for task in model.tasks:
         truth, predicted = np.concatenate(labels[task.name]), np.concatenate(outputs[task.name])
         known = ~np.isnan(truth)
@@ -242,7 +263,7 @@ def evaluate(model: RankingModel, batches: tf.data.Dataset) -> dict[str, float]:
     return result
 
 
-def _task_metrics(kind: TaskKind, labels: np.ndarray, outputs: np.ndarray) -> dict[str, float]:
+def _task_metrics(kind: TaskKind, labels: FloatArray, outputs: FloatArray) -> dict[str, float]:
     if kind is TaskKind.BINARY:
         quality = {"auc": metrics.auc(labels, outputs)}
     else:

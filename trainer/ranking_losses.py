@@ -1,8 +1,8 @@
 """What each kind of ranking task optimises and serves, and the label statistics that set its scale.
 
-An objective turns one logit per row into a loss (training) and into the task's output (serving). All three kinds are
-scaled by statistics of the training labels, so that a head that knows nothing costs about one unit whatever the
-label's unit is, and the declared loss weights compare like with like.
+An objective turns one logit per row into a loss (training) and into the task's output (serving). Watch time
+and regression are scaled by statistics of the training labels, so that the loss does not depend on the
+label's unit and the declared loss weights mean the same in every dataset.
 """
 
 from __future__ import annotations
@@ -19,31 +19,33 @@ import tensorflow as tf
 from schema.contract import TaskKind, TaskSpec
 from schema.errors import DataError
 
-# Smallest served share of the mean watch time; keeps the exponential away from underflow, far below any real mean.
+# Smallest served share of the mean watch time: far below any real expectation, far above underflow.
 _MIN_WATCH_TIME_LOGIT = math.log(1e-6)
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelStatistics:
-    """Moments of the training labels of one task, missing labels left out; all in the label's unit, float64.
+    """The training labels of one task, missing labels left out; in the label's unit, float64.
 
     Attributes:
-      count: rows that have the label.
+      count: rows that have the label, at least 1.
       mean: of the labels.
       std: population standard deviation.
+      minimum: the smallest label.
       maximum: the largest label.
     """
 
     count: int
     mean: float
     std: float
+    minimum: float
     maximum: float
 
 
 def label_statistics(
     windows: Iterable[Mapping[str, npt.NDArray[np.float32]]], tasks: Sequence[TaskSpec]
 ) -> dict[str, LabelStatistics]:
-    """Counts the labels of every task in one pass and refuses labels that its task cannot learn from.
+    """Summarises the labels of every task in one pass and refuses labels that their task cannot learn from.
 
     Args:
       windows: training data in pieces; each holds every task's label, float32 [n], NaN where missing.
@@ -53,32 +55,44 @@ def label_statistics(
       Statistics by task name.
 
     Raises:
-      DataError: a task has no label at all, a binary label is not 0 or 1 or has one class only, a watch time is
-        negative or zero everywhere, a regression label is constant, or a label is infinite.
+      DataError: a task has no label at all, a binary label is not 0 or 1 or has one class only, a watch time
+        is negative or zero everywhere, a regression label is constant, or a label is infinite.
     """
-    count, mean, squares, maximum = ({task.name: start for task in tasks} for start in (0, 0.0, 0.0, -math.inf))
+    parts: dict[str, list[LabelStatistics]] = {task.name: [] for task in tasks}
     for window in windows:
         for task in tasks:
             labels = np.asarray(window[task.label], dtype=np.float64)
             labels = labels[~np.isnan(labels)]
-            if not len(labels):
-                continue
             _check_values(task, labels)
-            # Parallel variance of Chan et al. (1979): a sum of squares would cancel when the mean is large.
-            name, n = task.name, len(labels)
-            total, shift = count[name] + n, labels.mean() - mean[name]
-            squares[name] += np.square(labels - labels.mean()).sum() + shift**2 * count[name] * n / total
-            mean[name] += shift * n / total
-            count[name], maximum[name] = total, max(maximum[name], labels.max())
-    statistics = {
-        name: LabelStatistics(
-            int(count[name]), float(mean[name]), math.sqrt(squares[name] / max(count[name], 1)), float(maximum[name])
-        )
-        for name in count
-    }
+            if len(labels):
+                parts[task.name].append(_summarise(labels))
+    for task in tasks:
+        if not parts[task.name]:
+            raise _unlearnable(task, "is missing in every training row")
+    statistics = {name: _merge(summaries) for name, summaries in parts.items()}
     for task in tasks:
         _check_learnable(task, statistics[task.name])
     return statistics
+
+
+def _summarise(labels: npt.NDArray[np.float64]) -> LabelStatistics:
+    return LabelStatistics(
+        len(labels), float(labels.mean()), float(labels.std()), float(labels.min()), float(labels.max())
+    )
+
+
+def _merge(parts: Sequence[LabelStatistics]) -> LabelStatistics:
+    """Statistics of the union; the variance is the mean variance within parts plus the variance between."""
+    count = sum(part.count for part in parts)
+    mean = sum(part.count * part.mean for part in parts) / count
+    variance = sum(part.count * (part.std**2 + (part.mean - mean) ** 2) for part in parts) / count
+    return LabelStatistics(
+        count,
+        mean,
+        math.sqrt(variance),
+        min(part.minimum for part in parts),
+        max(part.maximum for part in parts),
+    )
 
 
 def _check_values(task: TaskSpec, labels: npt.NDArray[np.float64]) -> None:
@@ -86,7 +100,7 @@ def _check_values(task: TaskSpec, labels: npt.NDArray[np.float64]) -> None:
     if task.kind is TaskKind.BINARY:
         wrong, expected = (labels != 0) & (labels != 1), "0 or 1 (map it with 'at_least')"
     elif task.kind is TaskKind.WATCH_TIME:
-        wrong, expected = wrong | (labels < 0), "seconds >= 0"
+        wrong, expected = wrong | (labels < 0), "seconds >= 0, finite"
     if wrong.any():
         raise DataError(
             f"task {task.name!r}: label {task.label!r} must be {expected}; found {labels[wrong][0]:g} "
@@ -95,20 +109,20 @@ def _check_values(task: TaskSpec, labels: npt.NDArray[np.float64]) -> None:
 
 
 def _check_learnable(task: TaskSpec, statistics: LabelStatistics) -> None:
-    problem = None
-    if statistics.count == 0:
-        problem = "is missing in every training row"
-    elif task.kind is TaskKind.BINARY and statistics.mean in (0.0, 1.0):
-        problem = f"is {statistics.mean:g} in all {statistics.count} training rows; both classes are needed"
-    elif task.kind is TaskKind.WATCH_TIME and statistics.mean == 0.0:
-        problem = f"is 0 s in all {statistics.count} training rows"
-    elif task.kind is TaskKind.REGRESSION and statistics.std == 0.0:
-        problem = f"is {statistics.mean:g} in all {statistics.count} training rows; there is nothing to learn"
-    if problem:
-        raise DataError(
-            f"task {task.name!r}: label {task.label!r} {problem}. Check its column in interactions.columns or "
-            "interactions.labels, move the split, or remove the task."
+    if task.kind is TaskKind.WATCH_TIME:
+        if statistics.maximum == 0:
+            raise _unlearnable(task, f"is 0 s in all {statistics.count} training rows that have it")
+    elif statistics.minimum == statistics.maximum:
+        raise _unlearnable(
+            task, f"is {statistics.minimum:g} in all {statistics.count} training rows that have it"
         )
+
+
+def _unlearnable(task: TaskSpec, problem: str) -> DataError:
+    return DataError(
+        f"task {task.name!r} cannot be trained: label {task.label!r} {problem}. Check its column in the "
+        "dataset declaration, move the split, or remove the task."
+    )
 
 
 class Objective(Protocol):
@@ -149,19 +163,21 @@ class BinaryObjective:
 class WatchTimeObjective:
     """Weighted logistic regression; serves the expected watch time in seconds.
 
-    Every row is a negative of weight 1 and also a positive of weight u = T / m, where T is its watch time and m the
-    mean watch time of the training data. The logit f of
+    Every row is a negative of weight 1 and also a positive of weight u = T / m, where T is its watch time
+    and m the mean watch time of the training data:
 
         loss = u * softplus(-f) + softplus(f)
 
-    that minimises the expected loss has odds e^f = E[u | x], so m * e^f = E[T | x] exactly.
+    The logit f that minimises the expected loss has odds e^f = E[u | x], so m * e^f = E[T | x] exactly.
 
-    In Covington et al. (RecSys 2016, section 4.2) clicked rows are positives of weight T and only the others are
-    negatives, so that the odds are E[T] / (1 - P(click)): close to E[T] while clicks are rare, twice as much where half
-    of the rows are clicked. Counting every row as a negative removes that error and needs no click label.
+    In Covington et al. (RecSys 2016, section 4.2) clicked rows are positives of weight T and only the others
+    are negatives, so that the odds are E[T] / (1 - P(click)): close to E[T] while clicks are rare, twice as
+    much where half of the rows are clicked. Counting every row as a negative removes that error and needs no
+    click label.
 
-    Dividing by m sets the scale: with T in seconds one long watch has a weight of hundreds and its gradient drowns the
-    other tasks; in units of the mean, the weights average 1 and a head that knows only the mean costs 2 ln 2.
+    Dividing by m sets the scale: with T in seconds one long watch has a weight of hundreds, and its gradient
+    drowns the other tasks; in units of the mean, weights average 1 and a head that knows only the mean costs
+    2 ln 2.
     """
 
     statistics: LabelStatistics

@@ -98,7 +98,9 @@ def parse_candidate_examples(serialized: tf.Tensor, spec: DatasetSpec) -> dict[s
 def parse_user_state_examples(serialized: tf.Tensor, spec: DatasetSpec) -> dict[str, tf.Tensor]:
     """Raw query features and seen, eval and test item ids (string [B, L]) of serialized user states, string [B]."""
     held_out = (features.EVAL_ITEMS, features.TEST_ITEMS, features.SEEN_ITEMS)
-    return _parse(serialized, (*features.raw_query_inputs(spec), *(RawInput(name, "string", True) for name in held_out)))
+    return _parse(
+        serialized, (*features.raw_query_inputs(spec), *(RawInput(name, "string", True) for name in held_out))
+    )
 
 
 def _parse(serialized: tf.Tensor, inputs: Iterable[RawInput]) -> dict[str, tf.Tensor]:
@@ -109,8 +111,14 @@ def _parse(serialized: tf.Tensor, inputs: Iterable[RawInput]) -> dict[str, tf.Te
         sparse = parsed[raw.name]
         if not raw.is_list:
             # At most one value: the first, as Transform takes it.
-            sparse = tf.sparse.slice(tf.sparse.reset_shape(sparse, tf.maximum(sparse.dense_shape, [1, 1])), [0, 0], [sparse.dense_shape[0], 1])
-            outputs[raw.name] = tf.squeeze(tf.sparse.to_dense(sparse, default_value=MISSING[raw.dtype]), axis=1)
+            sparse = tf.sparse.slice(
+                tf.sparse.reset_shape(sparse, tf.maximum(sparse.dense_shape, [1, 1])),
+                [0, 0],
+                [sparse.dense_shape[0], 1],
+            )
+            outputs[raw.name] = tf.squeeze(
+                tf.sparse.to_dense(sparse, default_value=MISSING[raw.dtype]), axis=1
+            )
         else:
             outputs[raw.name] = tf.sparse.to_dense(sparse, default_value=MISSING[raw.dtype])
     return outputs

@@ -1,31 +1,34 @@
-"""The two-tower retrieval model: how it is built, trained, validated and turned into candidate vectors."""
+"""The two-tower retrieval model: how it is built, trained and turned into query and candidate vectors."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
-from schema.errors import ConfigError, DataError
-from trainer import features, metrics
+from schema.contract import FeatureKind
+from schema.errors import DataError
+from trainer import features
 from trainer.catalogue import Catalogue
 from trainer.config import RetrievalConfig
 from trainer.encoder import EmbeddingTables, embedding_width
-from trainer.index import ExactIndex, search_excluding
 from trainer.losses import in_batch_softmax_loss, log_sampling_probability
-from trainer.towers import CandidateTower, QueryTower
+from trainer.retrieval_validation import RECALL, ValidationUsers, validate
+from trainer.towers import CandidateTower, QueryTower, tower_features
 
-VALIDATION_K = 100
+_ITEM_ID = features.Feature(features.ITEM_ID, FeatureKind.CATEGORICAL, features.ITEM_SPACE).id_name
 
 # Users or items per call outside of training: bounds memory, costs no quality.
-_ENCODE_BATCH = 1024
+_ENCODE_BATCH = 1_024
+# Gradients of a mean loss are small: from Keras' default of 0.1 thousands of steps would hardly move.
+_INITIAL_ACCUMULATOR = 1e-6
 
 logger = logging.getLogger(__name__)
 
@@ -51,55 +54,65 @@ class RetrievalModel(tfrs.models.Model):
         super().__init__()
         widths = {
             f.space: embedding_width(vocabulary_sizes[f.space], config.max_embedding_width)
-            for f in space.query + space.candidate
+            for f in (*tower_features(space.query), *space.candidate)
             if f.is_categorical
         }
         tables = EmbeddingTables(vocabulary_sizes, widths)
-        # The corrected softmax learns log p(item | query), so the bias starts at log p(item): the popularity ranking
-        # before the first step. Centred, which changes no order and keeps the scores small.
+        # The corrected softmax learns log p(item | query), so the bias starts at log p(item): the popularity
+        # ranking before the first step. Centred, which changes no order and keeps the scores small.
         bias = config.temperature * (log_q - np.mean(log_q[features.OOV_ID :]))
-        sizes = (config.hidden_layers, config.embedding_dim, config.id_dropout_fraction)
-        self.query_tower = QueryTower(space.query, tables, *sizes)
-        self.candidate_tower = CandidateTower(space.candidate, tables, *sizes, initial_bias=bias)
+        self.query_tower = QueryTower(
+            space.query, tables, config.hidden_layers, config.embedding_dim, config.query_dropout_fraction
+        )
+        self.candidate_tower = CandidateTower(
+            space.candidate,
+            tables,
+            config.hidden_layers,
+            config.embedding_dim,
+            config.item_id_dropout_fraction,
+            initial_bias=bias,
+        )
         self.log_q = tf.constant(log_q, tf.float32)
-        self.item_id = space.find(features.ITEM_ID).id_name
         self.temperature = config.temperature
+        # What TFRS logs as "loss" is that of an epoch's last batch.
+        self.mean_loss = tf.keras.metrics.Mean("mean_loss")
 
     def compute_loss(self, inputs: Mapping[str, tf.Tensor], training: bool = False) -> tf.Tensor:
         """The loss of one batch of positives.
 
         Args:
           inputs: transformed query and candidate features [B], and retrieval_weight float32 [B].
-          training: whether ids are dropped.
+          training: whether ids are hidden.
 
         Returns:
           float32 scalar.
         """
         queries = self.query_tower(inputs, training=training)
         candidates = self.candidate_tower(inputs, training=training)
-        item_ids = inputs[self.item_id]
-        return in_batch_softmax_loss(
+        loss = in_batch_softmax_loss(
             tf.matmul(queries, candidates, transpose_b=True),
-            item_ids,
-            tf.gather(self.log_q, item_ids),
+            inputs[_ITEM_ID],
+            tf.gather(self.log_q, inputs[_ITEM_ID]),
             self.temperature,
             inputs[features.RETRIEVAL_WEIGHT],
         )
+        self.mean_loss.update_state(loss)
+        return loss
 
-    @tf.function(reduce_retracing=True)
-    def encode_queries(self, inputs: Mapping[str, tf.Tensor]) -> tf.Tensor:
-        """Transformed query features [B] -> query vectors float32 [B, embedding_dim + 1]."""
-        return self.query_tower(inputs)
-
-    @tf.function(reduce_retracing=True)
-    def encode_candidates(self, inputs: Mapping[str, tf.Tensor]) -> tf.Tensor:
-        """Transformed candidate features [B] -> candidate vectors float32 [B, embedding_dim + 1]."""
-        return self.candidate_tower(inputs)
+    def encode_users(self, users: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Transformed query features [U] -> query vectors float32 [U, embedding_dim + 1]."""
+        return _in_batches(self.query_tower, users)
 
     def encode_catalogue(self, catalogue: Catalogue) -> np.ndarray:
         """Candidate vectors of every item, float32 [I, embedding_dim + 1], in the order of the catalogue."""
-        batches = tf.data.Dataset.from_tensor_slices(dict(catalogue.transformed)).batch(_ENCODE_BATCH)
-        return np.concatenate([self.encode_candidates(batch).numpy() for batch in batches])
+        return _in_batches(self.candidate_tower, catalogue.transformed)
+
+
+def _in_batches(
+    tower: Callable[[Mapping[str, tf.Tensor]], tf.Tensor], columns: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    batches = tf.data.Dataset.from_tensor_slices(dict(columns)).batch(_ENCODE_BATCH)
+    return np.concatenate([tower(batch).numpy() for batch in batches])
 
 
 def is_positive(examples: Mapping[str, tf.Tensor]) -> tf.Tensor:
@@ -107,76 +120,51 @@ def is_positive(examples: Mapping[str, tf.Tensor]) -> tf.Tensor:
     return examples[features.RETRIEVAL_WEIGHT] > 0
 
 
-def item_log_q(windows: tf.data.Dataset, catalogue: Catalogue, num_ids: int) -> np.ndarray:
-    """Log of the chance that an item is drawn into one place of a batch, by transformed item id.
-
-    Items outside the vocabulary share one id, hence also their mean chance.
+def count_positives(windows: tf.data.Dataset, num_ids: int) -> np.ndarray:
+    """Training positives by transformed item id.
 
     Args:
       windows: training windows.
-      catalogue: every item.
       num_ids: ids of the item vocabulary, padding and OOV included.
 
     Returns:
-      float32 [num_ids].
+      int64 [num_ids].
 
     Raises:
       DataError: there is no positive to train on.
     """
-    name = features.Feature(features.ITEM_ID, features.FeatureKind.CATEGORICAL, features.ITEM_SPACE).id_name
-    counts = np.zeros(num_ids, np.float64)
+    counts = np.zeros(num_ids, np.int64)
     for window in windows:
-        positive = is_positive(window).numpy()
-        counts += np.bincount(window[name].numpy()[positive], minlength=num_ids)
+        counts += np.bincount(window[_ITEM_ID].numpy()[is_positive(window).numpy()], minlength=num_ids)
     if not counts.any():
         raise DataError(
-            "no training example has retrieval_weight > 0; check that the dataset's 'positive' label is ever 1 "
-            "before the end of the training split."
+            "no training example has retrieval_weight > 0; check that the dataset's 'positive' label is ever "
+            "1 before the end of the training split."
         )
-    counts[features.OOV_ID] /= max(1, np.sum(catalogue.transformed[name] == features.OOV_ID))
-    return log_sampling_probability(counts).numpy()
+    return counts
 
 
-@dataclasses.dataclass(frozen=True)
-class ValidationUsers:
-    """Users with held-out positives, as of the end of training.
+def item_log_q(counts: np.ndarray, catalogue: Catalogue) -> np.ndarray:
+    """Log of the chance that an item is drawn into one place of a batch, by transformed item id.
 
-    Letters: U = users.
+    Items outside the vocabulary share one id; it gets their mean chance.
 
-    Attributes:
-      query: transformed query features, [U] or [U, L].
-      positive_rows: catalogue rows of each user's held-out positives, U sequences.
-      seen_rows: int32 [U, S], catalogue rows that are not recommended again, padded with -1.
+    Args:
+      counts: from `count_positives`.
+      catalogue: every item.
+
+    Returns:
+      float32 [ids of the item vocabulary].
     """
-
-    query: Mapping[str, np.ndarray]
-    positive_rows: Sequence[Sequence[int]]
-    seen_rows: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.positive_rows)
-
-
-def validate(model: RetrievalModel, catalogue: Catalogue, users: ValidationUsers) -> dict[str, float]:
-    """Recall and NDCG at 100 by exact search over the whole catalogue, mean over users; seen items are left out."""
-    index = ExactIndex(model.encode_catalogue(catalogue))
-    batches = tf.data.Dataset.from_tensor_slices((dict(users.query), users.seen_rows))
-    ranked = []
-    for query, seen in batches.batch(_ENCODE_BATCH):
-        k = tf.fill(tf.shape(seen)[:1], VALIDATION_K)
-        ranked.append(search_excluding(index, model.encode_queries(query), k, seen)[0].numpy())
-    hits, num_positives = metrics.match_positives(np.concatenate(ranked), users.positive_rows)
-    return {
-        metrics.metric_key("retrieval", name, k=VALIDATION_K): metrics.macro_mean(
-            function(hits, num_positives, VALIDATION_K)
-        )
-        for name, function in (("recall", metrics.recall_at_k), ("ndcg", metrics.ndcg_at_k))
-    }
+    per_item = counts.astype(np.float64)
+    per_item[features.OOV_ID] /= max(1, np.sum(catalogue.transformed[_ITEM_ID] == features.OOV_ID))
+    return log_sampling_probability(per_item).numpy()
 
 
 def fit(
     model: RetrievalModel,
     batches: tf.data.Dataset,
+    num_positives: int,
     catalogue: Catalogue,
     users: ValidationUsers,
     config: RetrievalConfig,
@@ -186,38 +174,71 @@ def fit(
 
     Args:
       model: changed in place.
-      batches: one epoch of positives, shuffled anew each time it is iterated.
+      batches: one pass over the positives, shuffled anew each time it is iterated.
+      num_positives: examples of one pass.
       catalogue: every item.
       users: for validation.
       config: optimiser and stopping settings.
       log_file: JSON list with one entry per epoch, rewritten after each.
 
     Returns:
-      One dict per epoch: epoch, loss, validation metrics, train_s, validation_s.
+      One dict per epoch: epoch, loss (mean over its steps), RECALL, NDCG, train_s, validation_s.
 
     Raises:
-      ConfigError: the loss is no longer finite.
+      DataError: the loss is no longer finite.
     """
-    # Adagrad, because its update touches only the embedding rows of the batch; Adam's decays every row each step.
-    model.compile(optimizer=tf.keras.optimizers.legacy.Adagrad(config.learning_rate))
-    recall = metrics.metric_key("retrieval", "recall", k=VALIDATION_K)
-    epochs: list[dict[str, float]] = []
-    best_epoch, best_weights = 0, model.get_weights()
-    while len(epochs) < config.max_epochs and len(epochs) - best_epoch < config.patience_epochs:
-        started = time.monotonic()
-        loss = model.fit(batches, verbose=0).history["loss"][-1]
+    # The update of Adagrad touches only the embedding rows of the batch; that of Adam decays every row.
+    optimizer = tf.keras.optimizers.legacy.Adagrad(
+        config.learning_rate, initial_accumulator_value=_INITIAL_ACCUMULATOR
+    )
+    model.compile(optimizer=optimizer)
+    validation = _Validation(catalogue, users, config.patience_epochs, log_file)
+    model.fit(
+        batches.repeat(),
+        steps_per_epoch=min(config.max_steps_per_epoch, max(1, num_positives // config.batch_size)),
+        epochs=config.max_epochs,
+        callbacks=[validation],
+        verbose=0,
+    )
+    return validation.epochs
+
+
+class _Validation(tf.keras.callbacks.Callback):
+    """Measures recall after each epoch, stops when it no longer grows, restores the best weights."""
+
+    def __init__(self, catalogue: Catalogue, users: ValidationUsers, patience: int, log_file: Path) -> None:
+        super().__init__()
+        self.catalogue = catalogue
+        self.users = users
+        self.patience = patience
+        self.log_file = log_file
+        self.epochs: list[dict[str, float]] = []
+        self.best_epoch = 0
+        self.best_weights: list[np.ndarray] = []
+        self.started = 0.0
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self.started = time.monotonic()
+
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, float]) -> None:
+        loss = float(logs[self.model.mean_loss.name])
         if not np.isfinite(loss):
-            raise ConfigError(f"retrieval loss became {loss} in epoch {len(epochs) + 1}; lower learning_rate")
+            raise DataError(f"the retrieval loss became {loss} in epoch {epoch + 1}; lower learning_rate")
         trained = time.monotonic()
-        measured = validate(model, catalogue, users)
-        epoch = {"epoch": len(epochs) + 1, "loss": float(loss), **measured}
-        epoch |= {"train_s": trained - started, "validation_s": time.monotonic() - trained}
-        epochs.append(epoch)
-        logger.info("retrieval %s", " ".join(f"{name}={value:.4g}" for name, value in epoch.items()))
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        log_file.write_text(json.dumps(epochs, indent=2), encoding="utf-8")
-        if best_epoch == 0 or epoch[recall] > epochs[best_epoch - 1][recall]:
-            best_epoch, best_weights = len(epochs), model.get_weights()
-    model.set_weights(best_weights)
-    logger.info("retrieval best_epoch=%d %s=%.4f", best_epoch, recall, epochs[best_epoch - 1][recall])
-    return epochs
+        queries = self.model.encode_users(self.users.query)
+        measured = validate(queries, self.model.encode_catalogue(self.catalogue), self.users)
+        record = {"epoch": epoch + 1, "loss": loss, **measured}
+        record |= {"train_s": trained - self.started, "validation_s": time.monotonic() - trained}
+        self.epochs.append(record)
+        logger.info("retrieval %s", " ".join(f"{name}={value:.4g}" for name, value in record.items()))
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        self.log_file.write_text(json.dumps(self.epochs, indent=2) + "\n", encoding="utf-8")
+        if epoch == 0 or record[RECALL] > self.epochs[self.best_epoch][RECALL]:
+            self.best_epoch, self.best_weights = epoch, self.model.get_weights()
+        elif epoch - self.best_epoch >= self.patience:
+            self.model.stop_training = True
+
+    def on_train_end(self, logs: Any = None) -> None:
+        self.model.set_weights(self.best_weights)
+        best = self.epochs[self.best_epoch]
+        logger.info("retrieval best_epoch=%d %s=%.4f", self.best_epoch + 1, RECALL, best[RECALL])

@@ -1,8 +1,9 @@
-"""Tiny models with the exported signatures of docs/architecture.md, computed by rules that tests can redo by hand."""
+"""Tiny models with the exported signatures of docs/architecture.md; their rules can be redone by hand."""
 
 from pathlib import Path
 
 import tensorflow as tf
+from tensorflow.python.data.experimental.ops import testing  # the only op that waits without computing
 
 ITEM_IDS = [f"item{i}" for i in range(8)]
 MAX_K = 8
@@ -35,8 +36,9 @@ class Retrieval(tf.Module):
         input_signature=[*QUERY, tf.TensorSpec([None], tf.int32, name="k"), _text(2, "exclude_item_ids")]
     )
     def serve(self, user_id, age, event_time_unix_s, history_item_ids, k, exclude_item_ids):
-        max_k = tf.reduce_max(k)
-        tf.debugging.assert_less_equal(max_k, MAX_K, message="k above the exported maximum")
+        within = tf.debugging.assert_less_equal(k, MAX_K, message="k above the exported maximum")
+        with tf.control_dependencies([within]):  # otherwise top_k may fail first, with a text of its own
+            max_k = tf.reduce_max(k)
         scores = tf.range(len(ITEM_IDS), 0.0, -1.0)
         excluded = tf.reduce_any(self.item_ids[None, :, None] == exclude_item_ids[:, None, :], axis=2)
         kept = tf.where(excluded, -1.0, scores[None, :])
@@ -54,7 +56,7 @@ class Retrieval(tf.Module):
 
 
 class Ranking(tf.Module):
-    """Prefers high item numbers: click = number / 10, watch_time = age (0 when missing), score = their sum."""
+    """click = item number / 10, watch_time = age (0 when missing), score = their sum."""
 
     @tf.function(input_signature=[*QUERY, _text(2, "candidate_item_ids")])
     def serve(self, user_id, age, event_time_unix_s, history_item_ids, candidate_item_ids):
@@ -100,16 +102,13 @@ class Echo(tf.Module):
 
     @tf.function(input_signature=[tf.TensorSpec([], tf.float32, name="seconds")])
     def sleep(self, seconds):
-        def burn(end):
-            return tf.timestamp() < end
-
-        end = tf.timestamp() + tf.cast(seconds, tf.float64)
-        tf.while_loop(burn, lambda end: [tf.identity(end)], [end])
-        return {"done": seconds}
+        one = tf.data.Dataset.from_tensors(seconds)
+        slow = one.apply(testing.sleep(tf.cast(seconds * 1e6, tf.int64)))
+        return {"done": slow.take(1).reduce(0.0, lambda _, value: value)}
 
 
 def save(model: tf.Module, path: Path, **signatures) -> Path:
-    """Saves at a path beside and renames, as the Pusher does, so that a polling server sees whole versions."""
+    """Saves beside the path and renames, so that a polling server sees whole versions only."""
     partial = path.with_name(f".{path.name}")
     tf.saved_model.save(model, str(partial), signatures=signatures or {"serving_default": model.serve})
     partial.rename(path)

@@ -16,7 +16,9 @@ TEXT = {"text": np.dtype(object)}
 
 
 def decode(body, dtypes):
-    return decode_predict_request(body if isinstance(body, bytes) else json.dumps(body).encode(), lambda _: dtypes)
+    return decode_predict_request(
+        body if isinstance(body, bytes) else json.dumps(body).encode(), lambda _: dtypes
+    )
 
 
 def decode_one(value, dtype):
@@ -162,7 +164,7 @@ def test_a_number_that_the_float_type_cannot_hold_is_refused(value, dtype):
 @pytest.mark.parametrize("second_size", [3, None])
 def test_rows_need_outputs_with_one_first_dimension(second_size):
     second = np.zeros(() if second_size is None else second_size)
-    with pytest.raises(RequestError, match="common first dimension.*column format"):
+    with pytest.raises(RequestError, match=r"common first dimension.*column format"):
         encode_predict_response({"x": np.zeros(2), "y": second}, "row")
 
 

@@ -2,8 +2,6 @@
 
 import io
 import math
-import os
-import pathlib
 import tarfile
 import zipfile
 
@@ -17,14 +15,6 @@ from trainer import baselines
 
 DAY = 86_400
 NOTHING = np.empty(0, dtype=np.int64)
-
-
-def shared_file(name):
-    root = os.environ.get("FUNNEL_SHARED_DIR") or pathlib.Path(__file__).parents[2].parent / "shared"
-    path = pathlib.Path(root) / "data" / name
-    if not path.exists():
-        pytest.skip(f"needs {path}; set FUNNEL_SHARED_DIR to the folder that holds data/{name}")
-    return path
 
 
 def test_popular_items_come_first_and_seen_ones_not_at_all():
@@ -56,7 +46,7 @@ def test_lists_do_not_depend_on_how_users_are_chunked(monkeypatch):
 
 
 def test_recent_popularity_counts_the_window_and_breaks_ties_by_all_of_training():
-    # Item 0: 3 old events. Item 1: 1 event in the window. Item 2: 1 in the window, 1 old. Item 3: just before it.
+    # Item 0: 3 old events. Item 1: 1 in the window. Item 2: 1 in the window, 1 old. Item 3: just before it.
     codes = np.array([0, 0, 0, 1, 2, 2, 3])
     times = np.array([0, 1, 2, 95, 0, 100, 93]) * DAY
     scores = baselines.recent_popularity(codes, times, num_items=4, window_days=7)
@@ -181,8 +171,9 @@ def test_bad_ranking_input_is_refused(arguments, error):
         baselines.item_mean(*arguments)
 
 
-def test_popularity_on_movielens_reproduces_the_anchor_figures():
-    with zipfile.ZipFile(shared_file("ml-1m.zip")) as archive:
+@pytest.mark.slow
+def test_popularity_on_movielens_reproduces_the_anchor_figures(shared_dir):
+    with zipfile.ZipFile(shared_dir / "data" / "ml-1m.zip") as archive:
         movies = [
             line.split("::")[0] for line in archive.read("ml-1m/movies.dat").decode("latin-1").splitlines()
         ]
@@ -219,8 +210,9 @@ def test_popularity_on_movielens_reproduces_the_anchor_figures():
     }
 
 
-def test_means_on_kuairand_reproduce_the_anchor_figures():
-    with tarfile.open(shared_file("KuaiRand-Pure-subset.tar.gz")) as archive:
+@pytest.mark.slow
+def test_means_on_kuairand_reproduce_the_anchor_figures(shared_dir):
+    with tarfile.open(shared_dir / "data" / "KuaiRand-Pure-subset.tar.gz") as archive:
         member = archive.extractfile("KuaiRand-Pure/data/log_standard_4_22_to_5_08_pure.csv")
         assert member is not None
         log = pl.read_csv(member.read())

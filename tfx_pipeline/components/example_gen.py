@@ -10,6 +10,7 @@ import enum
 import io
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
@@ -17,16 +18,14 @@ import polars as pl
 import pyarrow.parquet
 import tensorflow as tf
 from google.protobuf import struct_pb2
-from tfx import v1 as tfx
-from tfx.components.example_gen import base_example_gen_executor
+from tfx import types
+from tfx.components.example_gen import component
 from tfx.components.util import examples_utils
-from tfx.dsl.components.base import executor_spec
+from tfx.dsl.components.base import base_beam_executor, executor_spec
 from tfx.proto import example_gen_pb2
 from tfx.types import artifact_utils
 from tfx.utils import proto_utils
 from tfx_bsl.coders import example_coder
-
-from pathlib import Path
 
 from schema.contract import DatasetSpec, dataset_spec_from_json
 from schema.tables import INTERACTIONS, ITEMS, USERS, read_summary
@@ -60,7 +59,7 @@ class ExampleKind(str, enum.Enum):
 
 def contract_example_gen(
     kind: ExampleKind, tables_dir: str, spec: DatasetSpec, max_positives_per_user: int
-) -> tfx.components.FileBasedExampleGen:
+) -> component.FileBasedExampleGen:
     """The ExampleGen component for one kind of example.
 
     Args:
@@ -71,32 +70,34 @@ def contract_example_gen(
     """
     settings = struct_pb2.Struct()
     settings.update(
-        {"kind": kind.value, "dataset": spec.model_dump_json(), "max_positives_per_user": max_positives_per_user}
+        {
+            "kind": kind.value,
+            "dataset": spec.model_dump_json(),
+            "max_positives_per_user": max_positives_per_user,
+        }
     )
     custom_config = example_gen_pb2.CustomConfig()
     custom_config.custom_config.Pack(settings)
     splits = [example_gen_pb2.SplitConfig.Split(name=name, hash_buckets=1) for name in kind.splits]
     names = {"interactions": "InteractionGen", "user_states": "UserStateGen", "catalogue": "CatalogueGen"}
-    return tfx.components.FileBasedExampleGen(
+    return component.FileBasedExampleGen(
         input_base=tables_dir,
-        input_config=example_gen_pb2.Input(splits=[example_gen_pb2.Input.Split(name="tables", pattern="*.parquet")]),
+        input_config=example_gen_pb2.Input(
+            splits=[example_gen_pb2.Input.Split(name="tables", pattern="*.parquet")]
+        ),
         output_config=example_gen_pb2.Output(split_config=example_gen_pb2.SplitConfig(splits=splits)),
         custom_config=custom_config,
         custom_executor_spec=executor_spec.BeamExecutorSpec(ContractExecutor),
     ).with_id(names[kind.value])
 
 
-class ContractExecutor(base_example_gen_executor.BaseExampleGenExecutor):
+class ContractExecutor(base_beam_executor.BaseBeamExecutor):  # type: ignore[misc]
     """Reads contract tables, groups rows by user and writes one kind of example."""
-
-    def GenerateExamplesByBeam(self, pipeline: beam.Pipeline, exec_properties: dict[str, Any]) -> dict[str, Any]:
-        """Required by the base class; unused, since `Do` writes whole shards instead of single records."""
-        raise NotImplementedError("ContractExecutor writes its files shard by shard in Do")
 
     def Do(
         self,
-        input_dict: dict[str, list[tfx.types.Artifact]],
-        output_dict: dict[str, list[tfx.types.Artifact]],
+        input_dict: dict[str, list[types.Artifact]],
+        output_dict: dict[str, list[types.Artifact]],
         exec_properties: dict[str, Any],
     ) -> None:
         """Runs the Beam pipeline; see the base class for the arguments."""
@@ -150,7 +151,9 @@ def _row_groups(tables_dir: Path, kind: ExampleKind) -> list[tuple[str, int, int
     return groups
 
 
-def _partition(row_group: tuple[str, int, int], tables_dir: str, num_shards: int) -> Iterator[tuple[int, tuple[str, bytes]]]:
+def _partition(
+    row_group: tuple[str, int, int], tables_dir: str, num_shards: int
+) -> Iterator[tuple[int, tuple[str, bytes]]]:
     """Splits one row group by a hash of the user id into (shard, (table, Arrow IPC bytes))."""
     name, index, _ = row_group
     if name == ITEMS:
@@ -216,12 +219,16 @@ class _BuildShard(beam.DoFn):  # type: ignore[misc]
         users = pl.concat(tables[USERS]) if tables[USERS] else self._empty(USERS)
         if self._kind is ExampleKind.USER_STATES:
             states = user_state_columns(events, users, self._spec, self._settings, self._default_surface())
-            held_out = dict.fromkeys((features.EVAL_ITEMS, features.TEST_ITEMS, features.SEEN_ITEMS), "string")
+            held_out = dict.fromkeys(
+                (features.EVAL_ITEMS, features.TEST_ITEMS, features.SEEN_ITEMS), "string"
+            )
             self._write(index, self._kind.value, states, {**query, **held_out})
             return
         columns = interaction_columns(events, users, self._items, self._spec, self._settings)
         for split in self._kind.splits:
-            self._write(index, split, columns.filter(pl.col("split") == split), {**query, **candidate, **labels})
+            self._write(
+                index, split, columns.filter(pl.col("split") == split), {**query, **candidate, **labels}
+            )
 
     def _empty(self, name: str) -> pl.DataFrame:
         return pl.read_parquet(self._tables_dir / name, n_rows=0)
@@ -235,7 +242,9 @@ class _BuildShard(beam.DoFn):  # type: ignore[misc]
         return str(top[features.SURFACE][0]) if len(top) else None
 
     def _write(self, shard: int, split: str, table: pl.DataFrame, inputs: Mapping[str, str]) -> None:
-        path = os.path.join(self._split_dirs[split], f"data_tfrecord-{shard:05d}-of-{self._num_shards:05d}.gz")
+        path = os.path.join(
+            self._split_dirs[split], f"data_tfrecord-{shard:05d}-of-{self._num_shards:05d}.gz"
+        )
         options = tf.io.TFRecordOptions(compression_type="GZIP", compression_level=1)
         with tf.io.TFRecordWriter(path + ".tmp", options) as writer:
             for batch in table.iter_slices(_ROWS_PER_BATCH):

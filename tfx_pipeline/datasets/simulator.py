@@ -1,8 +1,9 @@
 """A small video platform with known truth: the embedded default dataset.
 
-`simulate` plays a log day by day. People open the app; an old policy fills the screen; they examine, click, watch and
-react by the laws of `simulator_world.py`; each night the policy counts the day's clicks. It writes the source tables
-that `schema/datasets/simulated.yaml` maps, and what no real log has beside them in `truth/`: see docs/simulator.md.
+`simulate` plays a log day by day. People open the app; an old policy fills the screen; they examine, click,
+watch and react by the laws of `simulator_world.py`; each night the policy counts the day's clicks. The source
+tables are those that `schema/datasets/simulated.yaml` maps; `truth/` beside them holds what no real log has.
+docs/simulator.md tells the whole story.
 """
 
 from __future__ import annotations
@@ -41,7 +42,15 @@ from tfx_pipeline.datasets.simulator_world import (
     Users,
 )
 
-__all__ = ["DEFAULT", "EXAMINATION", "TINY", "SimulatorConfig", "choose_screen", "simulate", "true_click_probability"]
+__all__ = [
+    "DEFAULT",
+    "EXAMINATION",
+    "TINY",
+    "SimulatorConfig",
+    "choose_screen",
+    "simulate",
+    "true_click_probability",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +59,9 @@ Column = npt.NDArray[Any]
 SURFACES = tuple(EXAMINATION)
 _SHORTEST_SCREEN = (4, 3)  # videos per surface; the longest screens are as long as the examination curves
 _SCREEN = max(len(curve) for curve in EXAMINATION.values())
-_EXAMINATION_BY_SURFACE = np.array([np.pad(curve, (0, _SCREEN - len(curve))) for curve in EXAMINATION.values()])
+_EXAMINATION_BY_SURFACE = np.array(
+    [np.pad(curve, (0, _SCREEN - len(curve))) for curve in EXAMINATION.values()]
+)
 _QUERIES_PER_TOPIC = 23
 _SEARCH_SHARE = 0.2
 _SAME_SESSION_SHARE = 0.55  # of a user's later requests of a day follow at once on the one before
@@ -58,7 +69,7 @@ _SAME_SESSION_SHARE = 0.55  # of a user's later requests of a day follow at once
 # The old policy's score, in log-odds of being chosen.
 _POLICY_POPULARITY = 1.15
 _POLICY_INTEREST = 1.1
-_POLICY_FRESHNESS = 4.5
+_POLICY_FRESHNESS = 5.0
 _POLICY_FRESHNESS_DAYS = 1.5
 _POLICY_QUERY = 4.0
 _POLICY_CLICKED_BEFORE = -6.0
@@ -67,17 +78,19 @@ _REQUESTS_AT_ONCE = 1024  # bounds memory: this many requests x all items
 
 
 def simulate(config: SimulatorConfig, destination: Path) -> None:
-    """Writes `interactions.parquet`, `users.parquet`, `items.parquet` and `truth/*.parquet` under `destination`.
+    """Writes interactions.parquet, users.parquet, items.parquet and truth/*.parquet under `destination`.
 
-    Everything is written to a temporary folder beside `destination` that takes its name at the end, so a simulation
-    that is interrupted leaves nothing behind under that name.
+    Everything is written to a temporary folder beside `destination` that takes its name at the end, so a
+    simulation that is interrupted leaves nothing behind under that name.
 
     Raises:
       DataError: `destination` exists and is not an empty folder.
     """
     destination = Path(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise DataError(f"{destination} exists and is not an empty folder; remove it, or simulate into another one")
+        raise DataError(
+            f"{destination} exists and is not an empty folder; remove it, or simulate into another one"
+        )
     item_rng, user_rng, log_rng, table_rng = (
         np.random.default_rng(seed) for seed in np.random.SeedSequence(config.seed).spawn(4)
     )
@@ -102,13 +115,15 @@ def simulate(config: SimulatorConfig, destination: Path) -> None:
     except BaseException:
         shutil.rmtree(staging)
         raise
-    _log.info("simulated impressions=%d users=%d items=%d", len(interactions), config.num_users, config.num_items)
+    _log.info(
+        "simulated impressions=%d users=%d items=%d", len(interactions), config.num_users, config.num_items
+    )
 
 
 def true_click_probability(
     truth_dir: Path,
-    user_ids: Sequence[str] | npt.NDArray[np.str_],
-    item_ids: Sequence[str] | npt.NDArray[np.str_],
+    user_ids: Sequence[str] | pl.Series,
+    item_ids: Sequence[str] | pl.Series,
     event_time_unix_s: npt.ArrayLike,
 ) -> Floats:
     """How likely each user, having examined the item on the home surface, is to click it.
@@ -116,8 +131,8 @@ def true_click_probability(
     Args:
       truth_dir: the `truth` folder that `simulate` wrote.
       user_ids, item_ids: N ids each; N pairs are answered, not a product.
-      event_time_unix_s: [N] or a scalar, unix seconds; interests before and after the log are those of its first and
-        last day.
+      event_time_unix_s: [N] or a scalar, unix seconds; interests before and after the log are those of its
+        first and last day.
 
     Returns:
       float64 [N], in (0, 1).
@@ -128,22 +143,24 @@ def true_click_probability(
     users, items = (pl.read_parquet(Path(truth_dir) / f"{name}.parquet") for name in ("users", "items"))
     user = _rows(users["user_id"], user_ids)
     item = _rows(items["item_id"], item_ids)
-    interests = np.stack(users["interests"].to_numpy())  # [U, D x T]
-    topics = np.stack(items["topics"].to_numpy())
-    interests = interests.reshape(len(interests), -1, topics.shape[1])
+    topics = _matrix(items["topics"])
+    interests = _matrix(users["interests"]).reshape(len(users), -1, topics.shape[1])  # [U, D, T]
     num_days = interests.shape[1]
     day = (np.asarray(event_time_unix_s) - (LOG_END_UNIX_S - num_days * DAY_S)) // DAY_S
     subscriptions = users.select("user_id", creator_id="subscribed_creators").explode("creator_id")
     pairs = pl.DataFrame({"user_id": users["user_id"][user], "creator_id": items["creator_id"][item]})
     subscribed = pairs.join(
-        subscriptions.with_columns(subscribed=True), on=["user_id", "creator_id"], how="left", maintain_order="left"
+        subscriptions.with_columns(subscribed=True),
+        on=["user_id", "creator_id"],
+        how="left",
+        maintain_order="left",
     )["subscribed"]
     return expit(
         world.relevance_logit(
             interests[user, np.clip(day, 0, num_days - 1)],
             topics[item],
-            np.stack(users["style"].to_numpy())[user],
-            np.stack(items["style"].to_numpy())[item],
+            _matrix(users["style"])[user],
+            _matrix(items["style"])[item],
             users["bias"].to_numpy()[user],
             items["quality"].to_numpy()[item],
             subscribed.fill_null(False).to_numpy(),
@@ -152,12 +169,21 @@ def true_click_probability(
     )
 
 
-def _rows(known: pl.Series, wanted: Sequence[str] | npt.NDArray[np.str_]) -> Ints:
-    asked = pl.DataFrame({"id": np.asarray(wanted)}, schema={"id": pl.String})
-    rows = asked.join(pl.DataFrame({"id": known}).with_row_index("row"), on="id", how="left", maintain_order="left")
+def _matrix(lists: pl.Series) -> Floats:
+    """Lists of one length as the rows of a matrix."""
+    return lists.explode().to_numpy().reshape(len(lists), -1)
+
+
+def _rows(known: pl.Series, wanted: Sequence[str] | pl.Series) -> Ints:
+    asked = pl.DataFrame({"id": wanted}, schema={"id": pl.String})
+    rows = asked.join(
+        pl.DataFrame({"id": known}).with_row_index("row"), on="id", how="left", maintain_order="left"
+    )
     if rows["row"].null_count():
         missing = rows.filter(pl.col("row").is_null())["id"][0]
-        raise DataError(f"{known.name} {missing!r} is not in the simulation; ids run from {known[0]} to {known[-1]}")
+        raise DataError(
+            f"{known.name} {missing!r} is not in the simulation; ids run from {known[0]} to {known[-1]}"
+        )
     return rows["row"].to_numpy().astype(np.int64)
 
 
@@ -180,7 +206,9 @@ def _play(
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The log and its truth, one row per impression in both, ordered by time."""
     pairs = (config.num_users, config.num_items)
-    log = _Log(items.prior_views, np.zeros(pairs, bool), np.zeros(pairs, bool), np.zeros(config.num_users, np.int64))
+    log = _Log(
+        items.prior_views, np.zeros(pairs, bool), np.zeros(pairs, bool), np.zeros(config.num_users, np.int64)
+    )
     session = np.zeros(config.num_users, np.int64)
     num_sessions = num_requests = 0
     batches: list[dict[str, Column]] = []
@@ -218,14 +246,16 @@ def _serve(
     time: Ints,
     rng: np.random.Generator,
 ) -> dict[str, Column]:
-    """Answers one request of each user [n] at `time` [n], and lets them react; updates `log` but for its views.
+    """Answers one request of each user [n] at `time` [n], lets them react, and updates `log` (not its views).
 
     Returns:
-      Columns of shape [n, 1] (of the request) or [n, K] (of the impression); `shown` says which of the K were.
+      Columns of shape [n, 1] (of the request) or [n, K] (of the impression); `shown` says which were.
     """
     surface = (rng.random(len(user)) < _SEARCH_SHARE).astype(np.int64)
     explores = rng.random(len(user)) < config.exploration_fraction
-    query_topic = (users.interests[day, user] + rng.gumbel(size=(len(user), config.num_topics))).argmax(axis=1)
+    query_topic = (users.interests[day, user] + rng.gumbel(size=(len(user), config.num_topics))).argmax(
+        axis=1
+    )
     query_share = 1 / np.arange(1, _QUERIES_PER_TOPIC + 1)
     query = rng.choice(_QUERIES_PER_TOPIC, len(user), p=query_share / query_share.sum())
     query += query_topic * _QUERIES_PER_TOPIC
@@ -282,17 +312,21 @@ def _serve(
         "examined": examined,
         "click_probability": expit(logit),
         "relevant": relevant,
-        "expected_watch_time_s": world.expected_watch_time_s(examination * expit(logit), patience, duration_s),
+        "expected_watch_time_s": world.expected_watch_time_s(
+            examination * expit(logit), patience, duration_s
+        ),
     }
 
 
 def _policy_score(users: Users, items: Items, log: _Log, user: Ints, time: Ints, query_topic: Ints) -> Floats:
-    """The old policy's log-odds [n, I]: popularity, a stale idea of the user's interests, freshness, the query."""
-    age_days = np.maximum(time[:, None] - items.upload_time, 0) / DAY_S
+    """The old policy's log-odds [n, I]: popularity, a stale idea of the interests, freshness, the query."""
     barrier = world.language_penalty(np.arange(len(LANGUAGES))[:, None], items.language)
     score = _POLICY_INTEREST * users.remembered_interests[user] @ items.topics.T
     score += _POLICY_POPULARITY * np.log1p(log.views)
-    score += _POLICY_FRESHNESS * np.exp(-age_days / _POLICY_FRESHNESS_DAYS)
+    # exp(-age / scale), as one factor per request and one per item; a video not there yet counts as new.
+    now, scale = time.max(initial=0), _POLICY_FRESHNESS_DAYS * DAY_S
+    age = np.maximum(now - items.upload_time, 0) / scale
+    score += _POLICY_FRESHNESS * np.outer(np.exp((now - time) / scale), np.exp(-age))
     score += barrier[users.language[user]]
     score += _POLICY_CLICKED_BEFORE * log.clicked[user]
     score += _POLICY_QUERY * ((items.topics.T[query_topic] > 0) & (query_topic >= 0)[:, None])
@@ -300,32 +334,35 @@ def _policy_score(users: Users, items: Items, log: _Log, user: Ints, time: Ints,
 
 
 def choose_screen(score: Floats, eligible: Bools, size: int, rng: np.random.Generator) -> tuple[Ints, Floats]:
-    """Fills screens by Plackett-Luce sampling: each position draws from the softmax of the items that are left.
+    """Fills screens by Plackett-Luce sampling: each position draws from the softmax of the items left.
 
-    Drawn at once for all positions as the `size` largest of score + Gumbel noise.
+    Drawn for all positions at once, as a race: every item finishes after an exponential time with rate
+    exp(score), and the first `size` to finish fill the positions in that order.
 
     Args:
       score: float [n, I], log-odds; equal scores make a uniformly random screen.
       eligible: bool [n, I], at least `size` per row; others are never shown.
       size: positions to fill.
+      rng: source of randomness.
 
     Returns:
-      items int64 [n, size] from the first position to the last, and propensities float64 [n, size]: the probability
-      of the item at its position given the items above it.
+      items int64 [n, size] from the first position to the last, and propensities float64 [n, size]: the
+      probability of the item at its position given the items above it.
 
-    Source: Yellott, J. Math. Psychology 1977, doi:10.1016/0022-2496(77)90026-8 (Gumbel noise gives Luce's choices).
+    Source: Plackett, J. R. Stat. Soc. C 1975, doi:10.2307/2346567.
     """
     logit = np.where(eligible, score, -np.inf)
-    noisy = logit - np.log(rng.standard_exponential(score.shape))
-    rows = np.arange(len(score))[:, None]
-    top = np.argpartition(-noisy, size - 1, axis=1)[:, :size]
-    top = top[rows, np.argsort(-noisy[rows, top], axis=1)]
     weight = np.exp(logit - logit.max(axis=1, keepdims=True), dtype=np.float64)
-    chosen = weight[rows, top]
-    weight[rows, top] = 0
+    with np.errstate(divide="ignore"):  # who is not eligible never finishes
+        finish = rng.standard_exponential(weight.shape) / weight
+    rows = np.arange(len(score))[:, None]
+    first = np.argpartition(finish, size - 1, axis=1)[:, :size]
+    first = first[rows, np.argsort(finish[rows, first], axis=1)]
+    chosen = weight[rows, first]
+    weight[rows, first] = 0
     # Summed from the last position up: subtracting from the total would cancel when one item dominates.
     left = weight.sum(axis=1, keepdims=True) + chosen[:, ::-1].cumsum(axis=1)[:, ::-1]
-    return top, chosen / left
+    return first, chosen / left
 
 
 def _queries() -> list[list[str]]:
@@ -415,7 +452,9 @@ def _item_table(items: Items, rng: np.random.Generator) -> pl.DataFrame:
             "creator_id": _ids("c", items.creator),
             "upload_time": items.upload_time,
             "title": items.title,
-            "topics": [names[order[row[order]]].tolist() for order, row in zip(by_weight, tagged, strict=True)],
+            "topics": [
+                names[order[row[order]]].tolist() for order, row in zip(by_weight, tagged, strict=True)
+            ],
             "item_language": pl.Series(LANGUAGES)[items.language],
             "duration_s": items.duration_s,
         }

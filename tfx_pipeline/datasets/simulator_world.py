@@ -1,13 +1,14 @@
 """The simulated platform's population, and the laws by which people react to videos.
 
-The policy that fills the screen lives in `simulator.py`; nothing here knows about it. Letters: U = users, I = items,
-C = creators, T = topics, S = hidden style dimensions, D = days, N = impressions.
+The policy that fills the screen lives in `simulator.py`; nothing here knows about it. Letters: U = users,
+I = items, C = creators, T = topics, S = hidden style dimensions, D = days, N = impressions.
 """
 
 from __future__ import annotations
 
 import datetime
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ from scipy.special import expit, ndtr
 
 from schema.errors import ConfigError
 
-Floats = npt.NDArray[np.floating]
+Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
@@ -23,10 +24,10 @@ DAY_S = 86_400
 UTC_OFFSET_HOURS = 1
 LOG_END_UNIX_S = int(datetime.datetime.fromisoformat("2024-01-24T00:00:00+01:00").timestamp())
 
-# The share of displayed videos that people really look at, at positions 1, 2, ...; it depends on nothing else.
+# The share of shown videos that people really look at, at positions 1, 2, ...; it depends on nothing else.
 EXAMINATION: dict[str, Floats] = {
-    "home": 1 / (1 + 0.12 * np.arange(10)),
-    "search": 1 / (1 + 0.25 * np.arange(6)),
+    "home": 1 / (1 + 0.08 * np.arange(10)),
+    "search": 1 / (1 + 0.2 * np.arange(6)),
 }
 MAX_REQUESTS_PER_DAY = 6
 
@@ -56,7 +57,20 @@ TOPIC_WORDS = {
     "film": "trailer director scene sequel actor premiere stunt script",
     "language": "grammar accent vocabulary fluent idiom pronunciation dialogue exam",
 }
-TITLE_OPENERS = "best easy secret honest first perfect tiny wild slow real daily late".split()
+TITLE_OPENERS = [
+    "best",
+    "easy",
+    "secret",
+    "honest",
+    "first",
+    "perfect",
+    "tiny",
+    "wild",
+    "slow",
+    "real",
+    "daily",
+    "late",
+]
 
 AGE_BUCKETS = ("13-17", "18-24", "25-34", "35-44", "45-54", "55+")
 GENDERS = ("female", "male", "other")
@@ -77,10 +91,12 @@ _LANGUAGE_BY_COUNTRY = np.array(  # rows: countries, columns: languages
 _ITEM_LANGUAGE_SHARE = (0.40, 0.22, 0.18, 0.11, 0.09)
 _DEVICE_SHARE = (0.74, 0.08, 0.12, 0.06)
 _DEVICE_PATIENCE = np.array([0.0, 0.15, 0.1, 0.5])  # shift of the log of the watch time
+# A day's traffic: a wide hump around noon, a high one late in the evening, and those who do not sleep yet.
 _HOUR_WEIGHT = (
-    0.25
-    + np.exp(-0.5 * ((np.arange(24) - 12.5) / 3.2) ** 2)
-    + 1.2 * np.exp(-0.5 * ((np.arange(24) - 20.5) / 2.4) ** 2)
+    0.1
+    + np.exp(-0.5 * ((np.arange(24) - 13) / 3.5) ** 2)
+    + 1.5 * np.exp(-0.5 * ((np.arange(24) - 22) / 3) ** 2)
+    + 0.4 * np.exp(-np.arange(24) / 1.5)
 )
 _WEEKDAY_FACTOR = (0.95, 0.92, 0.95, 0.97, 1.05, 1.2, 1.15)  # Monday to Sunday
 
@@ -92,27 +108,27 @@ _INTEREST_DRIFT_VARIANCE = 0.25  # share of an interest's variance that moves
 _INTEREST_DAY_TO_DAY = 0.8  # correlation of the moving part between consecutive days
 
 # Log-odds of a click once a video is examined.
-_CLICK_BASE = -0.6
+_CLICK_BASE = -0.9
 _CLICK_INTEREST = 1.8
 _CLICK_STYLE = 0.45
 _CLICK_SUBSCRIBED = 0.9
 _CLICK_QUERY = 1.2
-_USER_BIAS_SD = 1.2
-_QUALITY_SD = 0.95
+_USER_BIAS_SD = 1.5
+_QUALITY_SD = 1.2
 
 # Watch time.
-_PATIENCE_MEDIAN_S = 24.0
+_PATIENCE_MEDIAN_S = 21.0
 _PATIENCE_SD = 1.05
 _PATIENCE_RELEVANCE = 0.25
 _PATIENCE_DURATION = 0.2
-# How often a video may play, in durations: once for half of the viewers, else 1 + an exponential with mean 0.5, taken at
-# the middles of 16 equally likely slices so that the expected watch time is an exact sum.
+# How often a video may play, in durations: once for half of the viewers, else 1 + an exponential with mean
+# 0.5, taken at the middles of 16 equally likely slices so that the expected watch time is an exact sum.
 _PLAYS = np.concatenate([np.ones(16), 1 - 0.5 * np.log(1 - (np.arange(16) + 0.5) / 16)])
 WATCH_JITTER = 0.02
 MAX_PLAYS = float(_PLAYS.max()) * (1 + WATCH_JITTER)
 _AUTOPLAY_SHARE = 0.83
-_AUTOPLAY_MEDIAN_S = 2.2
-_AUTOPLAY_SD = 0.8
+_AUTOPLAY_MEDIAN_S = 2.1
+_AUTOPLAY_SD = 0.7
 _AUTOPLAY_CAP_S = 7.0
 
 
@@ -164,7 +180,9 @@ class SimulatorConfig:
 
 
 DEFAULT = SimulatorConfig()
-TINY = SimulatorConfig(num_users=200, num_items=150, num_creators=40, num_topics=8, requests_per_user_day=0.37)
+TINY = SimulatorConfig(
+    num_users=200, num_items=150, num_creators=40, num_topics=8, requests_per_user_day=0.37
+)
 
 
 @dataclass(frozen=True)
@@ -229,28 +247,30 @@ def make_items(config: SimulatorConfig, rng: np.random.Generator) -> Items:
     new = rng.permutation(n)[: int(n * _NEW_ITEM_SHARE)]
     upload_time[new] = rng.integers(start, LOG_END_UNIX_S, len(new))
     quality = _QUALITY_SD * (0.5 * creator_quality[creator] + np.sqrt(0.75) * rng.normal(0, 1, n))
-    prior_views = np.exp(2.5 + 0.8 * quality + rng.normal(0, 1.2, n))
+    prior_views = np.exp(2.5 + 0.6 * quality + rng.normal(0, 1.2, n))
     prior_views[new] = 0
 
     words = [text.split() for text in list(TOPIC_WORDS.values())[:num_topics]]
     picks = rng.integers(8, size=(n, 3))
     openers = rng.integers(len(TITLE_OPENERS), size=n)
     title = [
-        " ".join([TITLE_OPENERS[o], words[a][p], words[a][q] if q != p else "", words[b][r] if w > 0 else ""])
+        " ".join(dict.fromkeys([TITLE_OPENERS[o], words[a][p], words[a][q], words[b if w > 0 else a][r]]))
         for o, a, b, w, (p, q, r) in zip(openers, first, second, second_weight, picks, strict=True)
     ]
     return Items(
         creator=creator,
         topics=topics,
         language=np.where(
-            rng.random(n) < 0.9, creator_language[creator], rng.choice(len(LANGUAGES), n, p=_ITEM_LANGUAGE_SHARE)
+            rng.random(n) < 0.9,
+            creator_language[creator],
+            rng.choice(len(LANGUAGES), n, p=_ITEM_LANGUAGE_SHARE),
         ),
         duration_s=np.clip(np.exp(rng.normal(np.log(70), 1.0, n)), 5, 600).round(1),
         upload_time=upload_time,
         quality=quality,
         style=rng.normal(0, 1, (n, _STYLE_DIMS)),
         prior_views=prior_views,
-        title=[" ".join(text.split()).capitalize() for text in title],
+        title=[text.capitalize() for text in title],
     )
 
 
@@ -262,16 +282,21 @@ def make_users(config: SimulatorConfig, items: Items, rng: np.random.Generator) 
     country = rng.choice(len(COUNTRIES), n, p=_COUNTRY_SHARE)
     language = (rng.random((n, 1)) > _LANGUAGE_BY_COUNTRY.cumsum(axis=1)[country]).sum(axis=1)
 
-    # Interests have unit variance: 30 % demographic, 50 % of a few tastes that explain many topics, 20 % personal; and a
-    # part of all that wanders from day to day.
-    group = rng.normal(0, 1, (len(AGE_BUCKETS), num_topics))[age] + rng.normal(0, 1, (len(GENDERS), num_topics))[gender]
+    # Interests have unit variance. The steady part is 30 % demographic, 50 % made of a few tastes that
+    # explain many topics, and 20 % personal; the rest wanders from day to day.
+    group = (
+        rng.normal(0, 1, (len(AGE_BUCKETS), num_topics))[age]
+        + rng.normal(0, 1, (len(GENDERS), num_topics))[gender]
+    )
     tastes = rng.normal(0, 1, (n, _NUM_TASTES)) @ rng.normal(0, 1, (_NUM_TASTES, num_topics))
     personal = rng.normal(0, 1, (n, num_topics))
     steady = np.sqrt(0.3 / 2) * group + np.sqrt(0.5 / _NUM_TASTES) * tastes + np.sqrt(0.2) * personal
     wander = rng.normal(0, 1, (n, num_topics))
     interests = np.empty((days, n, num_topics), np.float32)
     for day in range(days):
-        interests[day] = np.sqrt(1 - _INTEREST_DRIFT_VARIANCE) * steady + np.sqrt(_INTEREST_DRIFT_VARIANCE) * wander
+        interests[day] = (
+            np.sqrt(1 - _INTEREST_DRIFT_VARIANCE) * steady + np.sqrt(_INTEREST_DRIFT_VARIANCE) * wander
+        )
         fresh = rng.normal(0, 1, (n, num_topics))
         wander = _INTEREST_DAY_TO_DAY * wander + np.sqrt(1 - _INTEREST_DAY_TO_DAY**2) * fresh
 
@@ -318,7 +343,9 @@ def _plan_requests(config: SimulatorConfig, rng: np.random.Generator) -> tuple[I
     count = np.where(day < first_day, 0, np.where(day == first_day, np.maximum(count, 1), count))
 
     shape = (days, n, MAX_REQUESTS_PER_DAY)
-    second = rng.choice(24, shape, p=_HOUR_WEIGHT / _HOUR_WEIGHT.sum()) * 3600 + rng.integers(3600, size=shape)
+    second = rng.choice(24, shape, p=_HOUR_WEIGHT / _HOUR_WEIGHT.sum()) * 3600 + rng.integers(
+        3600, size=shape
+    )
     times = day_start[:, None, None] + second
     times[np.arange(MAX_REQUESTS_PER_DAY) >= count[:, :, None]] = LOG_END_UNIX_S
     times.sort(axis=2)
@@ -368,7 +395,7 @@ def query_match(topics_of_query: Floats) -> Floats:
 
 def like_probability(logit: Floats) -> Floats:
     """The chance that a clicked video is liked."""
-    return expit(-5.2 + 0.8 * logit)
+    return expit(-5.5 + 0.7 * logit)
 
 
 def not_interested_probability(logit: Floats) -> Floats:
@@ -391,28 +418,35 @@ def draw_watch_time_s(
 ) -> Floats:
     """Seconds watched, any shape.
 
-    A clicked video plays until the viewer's patience (log-normal) or the video ends; half of the viewers let it play
-    again, for at most `MAX_PLAYS` durations. A video that is not clicked may autoplay for a few seconds.
+    A clicked video plays until the viewer's patience (log-normal) or the video ends; half of the viewers
+    let it play again, for at most `MAX_PLAYS` durations. A video that is not clicked may autoplay for a few
+    seconds.
     """
     shape = clicked.shape
-    played = np.minimum(np.exp(rng.normal(patience_log, _PATIENCE_SD)), rng.choice(_PLAYS, shape) * duration_s)
+    played = np.minimum(
+        np.exp(rng.normal(patience_log, _PATIENCE_SD)), rng.choice(_PLAYS, shape) * duration_s
+    )
     autoplay = np.minimum(
-        _AUTOPLAY_MEDIAN_S * np.exp(rng.normal(0, _AUTOPLAY_SD, shape)), np.minimum(_AUTOPLAY_CAP_S, duration_s)
+        _AUTOPLAY_MEDIAN_S * np.exp(rng.normal(0, _AUTOPLAY_SD, shape)),
+        np.minimum(_AUTOPLAY_CAP_S, duration_s),
     )
     autoplay[rng.random(shape) >= _AUTOPLAY_SHARE] = 0
-    jitter = rng.uniform(1 - WATCH_JITTER, 1 + WATCH_JITTER, shape)  # mean 1: players count frames, not intentions
+    # Mean 1: players count frames, not intentions.
+    jitter = rng.uniform(1 - WATCH_JITTER, 1 + WATCH_JITTER, shape)
     return (np.where(clicked, played, autoplay) * jitter).round(3)
 
 
 def expected_watch_time_s(click_probability: Floats, patience_log: Floats, duration_s: Floats) -> Floats:
     """The mean of `draw_watch_time_s` for a video clicked with `click_probability`, exactly."""
-    played = np.mean([_mean_capped(patience_log, _PATIENCE_SD, plays * duration_s) for plays in _PLAYS], axis=0)
+    played = np.mean(
+        [_mean_capped(patience_log, _PATIENCE_SD, plays * duration_s) for plays in _PLAYS], axis=0
+    )
     cap = np.minimum(_AUTOPLAY_CAP_S, duration_s)
     autoplay = _AUTOPLAY_SHARE * _mean_capped(np.log(_AUTOPLAY_MEDIAN_S), _AUTOPLAY_SD, cap)
     return click_probability * played + (1 - click_probability) * autoplay
 
 
 def _mean_capped(log_mean: Floats | float, log_sd: float, cap: Floats) -> Floats:
-    """E[min(X, cap)] for log-normal X: the part below the cap plus the cap times the chance of reaching it."""
+    """E[min(X, cap)] for log-normal X: the part below the cap, plus the cap times the chance to reach it."""
     z = (np.log(cap) - log_mean) / log_sd
     return np.exp(log_mean + log_sd**2 / 2) * ndtr(z - log_sd) + cap * ndtr(-z)

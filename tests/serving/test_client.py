@@ -1,0 +1,270 @@
+"""The client against the real server, and against stubs where the server cannot be made to misbehave."""
+
+import math
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from schema.errors import ConfigError, ServingError
+from serving import client as client_module
+from serving.client import (
+    BadRequestError,
+    DeadlineExceededError,
+    ModelNotFoundError,
+    RecommenderClient,
+    ServerUnavailableError,
+)
+from serving.transport import InputSpec, Prediction
+from tests.serving import models
+
+QUERY = {
+    "user_id": "known7",
+    "age": 2.5,
+    "event_time_unix_s": 2**53 + 1,
+    "history_item_ids": ["item1", "item4"],
+}
+
+
+@pytest.fixture(params=["grpc", "rest"])
+def target(request, server):
+    return server.grpc_target if request.param == "grpc" else server.rest_target
+
+
+@pytest.fixture
+def client(target):
+    with RecommenderClient(target, timeout_s=30) as client:
+        yield client
+
+
+def test_recommendations_are_the_retrieved_items_in_order_of_their_ranking_score(client, target):
+    answer = client.recommend(QUERY, k=3, exclude_item_ids=["item0", "item4"], num_candidates=5)
+    # Retrieval: items 1 2 3 5 6 with scores 7 6 5 3 2. Ranking: number / 10 + age, so 6 5 3.
+    assert [item.item_id for item in answer.items] == ["item6", "item5", "item3"]
+    assert [item.rank for item in answer.items] == [1, 2, 3]
+    assert [item.retrieval_score for item in answer.items] == [2.0, 3.0, 5.0]
+    assert [item.score for item in answer.items] == pytest.approx([3.1, 3.0, 2.8])
+    assert answer.items[0].predictions == pytest.approx({"click": 0.6, "watch_time": 2.5})
+    assert {item.reason_item_id for item in answer.items} == {"item4"}
+    assert answer.user_is_known is True
+    assert answer.history_length == 2
+    expected_versions = {"retrieval": 1, "ranking": 1} if target.startswith("grpc") else {}
+    assert answer.model_versions == expected_versions
+
+
+def test_features_left_out_count_as_missing(client):
+    answer = client.recommend({"user_id": "u"}, k=2, num_candidates=8)
+    assert [item.item_id for item in answer.items] == ["item7", "item6"]
+    assert answer.items[0].predictions == pytest.approx({"click": 0.7, "watch_time": 0.0})
+    assert answer.items[0].reason_item_id == ""
+    assert answer.user_is_known is False
+    assert answer.history_length == 0
+    assert (
+        client.recommend({"user_id": "u", "age": None, "history_item_ids": []}, k=2, num_candidates=8)
+        == answer
+    )
+
+
+def test_numpy_values_are_accepted(client):
+    query = {"user_id": np.str_("u"), "age": np.float32(2.5), "event_time_unix_s": np.int64(5)}
+    query["history_item_ids"] = np.array(["item1"], object)
+    assert client.recommend(query, k=1, num_candidates=2).history_length == 1
+
+
+def test_retrieve_and_rank_can_be_called_alone(client):
+    retrieval = client.retrieve(QUERY, k=8, exclude_item_ids=[f"item{i}" for i in range(6)])
+    assert [candidate.item_id for candidate in retrieval.candidates] == ["item6", "item7"]
+    ranked = client.rank(QUERY, ["item3", "item9", "item1"])
+    assert [item.item_id for item in ranked] == ["item3", "item9", "item1"]
+    assert [item.score for item in ranked] == pytest.approx([2.8, 3.4, 2.6])
+    assert client.rank(QUERY, []) == []
+
+
+def test_nothing_left_to_recommend_is_an_empty_answer(client):
+    answer = client.recommend(QUERY, k=2, exclude_item_ids=models.ITEM_IDS, num_candidates=8)
+    assert answer.items == ()
+    assert answer.user_is_known is True
+
+
+@pytest.mark.parametrize(
+    ("query", "complaint"),
+    [
+        ({"usr_id": "u"}, "unknown query feature 'usr_id'; did you mean 'user_id'"),
+        ({"zzz": 1}, "unknown query feature 'zzz'.*age, event_time_unix_s, history_item_ids, user_id"),
+        ({"k": 3}, "unknown query feature 'k'"),
+        ({"user_id": 5}, "'user_id' takes type string, got 5"),
+        ({"age": "old"}, "'age' takes type float"),
+        (
+            {"event_time_unix_s": 1.5},
+            "'event_time_unix_s' takes type integer, got 1.5",
+        ),
+        ({"event_time_unix_s": True}, "'event_time_unix_s'"),
+        ({"event_time_unix_s": 2**70}, "event_time_unix_s"),
+        ({"history_item_ids": "item1"}, "'history_item_ids' is multi-valued: expected a list"),
+        ({"history_item_ids": [1]}, "'history_item_ids' takes type string"),
+    ],
+    ids=str,
+)
+def test_a_wrong_query_is_refused_by_name(client, query, complaint):
+    with pytest.raises(BadRequestError, match=complaint):
+        client.recommend(query, k=1, num_candidates=2)
+
+
+@pytest.mark.parametrize(("k", "num_candidates"), [(0, 5), (6, 5)])
+def test_k_must_lie_between_one_and_the_number_of_candidates(client, k, num_candidates):
+    with pytest.raises(BadRequestError, match=f"got k={k}, num_candidates={num_candidates}"):
+        client.recommend(QUERY, k=k, num_candidates=num_candidates)
+
+
+def test_excluded_ids_given_as_one_text_are_refused(client):
+    with pytest.raises(BadRequestError, match="must be a list of ids"):
+        client.retrieve(QUERY, k=1, exclude_item_ids="item1")
+
+
+def test_a_refusal_by_the_model_reaches_the_caller(client):
+    with pytest.raises(BadRequestError, match="k above the exported maximum"):
+        client.recommend(QUERY, k=1, num_candidates=models.MAX_K + 1)
+
+
+def test_a_model_that_is_not_served_is_named(target):
+    with (
+        RecommenderClient(target, retrieval_model="nothing", timeout_s=30) as client,
+        pytest.raises(ModelNotFoundError, match="nothing"),
+    ):
+        client.retrieve(QUERY, k=1)
+
+
+@pytest.mark.parametrize("scheme", ["grpc", "http"])
+def test_a_server_that_never_answers_ends_at_the_deadline(scheme):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        target = f"{scheme}://127.0.0.1:{silent.getsockname()[1]}"
+        with RecommenderClient(target, timeout_s=0.5) as client:
+            started = time.monotonic()
+            with pytest.raises(DeadlineExceededError):
+                client.recommend(QUERY)
+            assert 0.4 < time.monotonic() - started < 5
+
+
+def test_a_server_that_trickles_its_answer_ends_at_the_deadline():
+    def trickle(listener):
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+            try:
+                while True:
+                    connection.sendall(b" ")
+                    time.sleep(0.1)
+            except OSError:
+                return
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=trickle, args=(listener,))
+        thread.start()
+        with RecommenderClient(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout_s=0.5) as client:
+            started = time.monotonic()
+            with pytest.raises(DeadlineExceededError):
+                client.recommend(QUERY)
+            assert time.monotonic() - started < 5
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("scheme", ["grpc", "http"])
+def test_a_server_that_is_down_is_named_with_the_next_step(scheme):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        target = f"{scheme}://127.0.0.1:{closed.getsockname()[1]}"
+    with RecommenderClient(target, timeout_s=5) as client:
+        with pytest.raises(ServerUnavailableError, match=f"{target}.*funnel serve"):
+            client.recommend(QUERY)
+        with pytest.raises(ServerUnavailableError, match=r"not ready after 0\.3 s"):
+            client.wait_until_ready(timeout_s=0.3)
+
+
+def test_ready_server_needs_no_waiting(client):
+    client.wait_until_ready(timeout_s=10)
+
+
+def test_waiting_for_a_model_that_is_not_there_says_so(target):
+    with (
+        RecommenderClient(target, ranking_model="nothing") as client,
+        pytest.raises(ServerUnavailableError, match="nothing"),
+    ):
+        client.wait_until_ready(timeout_s=0.3)
+
+
+@pytest.mark.parametrize("target", ["127.0.0.1:8500", "ftp://x", "grpc://", ""])
+def test_a_target_of_another_form_is_refused(target):
+    with pytest.raises(ConfigError, match="expected grpc://host:port"):
+        RecommenderClient(target)
+
+
+def test_rest_client_does_not_import_tensorflow():
+    code = (
+        "import sys, serving.client as c; c.RecommenderClient('http://a'); print('tensorflow' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+class StubTransport:
+    """A server whose retrieval model takes one more feature after the first call."""
+
+    def __init__(self, score=1.0):
+        self.num_predictions = 0
+        self.score = score
+        self.timeouts_s = []
+
+    def input_specs(self, model, timeout_s):
+        specs = {"user_id": InputSpec("string", "DT_STRING", 1)}
+        if model == "ranking":
+            return {**specs, "candidate_item_ids": InputSpec("string", "DT_STRING", 2)}
+        if self.num_predictions:
+            specs["age"] = InputSpec("float", "DT_FLOAT", 1)
+        return specs
+
+    def predict(self, model, inputs, specs, timeout_s):
+        self.timeouts_s.append(timeout_s)
+        time.sleep(0.05)
+        if model == "ranking":
+            return Prediction({"score": [[self.score]], "item_is_known": [[1]]}, 1)
+        self.num_predictions += 1
+        if set(inputs) != set(self.input_specs(model, timeout_s)):
+            raise BadRequestError("Missing: age")
+        self.inputs = inputs
+        outputs = {"item_ids": [["a"]], "scores": [[1.0]], "reason_item_ids": [[""]]}
+        return Prediction({**outputs, "user_is_known": [0], "history_length": [0]}, 2)
+
+    def close(self):
+        pass
+
+
+def test_a_swapped_model_with_another_feature_is_asked_for_its_features_again(monkeypatch):
+    stub = StubTransport()
+    monkeypatch.setattr(client_module, "open_transport", lambda target: stub)
+    answer = RecommenderClient("stub").retrieve({"user_id": "u"}, k=1)
+    assert answer.model_version == 2
+    assert stub.inputs["user_id"] == ["u"]
+    assert math.isnan(stub.inputs["age"][0])
+
+
+def test_a_score_that_is_not_a_number_is_an_error_not_an_order(monkeypatch):
+    monkeypatch.setattr(client_module, "open_transport", lambda target: StubTransport(score=math.nan))
+    with pytest.raises(ServingError, match="one number per candidate"):
+        RecommenderClient("stub").rank({"user_id": "u"}, ["a"])
+
+
+def test_the_deadline_covers_retrieval_and_ranking_together(monkeypatch):
+    stub = StubTransport()
+    monkeypatch.setattr(client_module, "open_transport", lambda target: stub)
+    client = RecommenderClient("stub", timeout_s=10)
+    client.recommend({"user_id": "u"}, k=1)
+    first, *_, last = stub.timeouts_s
+    assert first <= 10
+    assert last <= first - 0.05
+    with pytest.raises(DeadlineExceededError, match="raise timeout_s"):
+        RecommenderClient("stub", timeout_s=0.04).recommend({"user_id": "u"}, k=1)

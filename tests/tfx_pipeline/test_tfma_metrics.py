@@ -1,0 +1,272 @@
+"""Real TFMA runs of tiny saved models, checked against the slow oracles on the same rows."""
+
+import math
+import types
+
+import numpy as np
+import pytest
+
+from schema.contract import TaskKind, TaskSpec
+from schema.errors import ConfigError
+from tests import oracles
+
+KS = (1, 3, 8)
+LIST_LENGTH = 8
+ITEMS = [f"item-{i}" for i in range(30)]
+TASKS = (
+    TaskSpec(name="click", label="is_click", kind=TaskKind.BINARY),
+    TaskSpec(name="watch", label="watch_time_s", kind=TaskKind.WATCH_TIME),
+)
+# Served lists come in as float32 predictions; sums of 40 of them agree with float64 oracles to this.
+TOLERANCE = 1e-6
+
+
+def user_rows():
+    """User states: a served list, held-out positives (some in the list, for some users none), a surface."""
+    rng = np.random.default_rng(11)
+    rows = []
+    for user in range(40):
+        ranked = rng.permutation(ITEMS)[: rng.integers(4, LIST_LENGTH + 1)].tolist()
+        positives = rng.choice([*ranked[:2], *ITEMS], size=rng.integers(0, 4)).tolist() if user % 5 else None
+        rows.append({"ranked": ranked, "positives": positives, "surface": "feed" if user % 3 else "search"})
+    return rows
+
+
+def impression_rows():
+    """Interactions of 7 users; predictions on a coarse grid, so that ties occur; some labels are missing."""
+    rng = np.random.default_rng(12)
+    rows = []
+    for row in range(45):
+        watch = float(rng.integers(0, 6)) * 10
+        rows.append(
+            {
+                "user_id": f"user-{rng.integers(7)}",
+                # Whole batches without a click label, and single rows without a watch time.
+                "is_click": None if row < 10 or row % 11 == 0 else float(rng.random() < 0.4),
+                "watch_time_s": [] if row % 13 == 0 else watch,
+                "p_click": float(np.float32(rng.integers(1, 9) / 10)),
+                "p_watch": float(np.float32(watch / 2 + rng.integers(0, 30))),
+                "surface": "feed" if row % 2 else "search",
+            }
+        )
+    return rows
+
+
+def write_examples(path, rows):
+    import tensorflow as tf
+
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for row in rows:
+            example = tf.train.Example()
+            for name, value in row.items():
+                if value is None:
+                    continue  # A missing value can be an absent feature as well as an empty list.
+                values = value if isinstance(value, list) else [value]
+                feature = example.features.feature[name]
+                if name in ("surface", "user_id", "ranked", "positives"):
+                    feature.bytes_list.value.extend(v.encode() for v in values)
+                else:
+                    feature.float_list.value.extend(values)
+            writer.write(example.SerializeToString())
+
+
+def save_retrieval_model(path, reverse):
+    """Serves the list that stands in the example, padded to the exported maximum; backwards if `reverse`."""
+    import tensorflow as tf
+
+    module = tf.Module()
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "examples")])
+    def serving_examples(examples):
+        lists = tf.io.parse_example(examples, {"ranked": tf.io.RaggedFeature(tf.string)})["ranked"]
+        item_ids = (lists[:, ::-1] if reverse else lists).to_tensor("", shape=[None, LIST_LENGTH])
+        return {"item_ids": item_ids, "scores": tf.zeros(tf.shape(item_ids))}
+
+    tf.saved_model.save(module, str(path), signatures={"serving_examples": serving_examples})
+
+
+def save_ranking_model(path):
+    """Serves the predictions that stand in the example."""
+    import tensorflow as tf
+
+    module = tf.Module()
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "examples")])
+    def serving_examples(examples):
+        names = ("p_click", "p_watch")
+        parsed = tf.io.parse_example(examples, {n: tf.io.FixedLenFeature([], tf.float32) for n in names})
+        return {
+            "click": parsed["p_click"],
+            "watch": parsed["p_watch"],
+            "score": parsed["p_click"] + parsed["p_watch"],
+        }
+
+    tf.saved_model.save(module, str(path), signatures={"serving_examples": serving_examples})
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory):
+    """All that needs TFMA, once: two retrieval models against each other, and one ranking model alone."""
+    import tensorflow_model_analysis as tfma
+
+    from tfx_pipeline import tfma_metrics
+
+    folder = tmp_path_factory.mktemp("evaluation")
+    write_examples(folder / "users.tfrecord", user_rows())
+    write_examples(folder / "impressions.tfrecord", impression_rows())
+    save_retrieval_model(folder / "good", reverse=False)
+    save_retrieval_model(folder / "bad", reverse=True)
+    save_ranking_model(folder / "ranking")
+
+    def run(name, config, data, models):
+        config = tfma.utils.update_eval_config_with_defaults(
+            config, has_baseline="baseline" in models, rubber_stamp=True
+        )
+        tfma.run_model_analysis(
+            eval_shared_model=[
+                tfma.default_eval_shared_model(
+                    str(folder / path),
+                    model_name=model_name,
+                    eval_config=config,
+                )
+                for model_name, path in models.items()
+            ],
+            eval_config=config,
+            data_location=str(folder / data),
+            output_path=str(folder / name),
+        )
+        return str(folder / name)
+
+    gate = tfma_metrics.Gate
+    retrieval = tfma_metrics.retrieval_eval_config(
+        "positives",
+        KS,
+        slices=[["surface"]],
+        gates=[
+            gate("retrieval/mrr_at_8", max_drop=0.01),
+            gate("retrieval/recall_at_8", max_drop=0.5),
+            gate("retrieval/ndcg_at_8", min=0.01),
+        ],
+    )
+    ranking = tfma_metrics.ranking_eval_config(
+        TASKS,
+        slices=[["surface"]],
+        gates=[
+            gate("ranking/click/auc", min=0.99, max_drop=0.01),
+            gate("ranking/watch/mae", max=1e6),
+            gate("ranking/watch/xauc", min=0.1),
+        ],
+    )
+    two_models = run("two", retrieval, "users.tfrecord", {"candidate": "bad", "baseline": "good"})
+    alone = run("alone", ranking, "impressions.tfrecord", {"": "ranking"})
+    return types.SimpleNamespace(module=tfma_metrics, tfma=tfma, two_models=two_models, alone=alone)
+
+
+def table(values):
+    return {(value.slice, value.output, value.metric): value.value for value in values}
+
+
+SLICES = [
+    pytest.param(None, id="overall"),
+    pytest.param("feed", id="feed"),
+    pytest.param("search", id="search"),
+]
+
+
+@pytest.mark.parametrize("surface", SLICES)
+@pytest.mark.parametrize("model_name", ["candidate", "baseline"])
+def test_retrieval_figures_equal_the_oracle_per_model_and_slice(evaluation, model_name, surface):
+    figures = table(evaluation.module.read_metrics(evaluation.two_models, model_name))
+    slice_key = (("surface", surface),) if surface else ()
+    rows = [row for row in user_rows() if surface in (None, row["surface"])]
+    for k in KS:
+        for name in ("recall", "ndcg", "hit_rate", "mrr"):
+            expected = oracles.macro_mean(
+                [
+                    getattr(oracles, f"{name}_at_k")(
+                        row["ranked"][::-1] if model_name == "candidate" else row["ranked"],
+                        row["positives"] or [],
+                        k,
+                    )
+                    for row in rows
+                ]
+            )
+            assert figures[slice_key, "", f"{name}_at_{k}"] == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_users_without_positives_are_not_counted(evaluation):
+    figures = table(evaluation.module.read_metrics(evaluation.two_models))
+    rows = user_rows()
+    num_judged = sum(bool(row["positives"]) for row in rows)
+    assert 0 < num_judged < len(rows)
+    assert figures[(), "", "num_queries"] == num_judged
+
+
+@pytest.mark.parametrize("surface", SLICES)
+def test_ranking_figures_equal_the_oracles_per_task_and_slice(evaluation, surface):
+    figures = table(evaluation.module.read_metrics(evaluation.alone))
+    slice_key = (("surface", surface),) if surface else ()
+    rows = [row for row in impression_rows() if surface in (None, row["surface"])]
+    clicks = [row for row in rows if row["is_click"] is not None]
+    watches = [row for row in rows if row["watch_time_s"] != []]
+    labels, predictions = [row["is_click"] for row in clicks], [row["p_click"] for row in clicks]
+    times, predicted_times = [row["watch_time_s"] for row in watches], [row["p_watch"] for row in watches]
+    expected = {
+        ("click", "auc"): oracles.xauc(labels, predictions),
+        ("click", "gauc"): oracles.gauc(labels, predictions, [row["user_id"] for row in clicks]),
+        ("click", "log_loss"): oracles.log_loss(labels, predictions),
+        ("click", "ece"): oracles.ece(labels, predictions, num_bins=20),
+        ("click", "num_examples"): len(clicks),
+        ("watch", "mae"): oracles.mae(times, predicted_times),
+        ("watch", "xauc"): oracles.xauc(times, predicted_times),
+        ("watch", "num_examples"): len(watches),
+    }
+    assert not any(math.isnan(value) for value in expected.values())
+    found = {key[1:]: value for key, value in figures.items() if key[0] == slice_key}
+    assert found == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_model_worse_than_the_baseline_is_not_blessed_and_the_reason_is_readable(evaluation):
+    # Reversed lists lose MRR. Recall of the whole list stays, and NDCG is above its floor: one gate fails.
+    assert not evaluation.tfma.load_validation_result(evaluation.two_models).validation_ok
+    (failure,) = evaluation.module.read_gate_failures(evaluation.two_models)
+    candidate = table(evaluation.module.read_metrics(evaluation.two_models))
+    baseline = table(evaluation.module.read_metrics(evaluation.two_models, "baseline"))
+    assert (failure.metric, failure.output, failure.is_change) == ("mrr_at_8", "", True)
+    change = candidate[(), "", "mrr_at_8"] - baseline[(), "", "mrr_at_8"]
+    assert failure.value == pytest.approx(change, abs=TOLERANCE)
+    assert failure.limit == "change against the last blessed model at least -0.01"
+
+
+def test_absolute_gates_hold_without_a_baseline_and_gates_on_change_are_dropped(evaluation):
+    assert not evaluation.tfma.load_validation_result(evaluation.alone).validation_ok
+    (failure,) = evaluation.module.read_gate_failures(evaluation.alone)
+    assert (failure.metric, failure.output, failure.limit) == ("auc", "click", "at least 0.99")
+    assert not failure.is_change
+
+
+def test_evaluation_of_one_model_has_no_baseline_figures(evaluation):
+    assert evaluation.module.read_metrics(evaluation.alone, "baseline") == []
+
+
+def test_gate_on_an_error_metric_limits_its_rise(evaluation):
+    config = evaluation.module.ranking_eval_config(
+        TASKS, gates=[evaluation.module.Gate("ranking/watch/mae", max_drop=0.5)]
+    )
+    threshold = config.metrics_specs[1].per_slice_thresholds["mae"].thresholds[0].threshold.change_threshold
+    assert threshold.absolute.value == 0.5
+    assert threshold.direction == evaluation.tfma.MetricDirection.LOWER_IS_BETTER
+
+
+def test_wrong_configuration_is_refused_with_the_nearest_name(evaluation):
+    module = evaluation.module
+    with pytest.raises(ConfigError, match="nearest one is 'retrieval/recall_at_10'"):
+        module.retrieval_eval_config("positives", [10], gates=[module.Gate("retrieval/recal_at_10", min=0.1)])
+    with pytest.raises(ConfigError, match="'ranking/watch/mae'"):
+        module.ranking_eval_config(TASKS, gates=[module.Gate("ranking/watch/mea", min=0.1)])
+    with pytest.raises(ConfigError, match="sets no condition"):
+        module.Gate("retrieval/recall_at_10")
+    with pytest.raises(ConfigError, match="cut-offs"):
+        module.retrieval_eval_config("positives", [])
+    with pytest.raises(ConfigError, match="no task"):
+        module.ranking_eval_config([])

@@ -1,0 +1,164 @@
+"""The ranker on a planted signal, its base-rate start, its loss, early stopping."""
+
+import math
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from schema.errors import DataError
+from tests.trainer import ranking_world as world
+from trainer import baselines, metrics
+from trainer.config import RankingConfig
+from trainer.ranking import RankingModel, evaluate, train
+from trainer.ranking_losses import LabelStatistics, label_statistics
+
+CONFIG = RankingConfig(
+    hidden_layers=(16,), batch_size=64, learning_rate=0.01, max_epochs=4, max_embedding_width=4
+)
+SPEC = world.spec()
+
+
+def untrained(rows: world.Rows, config: RankingConfig = CONFIG) -> RankingModel:
+    tf.keras.utils.set_random_seed(config.seed)
+    return RankingModel(SPEC, world.VOCABULARY_SIZES, label_statistics([rows], SPEC.tasks), config)
+
+
+def test_untrained_model_serves_the_training_mean_of_every_task() -> None:
+    rows = world.rows(256, seed=1)
+    model = untrained(rows)
+    served = model.predictions(model(rows))
+    for task in SPEC.tasks:
+        np.testing.assert_allclose(served[task.name], np.nanmean(rows[task.label]), rtol=1e-5)
+    np.testing.assert_allclose(served["score"], 2.0 * served["click"] + 0.1 * served["watch"], rtol=1e-5)
+
+
+def test_trained_model_finds_a_signal_that_item_means_cannot_see() -> None:
+    rows, held_out = world.rows(3000, seed=1), world.rows(1000, seed=2)
+    model = untrained(rows)
+    log = train(model, world.batches(rows, 64, seed=1), world.batches(held_out, 256), CONFIG)
+    served = model.predictions(model(held_out))
+
+    item_means = baselines.item_mean(
+        rows["item_id_id"].tolist(), rows["click"], held_out["item_id_id"].tolist()
+    )
+    assert metrics.auc(held_out["click"], item_means) < 0.6
+    # A click is known with a chance of .8: the best possible AUC is .8.
+    assert metrics.auc(held_out["click"], served["click"]) > 0.74
+    assert np.mean(served["click"]) == pytest.approx(held_out["click"].mean(), rel=0.1)
+
+    # The odds are the expected watch time of both kinds of rows; 500 exponential labels have 4.5 % of noise.
+    match = held_out["user_id_id"] % 2 == held_out["item_id_id"] % 2
+    for is_match, expected in world.MEAN_WATCH_S.items():
+        assert np.mean(served["watch"].numpy()[match == is_match]) == pytest.approx(expected, rel=0.25)
+
+    final = min(log, key=lambda record: record["eval_loss"])
+    assert final["ranking/click/auc"] == pytest.approx(metrics.auc(held_out["click"], served["click"]))
+    has_rating = ~np.isnan(held_out["rating"])
+    expected_mae = np.abs(held_out["rating"] - served["stars"].numpy())[has_rating].mean()
+    assert final["ranking/stars/mae"] == pytest.approx(expected_mae, rel=1e-5)
+    assert final["ranking/watch/calibration"] == pytest.approx(
+        np.mean(served["watch"]) / held_out["watch_time_s"].mean(), rel=1e-5
+    )
+
+
+def test_loss_is_the_weighted_sum_of_mean_task_losses_over_labelled_rows() -> None:
+    rows = world.rows(64, seed=3)
+    rows["rating"][:] = np.nan
+    rows["rating"][5] = 7.0
+    rate = LabelStatistics(64, 0.5, 0.5, 0.0, 1.0)
+    watch = LabelStatistics(64, float(rows["watch_time_s"].mean()), 1.0, 0.0, 100.0)
+    stars = LabelStatistics(64, 3.0, 2.0, 1.0, 7.0)
+    model = RankingModel(
+        SPEC, world.VOCABULARY_SIZES, {"click": rate, "watch": watch, "stars": stars}, CONFIG
+    )
+    # Untrained: ln 2 for the click, 2 ln 2 for average watch times, ((7 - 3) / 2)^2 on one row.
+    expected = math.log(2) + 0.5 * 4.0 + 2 * math.log(2)
+    assert model.compute_loss(rows).numpy() == pytest.approx(expected, rel=1e-5)
+    assert evaluate(model, world.batches(rows, 10))["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_task_without_labels_in_a_batch_leaves_its_head_alone() -> None:
+    rows = world.rows(64, seed=3)
+    model = untrained(rows)
+    rows["rating"][:] = np.nan
+    with tf.GradientTape() as tape:
+        loss = model.compute_loss(rows, training=True)
+    gradients = tape.gradient(loss, [model.heads[name].kernel for name in ("click", "stars")])
+    assert np.any(gradients[0].numpy() != 0)
+    assert np.all(gradients[1].numpy() == 0)
+
+
+def test_unknown_ids_are_trained_although_no_row_has_one() -> None:
+    rows = world.rows(512, seed=4)
+    model = untrained(rows, CONFIG.model_copy(update={"id_dropout_fraction": 0.3, "max_epochs": 1}))
+    model(rows)
+    before = model.tables.tables["user_id"].embeddings.numpy()[1]
+    train(model, world.batches(rows, 64, seed=1), world.batches(rows, 256), CONFIG)
+    assert not np.allclose(before, model.tables.tables["user_id"].embeddings.numpy()[1])
+
+
+def test_weights_of_the_best_epoch_are_kept_and_training_stops_after_patience() -> None:
+    rows = world.rows(512, seed=5)
+    # Labels of the held-out rows are turned around: the more the model learns, the worse it does there.
+    held_out = {**rows, "click": 1 - rows["click"], "watch_time_s": rows["watch_time_s"][::-1].copy()}
+    config = CONFIG.model_copy(update={"patience_epochs": 2, "max_epochs": 9, "learning_rate": 0.02})
+    model = untrained(rows, config)
+    log = train(model, world.batches(rows, 64, seed=1), world.batches(held_out, 256), config)
+    losses = [record["eval_loss"] for record in log]
+    best = int(np.argmin(losses))
+    assert len(log) == best + 1 + 2 < 9
+    assert evaluate(model, world.batches(held_out, 256))["eval_loss"] == pytest.approx(losses[best], rel=1e-6)
+    assert losses[-1] > losses[best]
+
+
+def test_same_seed_trains_the_same_model() -> None:
+    rows = world.rows(256, seed=6)
+    config = CONFIG.model_copy(update={"max_epochs": 1})
+    losses = [
+        train(untrained(rows, config), world.batches(rows, 64, seed=1), world.batches(rows, 256), config)[0]
+        for _ in range(2)
+    ]
+    # Parallel sums of float32 may differ in the last digits.
+    assert losses[0]["eval_loss"] == pytest.approx(losses[1]["eval_loss"], rel=1e-4)
+
+
+def test_metric_that_the_validation_rows_cannot_define_is_nan() -> None:
+    rows = world.rows(64, seed=7)
+    model = untrained(rows)
+    rows["click"][:] = 0
+    rows["rating"][:] = np.nan
+    result = evaluate(model, world.batches(rows, 64))
+    assert math.isfinite(result["eval_loss"])
+    assert all(
+        math.isnan(result[f"ranking/{name}"]) for name in ("click/auc", "click/calibration", "stars/mae")
+    )
+
+
+def test_empty_validation_split_is_refused() -> None:
+    rows = world.rows(64, seed=8)
+    with pytest.raises(DataError, match="no validation rows"):
+        evaluate(untrained(rows), world.batches(rows, 64).take(0))
+
+
+def test_diverging_training_is_refused() -> None:
+    rows = world.rows(64, seed=9)
+    model = untrained(rows)
+    rows["rating"][3] = np.inf
+    with pytest.raises(DataError, match="loss is inf in epoch 1"):
+        train(model, world.batches(rows, 64), world.batches(rows, 64), CONFIG)
+
+
+def test_history_changes_the_preference_between_items_even_without_hidden_layers() -> None:
+    rows = world.rows(64, seed=1)
+    model = untrained(rows, CONFIG.model_copy(update={"hidden_layers": ()}))
+    model(rows)
+    for head in model.heads.values():
+        head.kernel.assign(tf.ones_like(head.kernel))
+    # Two requests that differ in their history only, each with the same two items.
+    pairs = {name: np.stack([column[0]] * 4) for name, column in rows.items()}
+    pairs["item_id_id"] = np.array([2, 3, 2, 3])
+    pairs["history_item_ids_ids"] = np.array([[2, 0], [2, 0], [3, 0], [3, 0]])
+    first, second, first_later, second_later = model(pairs)["click"].numpy()
+    # A linear head adds the same to both items, whatever the history: only their interaction can do this.
+    assert abs((first - second) - (first_later - second_later)) > 1e-4

@@ -1,0 +1,207 @@
+"""The exported retrieval model: what a fresh process gets from its signatures."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scann  # noqa: F401 - registers the operations of the index
+import tensorflow as tf
+
+from tests.trainer import retrieval_world as world
+from trainer.config import IndexConfig, RetrievalConfig
+from trainer.index import build_index
+from trainer.retrieval import RetrievalModel
+from trainer.retrieval_export import ServedRetrieval, example_request, export
+
+MAX_K = 50
+ALL_ITEMS = [f"i{row}" for row in range(world.NUM_ITEMS)]
+
+
+@pytest.fixture(scope="module")
+def model() -> RetrievalModel:
+    tf.keras.utils.set_random_seed(0)
+    config = RetrievalConfig(embedding_dim=8, hidden_layers=(16,))
+    log_q = np.linspace(-1, -2, world.VOCABULARY_SIZES["item_id"]).astype(np.float32)
+    return RetrievalModel(config, world.SPACE, world.VOCABULARY_SIZES, log_q)
+
+
+@pytest.fixture(scope="module")
+def model_dir(model: RetrievalModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    catalogue = world.catalogue()
+    queries = model.encode_users(world.validation_users().query)
+    vectors = model.encode_catalogue(catalogue)
+    index, facts = build_index(catalogue.item_ids, vectors, queries, IndexConfig(), MAX_K)
+    served = ServedRetrieval(model, index, world.FakeTransform(), catalogue, world.SPEC, MAX_K)
+    target = tmp_path_factory.mktemp("export") / "Format-Serving"
+    export(served, facts, str(target))
+    return target
+
+
+@pytest.fixture(scope="module")
+def signatures(model_dir: Path) -> Any:
+    loaded = tf.saved_model.load(str(model_dir))
+    signatures = dict(loaded.signatures)
+    signatures["keep"] = loaded
+    return signatures
+
+
+def _request(**changes: Any) -> dict[str, tf.Tensor]:
+    """Three requests: a known user, an unknown one, and a known one without history."""
+    request = {
+        "user_id": ["u7", "stranger", "u8"],
+        "segment": ["s1", "", "s2"],
+        "history_item_ids": [["i3", "i9", "gone"], ["i4", "", ""], ["", "", ""]],
+        "exclude_item_ids": [["i3", "i9"], ["", "nonsense"], ["", ""]],
+    } | changes
+    tensors = {name: tf.constant(value, tf.string) for name, value in request.items() if name != "k"}
+    tensors["event_time_unix_s"] = tf.constant([0, 0, -1], tf.int64)
+    tensors["k"] = tf.constant(request.get("k", [4, 2, 5]), tf.int32)
+    return tensors
+
+
+def _text(tensor: tf.Tensor) -> np.ndarray:
+    return tensor.numpy().astype(str)
+
+
+def test_signatures_are_those_of_the_architecture(signatures: Any) -> None:
+    for name in ("serving_default", "serving_exact"):
+        inputs = signatures[name].structured_input_signature[1]
+        assert {n: (s.dtype.name, s.shape.rank) for n, s in inputs.items()} == {
+            "user_id": ("string", 1),
+            "segment": ("string", 1),
+            "history_item_ids": ("string", 2),
+            "event_time_unix_s": ("int64", 1),
+            "k": ("int32", 1),
+            "exclude_item_ids": ("string", 2),
+        }
+        outputs = signatures[name].structured_outputs
+        assert {n: (s.dtype.name, s.shape.rank) for n, s in outputs.items()} == {
+            "item_ids": ("string", 2),
+            "scores": ("float32", 2),
+            "reason_item_ids": ("string", 2),
+            "user_is_known": ("int64", 1),
+            "history_length": ("int64", 1),
+        }
+    outputs = signatures["serving_examples"].structured_outputs
+    assert {n: s.dtype.name for n, s in outputs.items()} == {"item_ids": "string", "scores": "float32"}
+
+
+@pytest.mark.parametrize("signature", ["serving_default", "serving_exact"])
+def test_served_ids_and_scores_are_those_of_the_model(
+    signature: str, signatures: Any, model: RetrievalModel
+) -> None:
+    outputs = signatures[signature](**_request())
+    history = np.array([[3, 9, -1], [4, -1, -1], [-1, -1, -1]])
+    query = world.query_columns(np.array([7, 0, 8]), history)
+    query["segment_id"] = np.array([3, 0, 4])
+    query["history_item_ids_ids"][0, 2] = 1  # an item that left the catalogue is out of vocabulary
+    scores = model.encode_users(query) @ model.encode_catalogue(world.catalogue()).T
+    scores[0, [3, 9]] = -np.inf
+    for user, k in enumerate((4, 2, 5)):
+        expected = np.argsort(-scores[user])[:k]
+        assert _text(outputs["item_ids"])[user].tolist() == [f"i{row}" for row in expected] + [""] * (5 - k)
+        np.testing.assert_allclose(outputs["scores"][user, :k], scores[user, expected], rtol=1e-4)
+        assert (outputs["scores"].numpy()[user, k:] == 0).all()
+    assert outputs["user_is_known"].numpy().tolist() == [1, 0, 1]
+    assert outputs["history_length"].numpy().tolist() == [3, 1, 0]
+
+
+def test_reason_is_the_watched_item_with_the_largest_cosine(signatures: Any, model: RetrievalModel) -> None:
+    outputs = signatures["serving_default"](**_request())
+    vectors = model.encode_catalogue(world.catalogue())[:, :-1]
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    items, reasons = _text(outputs["item_ids"]), _text(outputs["reason_item_ids"])
+    for item, reason in zip(items[0, :4], reasons[0, :4], strict=True):
+        row = int(item[1:])
+        assert reason == ("i3" if unit[row] @ unit[3] > unit[row] @ unit[9] else "i9")
+    assert set(reasons[0, :4]) <= {"i3", "i9"} and reasons[0, 4] == ""
+    assert reasons[1].tolist() == ["i4", "i4", "", "", ""]
+    assert (reasons[2] == "").all()
+
+
+@pytest.mark.parametrize("k", [0, -3, MAX_K + 1])
+def test_k_outside_the_exported_range_is_an_error(k: int, signatures: Any) -> None:
+    with pytest.raises(tf.errors.InvalidArgumentError, match=f"k must be between 1 and {MAX_K}"):
+        signatures["serving_default"](**_request(k=[4, k, 5]))
+
+
+def test_lists_without_any_column_and_a_batch_of_one_work(signatures: Any) -> None:
+    request = example_request(world.SPEC, np.array([], object), k=3)
+    outputs = signatures["serving_default"](**{n: tf.constant(v) for n, v in _tensors(request).items()})
+    assert (_text(outputs["item_ids"]) != "").all() and outputs["item_ids"].shape == (1, 3)
+    assert outputs["user_is_known"].numpy().tolist() == [0]
+
+
+def test_example_request_fits_the_signature(signatures: Any) -> None:
+    request = example_request(world.SPEC, np.array(["i1", "i2"], object), k=MAX_K, batch_size=2)
+    outputs = signatures["serving_default"](**_tensors(request))
+    assert outputs["item_ids"].shape == (2, MAX_K) and outputs["history_length"].numpy().tolist() == [2, 2]
+
+
+def _tensors(request: dict[str, np.ndarray]) -> dict[str, tf.Tensor]:
+    return {n: tf.constant(v, tf.string if v.dtype == object else v.dtype) for n, v in request.items()}
+
+
+def test_excluding_nearly_everything_gives_a_short_list(signatures: Any) -> None:
+    exclude = [ALL_ITEMS[:-2], ALL_ITEMS[:-2], [""] * (world.NUM_ITEMS - 2)]
+    outputs = signatures["serving_default"](**_request(exclude_item_ids=exclude))
+    items = _text(outputs["item_ids"])
+    assert set(items[0]) == set(items[1]) == {ALL_ITEMS[-1], ALL_ITEMS[-2], ""}
+    assert (items[2] != "").all()
+
+
+def test_user_state_examples_get_unseen_items(signatures: Any) -> None:
+    def example(**values: list[str]) -> bytes:
+        features = {
+            name: tf.train.Feature(bytes_list=tf.train.BytesList(value=[v.encode() for v in value]))
+            for name, value in values.items()
+        }
+        features["event_time_unix_s"] = tf.train.Feature(int64_list=tf.train.Int64List(value=[9]))
+        return tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()
+
+    seen = ALL_ITEMS[:300]
+    examples = [
+        example(user_id=["u7"], segment=["s1"], history_item_ids=seen[-50:], seen_item_ids=seen),
+        example(user_id=["stranger"]),
+    ]
+    outputs = signatures["serving_examples"](examples=tf.constant(examples))
+    items = _text(outputs["item_ids"])
+    assert items.shape == (2, MAX_K) and (items != "").all()
+    assert not set(items[0]) & set(seen)
+    assert (np.diff(outputs["scores"].numpy(), axis=1) <= 0).all()
+
+
+def test_a_fresh_process_needs_only_scann_to_load_it(model_dir: Path, signatures: Any) -> None:
+    program = f"""
+import scann, tensorflow as tf
+serve = tf.saved_model.load({str(model_dir)!r}).signatures["serving_default"]
+text = lambda v: tf.constant(v, tf.string)
+out = serve(user_id=text(["u7"]), segment=text(["s1"]), history_item_ids=text([["i3"]]),
+            exclude_item_ids=text([[""]]), event_time_unix_s=tf.constant([0], tf.int64), k=tf.constant([3]))
+print("IDS", *[i.decode() for i in out["item_ids"].numpy()[0]])
+"""
+    environment = {**os.environ, "TF_USE_LEGACY_KERAS": "1"}
+    process = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd="/", check=True
+    )
+    ids = next(line for line in process.stdout.splitlines() if line.startswith("IDS")).split()[1:]
+    here = signatures["serving_default"](
+        user_id=tf.constant(["u7"]),
+        segment=tf.constant(["s1"]),
+        history_item_ids=tf.constant([["i3"]]),
+        exclude_item_ids=tf.constant([[""]]),
+        event_time_unix_s=tf.constant([0], tf.int64),
+        k=tf.constant([3]),
+    )
+    assert ids == _text(here["item_ids"])[0].tolist()
+
+
+def test_index_facts_travel_with_the_model_and_nothing_half_written_stays(model_dir: Path) -> None:
+    facts = json.loads((model_dir / "assets.extra" / "index.json").read_text())
+    assert facts["num_items"] == world.NUM_ITEMS and facts["vector_width"] == 9 and facts["recall"] == 1.0
+    assert [path.name for path in model_dir.parent.iterdir()] == [model_dir.name]

@@ -1,0 +1,489 @@
+"""The `funnel` command. Exit codes: 0 done, 1 failed, 2 wrong usage."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from schema.errors import ConfigError, FunnelError
+from tfx_pipeline.config import (
+    BUILT_IN_CONFIGS,
+    DEFAULT_OUTPUT_DIR,
+    MODELS,
+    RunConfig,
+    RunPaths,
+    load_run_config,
+)
+from trainer.version import __version__
+
+_CONSOLE = Console(highlight=False)
+_GRPC_PORT = 8500
+_REST_PORT = 8501
+_BUILT_IN = sorted(p.stem for p in BUILT_IN_CONFIGS.glob("*.yaml"))
+_DEFAULT_CACHE_DIR = Path.home() / ".cache" / "funnel"
+
+
+class _Group(click.Group):
+    """Turns errors into one readable message and the documented exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ConfigError as error:
+            _fail(str(error), code=2)
+        except FunnelError as error:
+            _fail(str(error), code=1)
+        except KeyboardInterrupt:
+            _fail(
+                "interrupted; nothing half-written was pushed, and the next run reuses what was finished",
+                code=1,
+            )
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            _fail(
+                f"the disk is full ({error}); free some space, the next run reuses what was finished", code=1
+            )
+
+
+def _fail(message: str, code: int) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(
+        f"[bold red]error:[/bold red] {_escape(message)}"
+    )
+    sys.exit(code)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _output_dir(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--output-dir",
+        type=click.Path(file_okay=False, path_type=Path),
+        default=DEFAULT_OUTPUT_DIR,
+        show_default=True,
+        help="Folder of the run: tables, artifacts, metadata, pushed models, report.",
+    )(command)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="funnel")
+def main() -> None:
+    """Train, judge, push and serve a two-stage recommender.
+
+    \b
+    First steps:
+      funnel doctor
+      funnel run --dataset simulated
+      funnel serve
+      funnel recommend --user-id u17
+    """
+
+
+@main.command()
+@click.option("--dataset", type=click.Choice(_BUILT_IN), help="A built-in dataset.")
+@click.option(
+    "--config",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A run YAML of your own; see docs/own-data.md.",
+)
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path),
+    help="Folder (or archive) of the source files; replaces a download.",
+)
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting; may be repeated."
+)
+@click.option(
+    "--cache-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=_DEFAULT_CACHE_DIR,
+    show_default=True,
+    help="Where downloaded and unpacked archives are kept between runs.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the resolved configuration and the graph; run nothing.")
+@_output_dir
+def run(
+    dataset: str | None,
+    config: Path | None,
+    data_dir: Path | None,
+    overrides: tuple[str, ...],
+    cache_dir: Path,
+    dry_run: bool,
+    output_dir: Path,
+) -> None:
+    """Run the pipeline: data in, blessed models and a report out.
+
+    \b
+    Examples:
+      funnel run --dataset simulated
+      funnel run --dataset kuairand-pure --data-dir ~/data --output-dir runs/kuairand
+      funnel run --config my.yaml --set retrieval.max_epochs=5
+    """
+    if (dataset is None) == (config is None):
+        raise click.UsageError(f"give one of --dataset ({', '.join(_BUILT_IN)}) and --config FILE")
+    run_config = load_run_config(config or str(dataset), overrides)
+    if dry_run:
+        _print_plan(run_config, RunPaths(output_dir))
+        return
+    _run(run_config, RunPaths(output_dir), data_dir, cache_dir)
+
+
+def _run(run_config: RunConfig, paths: RunPaths, data_dir: Path | None, cache_dir: Path) -> None:
+    from tfx_pipeline.console import ComponentProgress, quiet_libraries
+    from tfx_pipeline.local_runner import prepare, run_lock, run_pipeline
+
+    started = time.monotonic()
+    with run_lock(paths):
+        quiet_libraries(paths.log_file)
+        _CONSOLE.print(
+            f"[bold]{run_config.dataset.name}[/bold] → {paths.output_dir}  (log: {paths.log_file})"
+        )
+        with _CONSOLE.status("checking the source data …"):
+            tables_dir = prepare(run_config, paths, data_dir, cache_dir)
+        _print_summary(tables_dir)
+        progress = ComponentProgress(_CONSOLE)
+        with _CONSOLE.status("loading TFX …"):
+            import tfx.v1  # noqa: F401
+        quiet_libraries(paths.log_file)
+        try:
+            result = run_pipeline(run_config, paths, tables_dir, progress.started, progress.finished)
+        finally:
+            progress.stop()
+    reused = sum(timing.cached for timing in result.timings)
+    _CONSOLE.print(
+        f"done in {time.monotonic() - started:.0f} s, {reused} of {len(result.timings)} components reused from cache"
+    )
+    _print_decision(result)
+
+
+def _print_summary(tables_dir: Path) -> None:
+    from schema.tables import read_summary
+
+    summary = read_summary(tables_dir)
+    rows = ", ".join(f"{split} {count:,}" for split, count in summary.rows.items())
+    _CONSOLE.print(f"  interactions: {rows};  users {summary.users:,}, items {summary.items:,}")
+
+
+def _print_decision(result: Any) -> None:
+    for model in MODELS:
+        version = result.pushed[model]
+        if version:
+            _CONSOLE.print(f"  [green]blessed and pushed[/green]: {model} version {version}")
+        else:
+            _CONSOLE.print(
+                f"  [yellow]not pushed[/yellow]: {model}: {_escape(result.reasons.get(model, 'see the report'))}"
+            )
+    _CONSOLE.print(f"  report: {result.report}")
+
+
+def _print_plan(run_config: RunConfig, paths: RunPaths) -> None:
+    import yaml
+
+    from tfx_pipeline.console import quiet_libraries
+
+    quiet_libraries(None)
+    from tfx_pipeline.pipeline import PipelineLocations, create_pipeline
+
+    placeholder = PipelineLocations(
+        "<tables>", 0, str(paths.pipeline_root), str(paths.serving_models), str(paths.report)
+    )
+    pipeline = create_pipeline(run_config, placeholder)
+    _CONSOLE.print(
+        yaml.safe_dump(run_config.model_dump(mode="json"), sort_keys=False), markup=False, soft_wrap=True
+    )
+    for node in pipeline.components:
+        upstream = ", ".join(sorted(n.id for n in node.upstream_nodes)) or "source tables"
+        _CONSOLE.print(f"{node.id:<22} ← {upstream}", markup=False, soft_wrap=True)
+
+
+@main.command()
+@click.option("--port", default=_GRPC_PORT, show_default=True, help="gRPC port.")
+@click.option("--rest-api-port", default=_REST_PORT, show_default=True, help="REST port.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@_output_dir
+def serve(port: int, rest_api_port: int, host: str, output_dir: Path) -> None:
+    """Serve the pushed models over TensorFlow Serving's gRPC and REST API until Ctrl-C.
+
+    \b
+    Examples:
+      funnel serve
+      funnel serve --output-dir runs/kuairand --port 9500 --rest-api-port 9501
+    """
+    from serving.config import format_model_config
+    from serving.model_server import main as serve_models
+    from tfx_pipeline.run_result import read_run
+
+    paths = RunPaths(output_dir)
+    result = read_run(output_dir)
+    bases = {model: (paths.serving_models / model).resolve() for model in MODELS}
+    for model, base in bases.items():
+        if not any(folder.name.isdigit() for folder in base.glob("*")):
+            raise FunnelError(
+                f"no {model} model was ever pushed to {base}: {result.reasons.get(model, 'it is gone')}"
+            )
+    config_file = paths.serving_models / "models.config"
+    config_file.write_text(format_model_config(bases), encoding="utf-8")
+    sys.exit(
+        serve_models(
+            [
+                f"--host={host}",
+                f"--port={port}",
+                f"--rest_api_port={rest_api_port}",
+                f"--model_config_file={config_file}",
+            ]
+        )
+    )
+
+
+@main.command()
+@click.option(
+    "--user-id", required=True, help="Who to recommend to; a user nobody has seen gets a general answer."
+)
+@click.option("--k", default=20, show_default=True, help="Items to show.")
+@click.option(
+    "--target",
+    default=f"grpc://127.0.0.1:{_GRPC_PORT}",
+    show_default=True,
+    help="Server: grpc:// or http://.",
+)
+@click.option("--include-seen", is_flag=True, help="Do not exclude items of the user's training history.")
+@_output_dir
+def recommend(user_id: str, k: int, target: str, include_seen: bool, output_dir: Path) -> None:
+    """Ask a running server for one user's recommendations.
+
+    \b
+    Examples:
+      funnel recommend --user-id u17
+      funnel recommend --user-id u17 --k 5 --target http://127.0.0.1:8501
+    """
+    from tfx_pipeline.console import quiet_libraries
+    from tfx_pipeline.run_result import read_run
+
+    if k < 1:
+        raise click.UsageError(f"--k must be 1 or more, got {k}")
+    quiet_libraries(None)
+    _show_recommendations(read_run(output_dir), user_id, k, target, include_seen)
+
+
+def _show_recommendations(result: Any, user_id: str, k: int, target: str, include_seen: bool) -> None:
+    from serving.client import RecommenderClient
+    from tfx_pipeline.console import recommendations_table
+    from tfx_pipeline.recommend import titles, user_state
+
+    state, in_data = user_state(result, user_id)
+    with RecommenderClient(target, timeout_s=30.0) as client:
+        answer = client.recommend(
+            state.query,
+            k=k,
+            exclude_item_ids=() if include_seen else state.seen_item_ids,
+            num_candidates=max(100, k),
+        )
+    tasks = [task.name for task in result.config.dataset.tasks]
+    heading = f"user {user_id}, {answer.history_length} items of history, over {target.split(':')[0]}"
+    _CONSOLE.print(recommendations_table(answer, titles(result), tasks, heading))
+    if not in_data:
+        _CONSOLE.print(
+            f"  [yellow]user {_escape(user_id)} is not in the data[/yellow]: recommended from context alone"
+        )
+    elif not answer.user_is_known:
+        _CONSOLE.print(
+            f"  [yellow]user {_escape(user_id)} had no training events[/yellow]: recommended from features alone"
+        )
+    weights = " + ".join(f"{task.score_weight:g} × {task.name}" for task in result.config.dataset.tasks)
+    _CONSOLE.print(f"  score = {weights}")
+
+
+@main.command("batch-recommend")
+@click.option(
+    "--users",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Text file (an id per line), or CSV or Parquet with user_id.",
+)
+@click.option("--k", default=100, show_default=True, help="Items per user.")
+@click.option(
+    "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Parquet file to write."
+)
+@click.option("--include-seen", is_flag=True, help="Do not exclude items of the users' training history.")
+@_output_dir
+def batch_recommend(users: Path, k: int, out: Path, include_seen: bool, output_dir: Path) -> None:
+    """Write the retrieval model's top-k for many users, as of the end of training.
+
+    Columns: user_id, rank (from 1), item_id, score. Users unknown to the model are included; items of a user's
+    training history are not, unless --include-seen.
+
+    \b
+    Example:
+      funnel batch-recommend --users users.txt --k 100 --out recs.parquet
+    """
+    from rich.progress import Progress
+
+    from tfx_pipeline.console import quiet_libraries
+    from tfx_pipeline.run_result import read_run
+    from tfx_pipeline.recommend import batch_recommend as write_batch
+    from tfx_pipeline.recommend import read_user_ids
+
+    if k < 1:
+        raise click.UsageError(f"--k must be 1 or more, got {k}")
+    quiet_libraries(None)
+    result = read_run(output_dir)
+    user_ids = read_user_ids(users)
+    started = time.monotonic()
+    with Progress(console=_CONSOLE) as progress:
+        task = progress.add_task("users", total=len(user_ids))
+        unknown = write_batch(
+            result,
+            RunPaths(output_dir),
+            user_ids,
+            k,
+            include_seen,
+            out,
+            lambda n: progress.update(task, completed=n),
+        )
+    _CONSOLE.print(f"{len(user_ids):,} users × {k} → {out} in {time.monotonic() - started:.1f} s")
+    if unknown:
+        _CONSOLE.print(
+            f"  [yellow]{unknown:,} users are not in the data[/yellow] and got general recommendations"
+        )
+
+
+@main.command()
+@_output_dir
+def report(output_dir: Path) -> None:
+    """Say what the last run decided and where its report is.
+
+    \b
+    Example:
+      funnel report --output-dir runs/kuairand
+    """
+    from tfx_pipeline.run_result import read_run
+
+    result = read_run(output_dir)
+    if not Path(result.report).is_file():
+        raise FunnelError(
+            f"{result.report} is gone; 'funnel run --output-dir {output_dir}' with the same settings restores it"
+        )
+    _CONSOLE.print(f"[bold]{result.dataset}[/bold]")
+    _print_decision(result)
+
+
+@main.command()
+@_output_dir
+def doctor(output_dir: Path) -> None:
+    """Check interpreter, libraries, processor, ports and disk, and say the fix for what is wrong.
+
+    \b
+    Example:
+      funnel doctor
+    """
+    from tfx_pipeline.doctor import render, run_checks
+
+    with _CONSOLE.status("checking; loading TensorFlow and ScaNN takes a while …"):
+        checks = run_checks(output_dir, (_GRPC_PORT, _REST_PORT))
+    _CONSOLE.print(render(checks))
+    if any(check.status == "fail" for check in checks):
+        sys.exit(1)
+
+
+@main.command("compile")
+@click.option("--target", type=click.Choice(["vertex"]), default="vertex", show_default=True)
+@click.option("--dataset", type=click.Choice(_BUILT_IN), help="A built-in dataset.")
+@click.option("--config", type=click.Path(dir_okay=False, path_type=Path), help="A run YAML of your own.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting; may be repeated."
+)
+@click.option("--tables-dir", required=True, help="Contract tables, for instance gs://bucket/tables.")
+@click.option(
+    "--train-end",
+    required=True,
+    type=int,
+    help="End of training in unix seconds; train_end_unix_s of summary.json.",
+)
+@click.option(
+    "--pipeline-root", required=True, help="Folder of the artifacts, for instance gs://bucket/root."
+)
+@click.option("--image", required=True, help="Container image with this repository installed.")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), default=Path("pipeline.json"), show_default=True
+)
+def compile_pipeline(
+    target: str,
+    dataset: str | None,
+    config: Path | None,
+    overrides: tuple[str, ...],
+    tables_dir: str,
+    train_end: int,
+    pipeline_root: str,
+    image: str,
+    out: Path,
+) -> None:
+    """Compile the same pipeline for Vertex AI; needs the 'vertex' extra.
+
+    \b
+    Example:
+      funnel compile --dataset simulated --tables-dir gs://b/tables --train-end 1700000000 \\
+          --pipeline-root gs://b/root --image europe-docker.pkg.dev/p/r/funnel:0.1.0
+    """
+    if (dataset is None) == (config is None):
+        raise click.UsageError(f"give one of --dataset ({', '.join(_BUILT_IN)}) and --config FILE")
+    from tfx_pipeline.console import quiet_libraries
+
+    run_config = load_run_config(config or str(dataset), overrides)
+    quiet_libraries(None)
+    from tfx_pipeline.vertex_compiler import compile_for_vertex
+
+    compile_for_vertex(run_config, tables_dir, train_end, pipeline_root, image, out)
+    _CONSOLE.print(f"{target} pipeline → {out}")
+
+
+@main.command()
+@_output_dir
+def demo(output_dir: Path) -> None:
+    """The whole system on the simulated data: run, serve, recommend over gRPC and REST, stop.
+
+    \b
+    Example:
+      funnel demo
+    """
+    paths = RunPaths(output_dir)
+    _run(load_run_config("simulated"), paths, None, _DEFAULT_CACHE_DIR)
+
+    from serving.process import ModelServerProcess
+    from tfx_pipeline.run_result import read_run
+    from tfx_pipeline.recommend import serving_folder
+    from tfx_pipeline.user_states import read_user_states
+    from trainer import features
+
+    result = read_run(output_dir)
+    for model in MODELS:
+        serving_folder(result, paths, model)
+    states = itertools.islice(read_user_states([result.user_states], result.config.dataset), 1_000)
+    user_id = max(states, key=lambda state: len(state.query.get(features.HISTORY, ()))).user_id
+    _CONSOLE.print("starting the model server …")
+    with ModelServerProcess({model: paths.serving_models / model for model in MODELS}) as server:
+        _CONSOLE.print(f"model server: {server.grpc_target}  {server.rest_target}")
+        for address in (server.grpc_target, server.rest_target):
+            _show_recommendations(result, user_id, 10, address, include_seen=False)
+    _CONSOLE.print("model server stopped")
+    _CONSOLE.print(f"\nreport: [bold]{result.report}[/bold]")
+    _CONSOLE.print(
+        f"next: [bold].venv/bin/funnel serve[/bold], then [bold].venv/bin/funnel recommend --user-id {user_id}[/bold]; "
+        "your own data: docs/own-data.md"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Infra validation: the models that would be pushed, loaded in a fresh server process and asked real questions."""
+
+# No postponed annotations here: TFX reads the types of the component function.
+import dataclasses
+import itertools
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from tfx.dsl.component.experimental.annotations import InputArtifact, OutputArtifact, Parameter
+from tfx.dsl.component.experimental.decorators import component
+from tfx.types.standard_artifacts import Examples, InfraBlessing, Model
+
+from schema.contract import DatasetSpec, dataset_spec_from_json
+from schema.errors import ServingError
+from serving.client import Recommendations, RecommenderClient
+from serving.process import ModelServerProcess
+from tfx_pipeline.config import RANKING, RETRIEVAL
+from tfx_pipeline.user_states import UserState, read_user_states, unknown_user_state
+from trainer import features
+
+_LOGGER = logging.getLogger(__name__)
+REASON_FILE = "reason.txt"
+RECOMMENDATIONS_FILE = "recommendations.json"
+_NUM_KNOWN_USERS = 3
+_USERS_LOOKED_AT = 1_000
+_READABLE_HISTORY = 5
+_K = 10
+_TIMEOUT_S = 30.0
+# gRPC carries float32, REST prints it as decimal text.
+_SCORE_TOLERANCE = 1e-5
+
+
+@component
+def ServingValidator(
+    retrieval_model: InputArtifact[Model],
+    ranking_model: InputArtifact[Model],
+    user_states: InputArtifact[Examples],
+    blessing: OutputArtifact[InfraBlessing],
+    dataset: Parameter[str],
+) -> None:
+    """Blesses both models together, or neither; the reason is beside the blessing in reason.txt."""
+    folders = {
+        RETRIEVAL: Path(retrieval_model.uri) / "Format-Serving",
+        RANKING: Path(ranking_model.uri) / "Format-Serving",
+    }
+    spec = dataset_spec_from_json(dataset)
+    states = _choose_users(read_user_states([f"{user_states.uri}/Split-user_states/*.gz"], spec))
+    answers: list[dict[str, object]] = []
+    try:
+        answers = validate_serving(folders, states, spec)
+        reason = ""
+    except ServingError as error:
+        reason = str(error)
+        _LOGGER.error("infra validation failed, nothing will be pushed: %s", reason)
+    os.makedirs(blessing.uri, exist_ok=True)
+    (Path(blessing.uri) / REASON_FILE).write_text(reason, encoding="utf-8")
+    (Path(blessing.uri) / RECOMMENDATIONS_FILE).write_text(json.dumps(answers, indent=1), encoding="utf-8")
+    (Path(blessing.uri) / ("INFRA_NOT_BLESSED" if reason else "INFRA_BLESSED")).touch()
+    blessing.set_int_custom_property("blessed", 0 if reason else 1)
+    blessing.set_string_custom_property("reason", reason)
+
+
+def _choose_users(states: Iterable[UserState]) -> list[UserState]:
+    """The first users with a history long enough to look at, else the first users."""
+    first = list(itertools.islice(states, _USERS_LOOKED_AT))
+    experienced = [s for s in first if len(s.query.get(features.HISTORY, ())) >= _READABLE_HISTORY]
+    return (experienced or first)[:_NUM_KNOWN_USERS]
+
+
+def validate_serving(
+    folders: dict[str, Path], states: list[UserState], spec: DatasetSpec
+) -> list[dict[str, object]]:
+    """Serves the models and asks for recommendations over gRPC and REST.
+
+    Args:
+      folders: SavedModel folder by model name.
+      states: users to ask for; a user nobody has seen is added.
+      spec: the declaration.
+
+    Returns:
+      What each user got over gRPC, for the report: user_id, user_is_known, history, items.
+
+    Raises:
+      ServingError: the server does not start, does not answer, answers differently over the two protocols, or its
+        answer is empty, holds an excluded item or a number that is not finite.
+    """
+    stranger = unknown_user_state("funnel-infra-validation-stranger", states[0])
+    recommended: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory(prefix="infra-validation-") as root:
+        models = {}
+        for name, folder in folders.items():
+            models[name] = Path(root) / name
+            models[name].mkdir()
+            (models[name] / "1").symlink_to(folder.resolve(), target_is_directory=True)
+        with (
+            ModelServerProcess(models) as server,
+            RecommenderClient(server.grpc_target, timeout_s=_TIMEOUT_S) as grpc_client,
+            RecommenderClient(server.rest_target, timeout_s=_TIMEOUT_S) as rest_client,
+        ):
+            for state in (*states, stranger):
+                exclude = state.seen_item_ids[-5:]
+                over_grpc, over_rest = (
+                    client.recommend(state.query, k=_K, exclude_item_ids=exclude, num_candidates=_K)
+                    for client in (grpc_client, rest_client)
+                )
+                for answer in (over_grpc, over_rest):
+                    _check(answer, state, exclude, {task.name for task in spec.tasks})
+                _check_equal(over_grpc, over_rest, state)
+                recommended.append(
+                    {
+                        "user_id": state.user_id,
+                        "user_is_known": over_grpc.user_is_known,
+                        "history": list(state.query.get(features.HISTORY, ())),
+                        "items": [dataclasses.asdict(item) for item in over_grpc.items],
+                    }
+                )
+    return recommended
+
+
+def _check(answer: Recommendations, state: UserState, exclude: tuple[str, ...], tasks: set[str]) -> None:
+    if not answer.items:
+        raise ServingError(f"user {state.user_id!r} got no recommendation")
+    for item in answer.items:
+        if item.item_id in exclude:
+            raise ServingError(f"user {state.user_id!r} got {item.item_id!r}, which the request excluded")
+        if set(item.predictions) != tasks:
+            raise ServingError(
+                f"the ranker answered for tasks {sorted(item.predictions)}, expected {sorted(tasks)}"
+            )
+        numbers = (item.score, item.retrieval_score, *item.predictions.values())
+        if not all(math.isfinite(number) for number in numbers):
+            raise ServingError(
+                f"item {item.item_id!r} for user {state.user_id!r} has a number that is not finite: {item}"
+            )
+
+
+def _check_equal(first: Recommendations, second: Recommendations, state: UserState) -> None:
+    if [item.item_id for item in first.items] != [item.item_id for item in second.items]:
+        raise ServingError(f"gRPC and REST recommend different items to user {state.user_id!r}")
+    for one, other in zip(first.items, second.items, strict=True):
+        if not math.isclose(one.score, other.score, rel_tol=_SCORE_TOLERANCE, abs_tol=_SCORE_TOLERANCE):
+            raise ServingError(
+                f"gRPC and REST score {one.item_id!r} differently: {one.score} and {other.score}"
+            )

@@ -1,0 +1,51 @@
+"""TFX's Pusher, made atomic: a version folder appears complete or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Any
+
+from tfx.components.pusher import component
+from tfx.components.pusher import executor as pusher_executor
+from tfx.dsl.components.base import executor_spec
+from tfx.proto import pusher_pb2
+from tfx.utils import proto_utils
+
+_STAGING = ".staging"
+
+
+class AtomicPusherExecutor(pusher_executor.Executor):  # type: ignore[misc]
+    """Pushes to a staging folder beside the versions and renames the result into place.
+
+    TFX copies straight into the version folder, so that a server that polls, or a crash, can meet half a model.
+    """
+
+    def Do(self, input_dict: Any, output_dict: Any, exec_properties: dict[str, Any]) -> None:
+        """See the base class."""
+        destination = pusher_pb2.PushDestination()
+        proto_utils.json_to_proto(exec_properties["push_destination"], destination)
+        base = destination.filesystem.base_directory
+        staging = os.path.join(base, _STAGING)
+        shutil.rmtree(staging, ignore_errors=True)
+        destination.filesystem.base_directory = staging
+        try:
+            super().Do(
+                input_dict,
+                output_dict,
+                {**exec_properties, "push_destination": proto_utils.proto_to_json(destination)},
+            )
+            for version in os.listdir(staging) if os.path.isdir(staging) else ():
+                os.rename(os.path.join(staging, version), os.path.join(base, version))
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        for pushed in output_dict["pushed_model"]:
+            version = pushed.get_string_custom_property("pushed_version")
+            if version:
+                pushed.set_string_custom_property("pushed_destination", os.path.join(base, version))
+
+
+class AtomicPusher(component.Pusher):  # type: ignore[misc]
+    """Pusher with AtomicPusherExecutor."""
+
+    EXECUTOR_SPEC = executor_spec.ExecutorClassSpec(AtomicPusherExecutor)

@@ -1,0 +1,209 @@
+"""What a run is: dataset, models, gates, folders. No TFX and no cloud call at import."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+
+from schema.contract import DatasetSpec, load_dataset_spec, parse_model, read_yaml
+from schema.errors import ConfigError
+from trainer.config import RankingConfig, RetrievalConfig
+
+BUILT_IN_CONFIGS = Path(__file__).parent / "configs"
+DEFAULT_OUTPUT_DIR = Path("runs/default")
+RETRIEVAL = "retrieval"
+RANKING = "ranking"
+MODELS = (RETRIEVAL, RANKING)
+
+
+class _Config(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+
+class Gate(_Config):
+    """A condition on the whole test split that a model must meet to be blessed. NaN meets none.
+
+    Attributes:
+      metric: metric key, for instance `retrieval/recall_at_100` or `ranking/click/auc`.
+      min: smallest value allowed.
+      max: largest value allowed.
+      max_drop: by how much the metric may be worse than that of the last blessed model (lower, or higher for log_loss,
+        ece and mae), absolute; ignored when there is no blessed model yet. Retraining the same data with another seed
+        moves recall by about 0.01: a smaller value rejects at random.
+    """
+
+    metric: str
+    min: float | None = None
+    max: float | None = None
+    max_drop: float | None = pydantic.Field(default=None, ge=0)
+
+    @pydantic.model_validator(mode="after")
+    def _some_condition(self) -> Gate:
+        if self.min is None and self.max is None and self.max_drop is None:
+            raise ValueError(f"gate on {self.metric!r} sets no condition; give min, max or max_drop")
+        return self
+
+
+class ExamplesConfig(_Config):
+    """How examples are made; see tfx_pipeline.examples.ExampleSettings."""
+
+    max_positives_per_user: int = pydantic.Field(default=200, ge=1)
+
+
+class SimulatedData(_Config):
+    """Size and seed of the simulated dataset."""
+
+    size: Literal["default", "tiny"] = "default"
+    seed: int | None = None
+
+
+def _dataset(value: Any) -> Any:
+    return load_dataset_spec(value) if isinstance(value, str) else value
+
+
+class RunConfig(_Config):
+    """One run of the pipeline.
+
+    Attributes:
+      dataset: a built-in name, the path of a dataset YAML, or the declaration itself.
+      data_dir: folder of the source files; built-in datasets need none.
+      simulated: settings of the simulator, for dataset `simulated` only.
+      gates: what the models must reach to be blessed; a model without gates is never blessed.
+      slices: raw user features, or `surface`, by whose values the Evaluator also reports.
+    """
+
+    dataset: Annotated[DatasetSpec, pydantic.BeforeValidator(_dataset)]
+    data_dir: Path | None = None
+    simulated: SimulatedData = SimulatedData()
+    examples: ExamplesConfig = ExamplesConfig()
+    retrieval: RetrievalConfig = RetrievalConfig()
+    ranking: RankingConfig = RankingConfig()
+    gates: tuple[Gate, ...] = ()
+    slices: tuple[str, ...] = ()
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        for model in MODELS:
+            if not any(gate.metric.startswith(f"{model}/") for gate in self.gates):
+                raise ValueError(
+                    f"gates: none is on a {model}/ metric, so that no {model} model would ever be blessed"
+                )
+        declared = {f.name for f in self.dataset.users.features} | {
+            "surface"
+        } & self.dataset.interactions.columns.keys()
+        for name in self.slices:
+            if name not in declared:
+                raise ValueError(
+                    f"slices: {name!r} is no user feature or surface; declared: {', '.join(sorted(declared))}"
+                )
+        return self
+
+
+def load_run_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Loads the configuration of a run.
+
+    Args:
+      name_or_path: a built-in dataset name, or the path of a run YAML. Relative paths in the file are relative to it.
+      overrides: `section.key=value` texts, as `--set` takes them; values are YAML.
+
+    Raises:
+      ConfigError: an unknown name, file, key or value; the text says which and what is valid.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in {".yaml", ".yml"}:
+        path = BUILT_IN_CONFIGS / f"{name_or_path}.yaml"
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in BUILT_IN_CONFIGS.glob("*.yaml")))
+            raise ConfigError(
+                f"unknown dataset {str(name_or_path)!r}; built in: {known}; or give --config FILE"
+            )
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a mapping was expected, with at least the key 'dataset'")
+    dataset = values.get("dataset")
+    if isinstance(dataset, str) and dataset.endswith((".yaml", ".yml")):
+        values["dataset"] = str(path.parent / dataset)
+    if values.get("data_dir") is not None:
+        values["data_dir"] = path.parent / str(values["data_dir"])
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return parse_model(RunConfig, values, source=str(path))
+    except ConfigError as error:
+        raise ConfigError(str(error)) from error.__cause__
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(
+            f"--set {override!r}: 'section.key=value' was expected, for instance ranking.learning_rate=0.01"
+        )
+    *sections, leaf = key.split(".")
+    target = values
+    for section in sections:
+        child = target.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override!r}: {section!r} is not a section that can be overridden")
+        target = child
+    try:
+        target[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPaths:
+    """Where everything of a run lives below its output directory."""
+
+    output_dir: Path
+
+    @property
+    def source(self) -> Path:
+        """Source files that Funnel itself made, fetched or unpacked."""
+        return self.output_dir / "source"
+
+    @property
+    def tables(self) -> Path:
+        """Contract tables, one folder per fingerprint."""
+        return self.output_dir / "data"
+
+    @property
+    def pipeline_root(self) -> Path:
+        """TFX artifacts."""
+        return self.output_dir / "pipeline_root"
+
+    @property
+    def metadata(self) -> Path:
+        """ML Metadata database."""
+        return self.output_dir / "metadata.sqlite"
+
+    @property
+    def serving_models(self) -> Path:
+        """What the Pushers released: <model>/<version>/."""
+        return self.output_dir / "serving_models"
+
+    @property
+    def report(self) -> Path:
+        """The report's folder."""
+        return self.output_dir / "report"
+
+    @property
+    def run_file(self) -> Path:
+        """Facts of the last finished run that other commands start from."""
+        return self.output_dir / "run.json"
+
+    @property
+    def lock_file(self) -> Path:
+        """Held while a run is going on."""
+        return self.output_dir / "run.lock"
+
+    @property
+    def log_file(self) -> Path:
+        """Everything that the last run logged."""
+        return self.output_dir / "run.log"

@@ -1,0 +1,96 @@
+"""What a run decided, read from ML Metadata: blessings, pushes and the reasons against them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import ml_metadata as mlmd
+from ml_metadata.proto import metadata_store_pb2
+
+from schema.errors import DataError
+from tfx_pipeline.config import MODELS
+from tfx_pipeline.tfma_metrics import read_gate_failures
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """The newest run's decisions.
+
+    Attributes:
+      user_states_uri, catalogue_uri: Examples artifacts.
+      blessed: per model, whether the Evaluator blessed it.
+      pushed: per model, the version that was pushed, or None.
+      reasons: per model that was not pushed, why.
+    """
+
+    user_states_uri: str
+    catalogue_uri: str
+    blessed: dict[str, bool]
+    pushed: dict[str, str | None]
+    reasons: dict[str, str]
+
+
+def read_outcome(metadata_path: Path) -> Outcome:
+    """Reads the outcome of the newest pipeline run.
+
+    Raises:
+      DataError: the database holds no finished run.
+    """
+    connection = metadata_store_pb2.ConnectionConfig()
+    connection.sqlite.filename_uri = str(metadata_path)
+    connection.sqlite.connection_mode = metadata_store_pb2.SqliteMetadataSourceConfig.READONLY
+    store = mlmd.MetadataStore(connection)
+    runs = store.get_contexts_by_type("pipeline_run")
+    if not runs:
+        raise DataError(f"{metadata_path} holds no pipeline run")
+    outputs = _outputs(store, max(runs, key=lambda run: run.id))
+
+    infra = outputs["ServingValidator", "blessing"]
+    infra_reason = infra.custom_properties["reason"].string_value
+    blessed, pushed, reasons = {}, {}, {}
+    for model in MODELS:
+        blessing = outputs[f"Evaluator.{model}", "blessing"]
+        blessed[model] = blessing.custom_properties["blessed"].int_value == 1
+        version = outputs[f"Pusher.{model}", "pushed_model"].custom_properties["pushed_version"].string_value
+        pushed[model] = version or None
+        if not blessed[model]:
+            failures = read_gate_failures(outputs[f"Evaluator.{model}", "evaluation"].uri)
+            reasons[model] = "; ".join(
+                f"{'/'.join(filter(None, (f.output, f.metric)))} {'changed by ' if f.is_change else ''}{f.value:+.4f}, "
+                f"required: {f.limit}"
+                for f in failures
+            )
+        elif infra_reason:
+            reasons[model] = f"infra validation: {infra_reason}"
+    return Outcome(
+        user_states_uri=outputs["UserStateGen", "examples"].uri,
+        catalogue_uri=outputs["CatalogueGen", "examples"].uri,
+        blessed=blessed,
+        pushed=pushed,
+        reasons=reasons,
+    )
+
+
+def _outputs(
+    store: mlmd.MetadataStore, run: metadata_store_pb2.Context
+) -> dict[tuple[str, str], metadata_store_pb2.Artifact]:
+    """Output artifacts of a run by (component id, output key); a reused component's are its cached ones."""
+    node_types = {}
+    executions = {}
+    for execution in store.get_executions_by_context(run.id):
+        for context in store.get_contexts_by_execution(execution.id):
+            if store.get_context_types_by_id([context.type_id])[0].name == "node":
+                node_types[execution.id] = context.name.split(".", 1)[1]
+        executions[execution.id] = execution
+    found = {}
+    finished = (metadata_store_pb2.Execution.COMPLETE, metadata_store_pb2.Execution.CACHED)
+    for event in store.get_events_by_execution_ids(list(executions)):
+        if (
+            event.type == metadata_store_pb2.Event.OUTPUT
+            and executions[event.execution_id].last_known_state in finished
+        ):
+            key = next(step.key for step in event.path.steps if step.WhichOneof("value") == "key")
+            (artifact,) = store.get_artifacts_by_id([event.artifact_id])
+            found[node_types[event.execution_id], key] = artifact
+    return found

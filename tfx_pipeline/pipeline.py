@@ -1,0 +1,209 @@
+"""The pipeline: one pure function from a configuration to the graph of components."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tfx import v1 as tfx
+from tfx.dsl.components.base.base_node import BaseNode
+
+from tfx_pipeline.components.baseline_evaluator import BaselineEvaluator
+from tfx_pipeline.components.example_gen import ExampleKind, contract_example_gen
+from tfx_pipeline.components.infra_validator import ServingValidator
+from tfx_pipeline.components.pusher import AtomicPusher
+from tfx_pipeline.components.report_writer import ReportWriter
+from tfx_pipeline.components.trainer import ModelTrainer
+from tfx_pipeline.config import RANKING, RETRIEVAL, RunConfig
+from tfx_pipeline.tfma_metrics import ranking_eval_config, retrieval_eval_config
+from trainer import features
+from trainer.version import __version__
+
+PIPELINE_NAME = "funnel"
+# Cut-offs of the retrieval metrics; the largest is the length of the lists that the Evaluator sees.
+CUTOFFS = (10, 50, 100)
+# Beam starts no process of its own: importing TFX in every worker costs more than the work on one machine.
+# The state cache measures the size of every Python object it holds, which costs more than it saves here.
+LOCAL_BEAM_ARGS = (
+    "--direct_running_mode=in_memory",
+    "--direct_num_workers=1",
+    "--max_cache_memory_usage_mb=0",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineLocations:
+    """Where the pipeline reads and writes; local folders or cloud storage.
+
+    Attributes:
+      tables_dir: contract tables, with schema.pbtxt beside them.
+      train_end_unix_s: end of training, from the tables' summary.
+      pipeline_root: TFX artifacts.
+      serving_models: base folder of the pushed models.
+      report_dir: where the report is put.
+    """
+
+    tables_dir: str
+    train_end_unix_s: int
+    pipeline_root: str
+    serving_models: str
+    report_dir: str
+
+
+def create_pipeline(
+    config: RunConfig,
+    locations: PipelineLocations,
+    beam_args: Sequence[str] = LOCAL_BEAM_ARGS,
+    metadata_path: str | None = None,
+) -> tfx.dsl.Pipeline:
+    """Builds the graph; reads and writes nothing.
+
+    Args:
+      config: what to run.
+      locations: where.
+      beam_args: Beam options of every Beam component.
+      metadata_path: SQLite file of ML Metadata for local runs; None where the orchestrator brings its own.
+    """
+    spec = config.dataset
+    dataset = spec.model_dump_json()
+
+    def example_gen(kind: ExampleKind) -> BaseNode:
+        return contract_example_gen(kind, locations.tables_dir, spec, config.examples.max_positives_per_user)
+
+    interactions = example_gen(ExampleKind.INTERACTIONS)
+    user_states = example_gen(ExampleKind.USER_STATES)
+    catalogue = example_gen(ExampleKind.CATALOGUE)
+    examples = interactions.outputs["examples"]
+
+    statistics = tfx.components.StatisticsGen(examples=examples)
+    schema = tfx.components.ImportSchemaGen(schema_file=str(Path(locations.tables_dir) / "schema.pbtxt"))
+    validator = tfx.components.ExampleValidator(
+        statistics=statistics.outputs["statistics"], schema=schema.outputs["schema"]
+    )
+    transform = tfx.components.Transform(
+        examples=examples,
+        schema=schema.outputs["schema"],
+        preprocessing_fn="trainer.preprocessing.preprocessing_fn",
+        splits_config=tfx.proto.SplitsConfig(analyze=["train"], transform=["train", "eval"]),
+        # StatisticsGen has seen the raw examples; computing them again takes a third of this component's time.
+        disable_statistics=True,
+        custom_config={
+            "dataset": dataset,
+            "train_end_unix_s": locations.train_end_unix_s,
+            "funnel_version": __version__,
+        },
+    )
+    baselines = BaselineEvaluator(
+        examples=examples,
+        tables_dir=locations.tables_dir,
+        dataset=dataset,
+        cutoffs=json.dumps(CUTOFFS),
+    )
+    nodes: list[BaseNode] = [
+        interactions, user_states, catalogue, statistics, schema, validator, transform, baselines,
+    ]  # fmt: skip
+
+    trainers, evaluators = {}, {}
+    eval_configs = {
+        RETRIEVAL: retrieval_eval_config(
+            features.TEST_ITEMS, CUTOFFS, _slices(config), _gates(config, RETRIEVAL)
+        ),
+        RANKING: ranking_eval_config(spec.tasks, _slices(config), _gates(config, RANKING)),
+    }
+    judged_on = {RETRIEVAL: user_states.outputs["examples"], RANKING: examples}
+    judged_splits = {RETRIEVAL: list(ExampleKind.USER_STATES.splits), RANKING: ["test"]}
+    for model in (RETRIEVAL, RANKING):
+        trainers[model] = ModelTrainer(
+            run_fn=f"trainer.run_{model}.run_fn",
+            examples=transform.outputs["transformed_examples"],
+            transform_graph=transform.outputs["transform_graph"],
+            catalogue=catalogue.outputs["examples"],
+            user_states=user_states.outputs["examples"],
+            custom_config={
+                "dataset": dataset,
+                "config": getattr(config, model).model_dump_json(),
+                "model_name": model,
+                "funnel_version": __version__,
+            },
+        ).with_id(f"Trainer.{model}")
+        resolver = tfx.dsl.Resolver(
+            strategy_class=tfx.dsl.experimental.LatestBlessedModelStrategy,
+            model=tfx.dsl.Channel(
+                type=tfx.types.standard_artifacts.Model, producer_component_id=f"Trainer.{model}"
+            ),
+            model_blessing=tfx.dsl.Channel(
+                type=tfx.types.standard_artifacts.ModelBlessing, producer_component_id=f"Evaluator.{model}"
+            ),
+        ).with_id(f"LatestBlessed.{model}")
+        evaluators[model] = tfx.components.Evaluator(
+            examples=judged_on[model],
+            example_splits=judged_splits[model],
+            model=trainers[model].outputs["model"],
+            baseline_model=resolver.outputs["model"],
+            eval_config=eval_configs[model],
+        ).with_id(f"Evaluator.{model}")
+        nodes += [trainers[model], resolver, evaluators[model]]
+
+    infra = ServingValidator(
+        retrieval_model=trainers[RETRIEVAL].outputs["model"],
+        ranking_model=trainers[RANKING].outputs["model"],
+        user_states=user_states.outputs["examples"],
+        dataset=dataset,
+    )
+    nodes.append(infra)
+    pushers = {}
+    for model in (RETRIEVAL, RANKING):
+        pushers[model] = AtomicPusher(
+            model=trainers[model].outputs["model"],
+            model_blessing=evaluators[model].outputs["blessing"],
+            infra_blessing=infra.outputs["blessing"],
+            push_destination=tfx.proto.PushDestination(
+                filesystem=tfx.proto.PushDestination.Filesystem(
+                    base_directory=f"{locations.serving_models}/{model}"
+                )
+            ),
+        ).with_id(f"Pusher.{model}")
+        nodes.append(pushers[model])
+    nodes.append(
+        ReportWriter(
+            statistics=statistics.outputs["statistics"],
+            anomalies=validator.outputs["anomalies"],
+            baselines=baselines.outputs["baselines"],
+            retrieval_model=trainers[RETRIEVAL].outputs["model"],
+            ranking_model=trainers[RANKING].outputs["model"],
+            retrieval_run=trainers[RETRIEVAL].outputs["model_run"],
+            ranking_run=trainers[RANKING].outputs["model_run"],
+            retrieval_evaluation=evaluators[RETRIEVAL].outputs["evaluation"],
+            ranking_evaluation=evaluators[RANKING].outputs["evaluation"],
+            retrieval_blessing=evaluators[RETRIEVAL].outputs["blessing"],
+            ranking_blessing=evaluators[RANKING].outputs["blessing"],
+            infra_blessing=infra.outputs["blessing"],
+            retrieval_pushed=pushers[RETRIEVAL].outputs["pushed_model"],
+            ranking_pushed=pushers[RANKING].outputs["pushed_model"],
+            tables_dir=locations.tables_dir,
+            report_dir=locations.report_dir,
+            config=config.model_dump_json(),
+        )
+    )
+    return tfx.dsl.Pipeline(
+        pipeline_name=PIPELINE_NAME,
+        pipeline_root=locations.pipeline_root,
+        components=nodes,
+        enable_cache=True,
+        beam_pipeline_args=list(beam_args),
+        metadata_connection_config=(
+            tfx.orchestration.metadata.sqlite_metadata_connection_config(metadata_path)
+            if metadata_path
+            else None
+        ),
+    )
+
+
+def _slices(config: RunConfig) -> list[list[str]]:
+    return [[name] for name in config.slices]
+
+
+def _gates(config: RunConfig, model: str) -> list:
+    return [gate for gate in config.gates if gate.metric.startswith(f"{model}/")]

@@ -1,0 +1,151 @@
+"""Recommendations from a finished run: for one user through a model server, for many from the pushed model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from schema.errors import DataError, ServingError
+from schema.tables import ITEMS
+from tfx_pipeline.config import RETRIEVAL, RunPaths
+from tfx_pipeline.run_result import RunResult
+from tfx_pipeline.user_states import (
+    UserState,
+    find_user_states,
+    padded,
+    query_arrays,
+    read_user_states,
+    unknown_user_state,
+)
+
+_BATCH_USERS = 256
+
+
+def titles(run: RunResult) -> dict[str, str]:
+    """Title by item id; an item without a title shows its id."""
+    items = pl.read_parquet(Path(run.tables_dir) / ITEMS, columns=["item_id", "title"])
+    return dict(items.with_columns(pl.col("title").fill_null(pl.col("item_id"))).iter_rows())
+
+
+def user_state(run: RunResult, user_id: str) -> tuple[UserState, bool]:
+    """The state of one user as of the end of training, and whether the user is in the data at all."""
+    states = _states(run, [user_id])
+    return states[0]
+
+
+def _states(run: RunResult, user_ids: Sequence[str]) -> list[tuple[UserState, bool]]:
+    spec = run.config.dataset
+    found = find_user_states([run.user_states], spec, user_ids)
+    anyone = next(read_user_states([run.user_states], spec))
+    return [
+        (found[user_id], True) if user_id in found else (unknown_user_state(user_id, anyone), False)
+        for user_id in user_ids
+    ]
+
+
+def serving_folder(run: RunResult, paths: RunPaths, model: str) -> Path:
+    """Folder of the newest pushed version of a model. Raises ServingError when none was ever pushed."""
+    base = paths.serving_models / model
+    versions = [int(p.name) for p in base.iterdir() if p.name.isdigit()] if base.is_dir() else []
+    if not versions:
+        reason = run.reasons.get(model, "its folder is gone")
+        raise ServingError(f"no {model} model was pushed to {base}: {reason}; see {run.report}")
+    return base / str(max(versions))
+
+
+def read_user_ids(path: Path) -> list[str]:
+    """User ids of a file: Parquet or CSV with a column user_id, or a text file with one id per line.
+
+    Raises:
+      DataError: no such file, no such column, no ids, or an id that occurs twice.
+    """
+    if not path.is_file():
+        raise DataError(f"no users file {path}")
+    if path.suffix in {".parquet", ".csv"}:
+        table = pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path, infer_schema=False)
+        if "user_id" not in table.columns:
+            raise DataError(f"{path} has no column 'user_id'; it has: {', '.join(table.columns)}")
+        ids = table["user_id"].cast(pl.String).drop_nulls().to_list()
+    else:
+        ids = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    ids = [user_id for user_id in ids if user_id]
+    if not ids:
+        raise DataError(f"{path} holds no user id")
+    if len(set(ids)) < len(ids):
+        repeated = next(user_id for user_id in ids if ids.count(user_id) > 1)
+        raise DataError(f"{path} holds user {repeated!r} more than once; give every user once")
+    return ids
+
+
+def batch_recommend(
+    run: RunResult,
+    paths: RunPaths,
+    user_ids: Sequence[str],
+    k: int,
+    include_seen: bool,
+    out: Path,
+    on_progress: Callable[[int], None],
+) -> int:
+    """Writes the top-k of the pushed retrieval model for many users, as of the end of training.
+
+    Args:
+      run: a finished run.
+      paths: its folders.
+      user_ids: users, known or not.
+      k: items per user.
+      include_seen: whether items of the user's training history may be recommended.
+      out: Parquet file with user_id, rank (from 1), item_id, score; written whole or not at all.
+      on_progress: called with the number of users done after each batch.
+
+    Returns:
+      How many of the users are not in the data; they get what suits their empty history.
+
+    Raises:
+      ServingError: no pushed model, or k above what it was exported with.
+    """
+    import scann  # noqa: F401  registers the ops of the index
+    import tensorflow as tf
+
+    folder = serving_folder(run, paths, RETRIEVAL)
+    loaded = tf.saved_model.load(str(folder))
+    recommend = loaded.signatures["serving_default"]
+    states = _states(run, user_ids)
+    parts = []
+    for start in range(0, len(states), _BATCH_USERS):
+        batch = [state for state, _ in states[start : start + _BATCH_USERS]]
+        inputs = query_arrays(batch, run.config.dataset)
+        excluded = [() if include_seen else state.seen_item_ids for state in batch]
+        inputs["exclude_item_ids"] = padded(excluded)
+        inputs["k"] = np.full(len(batch), k, np.int32)
+        try:
+            answer = recommend(**{name: tf.constant(value) for name, value in inputs.items()})
+        except tf.errors.InvalidArgumentError as error:
+            raise ServingError(f"{folder} refused k={k}: {error.message}") from error
+        parts.append(
+            _rows([state.user_id for state in batch], answer["item_ids"].numpy(), answer["scores"].numpy())
+        )
+        on_progress(min(start + _BATCH_USERS, len(states)))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    pl.concat(parts).write_parquet(partial)
+    os.replace(partial, out)
+    return sum(1 for _, known in states if not known)
+
+
+def _rows(user_ids: Sequence[str], item_ids: np.ndarray, scores: np.ndarray) -> pl.DataFrame:
+    """One row per user and rank; padding is left out."""
+    count, width = item_ids.shape
+    table = pl.DataFrame(
+        {
+            "user_id": np.repeat(np.asarray(user_ids, dtype=object), width),
+            "rank": np.tile(np.arange(1, width + 1, dtype=np.int32), count),
+            "item_id": item_ids.ravel(),
+            "score": scores.ravel(),
+        },
+        schema_overrides={"user_id": pl.String, "item_id": pl.Binary},
+    )
+    return table.with_columns(pl.col("item_id").cast(pl.String)).filter(pl.col("item_id") != "")

@@ -1,0 +1,1 @@
+"""The run report: facts collected from artifacts, drawn as one static page."""

@@ -1,0 +1,412 @@
+"""The metrics of `trainer.metrics` as TFMA metrics, and the evaluation configs and gates built from them.
+
+The Evaluator computes what `trainer.metrics` defines, by calling it: figures of models, gates and baselines
+are comparable. Metrics are called `<metric>_at_<k>` (retrieval) or `<metric>`, under an output named
+as the task (ranking); `num_queries` and `num_examples` say how many rows were judged.
+"""
+
+import array
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import numpy.typing as npt
+import scann  # noqa: F401  Registers the ops of the retrieval model in every Beam worker that loads this module.
+import tensorflow_model_analysis as tfma
+from tensorflow_model_analysis.metrics import metric_util
+
+from schema.contract import TaskKind, TaskSpec
+from schema.errors import ConfigError, DataError
+from tfx_pipeline.config import Gate
+from trainer import features, metrics
+
+SIGNATURE = "serving_examples"
+ITEM_IDS_OUTPUT = "item_ids"
+NUM_QUERIES = "num_queries"
+NUM_EXAMPLES = "num_examples"
+
+# What one example leaves for a ranking combiner: label, prediction, hash of the user id.
+_Row = tuple[float, float, int]
+_Columns = tuple["array.array[float]", "array.array[float]", "array.array[int]"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MetricValue:
+    """One figure of an evaluation.
+
+    Attributes:
+      slice: (feature, value) pairs, empty for the whole split.
+      metric: name without stage and task, for instance `recall_at_100`.
+      output: the task, empty for retrieval.
+      value: NaN where the data cannot define it.
+    """
+
+    slice: tuple[tuple[str, str | int | float], ...]
+    metric: str
+    output: str
+    value: float
+
+
+@dataclasses.dataclass(frozen=True)
+class GateFailure:
+    """A gate that was not met: metric and output as in `MetricValue`; value is the change if `is_change`."""
+
+    metric: str
+    output: str
+    value: float
+    is_change: bool
+    limit: str
+
+
+class RetrievalMetrics(tfma.metrics.Metric):
+    """Recall, NDCG, hit rate and MRR at each k, macro over the examples with at least one positive.
+
+    Label: the list of held-out item ids. Prediction: the ranked list `item_ids`.
+    """
+
+    def __init__(self, ks: Sequence[int], name: str = "retrieval") -> None:
+        super().__init__(_retrieval_computations, ks=list(ks), name=name)
+
+
+class RankingMetrics(tfma.metrics.Metric):
+    """All metrics of one task kind, exact: over every labelled example, without buckets or samples.
+
+    Labels, predictions and 64-bit hashes of user ids are gathered: 24 bytes per example and slice.
+    """
+
+    def __init__(self, kind: str, user_key: str = features.USER_ID, name: str = "ranking") -> None:
+        super().__init__(_ranking_computations, kind=kind, user_key=user_key, name=name)
+
+
+def retrieval_eval_config(
+    label_key: str,
+    ks: Sequence[int],
+    slices: Sequence[Sequence[str]] = (),
+    gates: Sequence[Gate] = (),
+) -> tfma.EvalConfig:
+    """Evaluation of the retrieval model's `serving_examples` on user-state examples.
+
+    The one model spec has no name: TFX (`tfma.utils.update_eval_config_with_defaults`) makes `candidate` and
+    `baseline` of it when there is a blessed model, and drops the conditions on change when there is none.
+    A config without gates blesses nothing.
+
+    Args:
+      label_key: feature with the held-out positives; examples without any are left out.
+      ks: cut-offs, each at most the length of the exported lists.
+      slices: combinations of features to split by; the whole split always comes first.
+      gates: keys start with `retrieval/`.
+
+    Returns:
+      The config, to be given to an Evaluator.
+
+    Raises:
+      ConfigError: a k is below 1, or a gate names a metric that is not computed here.
+    """
+    if not ks or min(ks) < 1:
+        raise ConfigError(f"cut-offs are {list(ks)}; expected at least one, each 1 or more.")
+    names = [f"{name}_at_{k}" for k in ks for name in metrics.RETRIEVAL_METRICS]
+    spec = tfma.MetricsSpec(metrics=[_metric_config(RetrievalMetrics, ks=list(ks))])
+    _add_gates(gates, {metrics.metric_key("retrieval", name): (spec, name) for name in names})
+    model = tfma.ModelSpec(label_key=label_key, prediction_key=ITEM_IDS_OUTPUT)
+    return _eval_config(model, [spec], slices)
+
+
+def ranking_eval_config(
+    tasks: Sequence[TaskSpec],
+    slices: Sequence[Sequence[str]] = (),
+    gates: Sequence[Gate] = (),
+) -> tfma.EvalConfig:
+    """Evaluation of the ranking model's `serving_examples` on interaction examples, one output per task.
+
+    Args:
+      tasks: examples without a task's label are left out for that task.
+      slices, gates: as `retrieval_eval_config`; keys start with `ranking/<task>/`.
+
+    Returns, Raises: as `retrieval_eval_config`.
+    """
+    if not tasks:
+        raise ConfigError("no task to evaluate; declare at least one under `tasks`.")
+    specs: list[tfma.MetricsSpec] = []
+    targets: dict[str, tuple[tfma.MetricsSpec, str]] = {}
+    for task in tasks:
+        config = _metric_config(RankingMetrics, kind=task.kind.value)
+        specs.append(tfma.MetricsSpec(metrics=[config], output_names=[task.name]))
+        for name in metrics.RANKING_METRICS[task.kind]:
+            targets[metrics.metric_key("ranking", name, task=task.name)] = (specs[-1], name)
+    _add_gates(gates, targets)
+    return _eval_config(tfma.ModelSpec(label_keys={task.name: task.label for task in tasks}), specs, slices)
+
+
+def read_metrics(eval_result_dir: str, model_name: str = tfma.CANDIDATE_KEY) -> list[MetricValue]:
+    """Reads the figures that an Evaluator wrote.
+
+    Args:
+      eval_result_dir: URI of the evaluation artifact.
+      model_name: `candidate` or `baseline`; an evaluation of one model has a candidate only.
+
+    Returns:
+      All figures of that model, ordered by slice, output and metric; none when it was not evaluated.
+    """
+    result = []
+    for record in tfma.load_metrics(eval_result_dir):
+        slice_key = tuple((column, _plain(value)) for column, value in _slice_key(record))
+        for pair in record.metric_keys_and_values:
+            if (pair.key.model_name or tfma.CANDIDATE_KEY) == model_name and not pair.key.is_diff:
+                value = pair.value.double_value.value
+                result.append(MetricValue(slice_key, pair.key.name, pair.key.output_name, value))
+    return sorted(result, key=lambda value: (len(value.slice), str(value.slice), value.output, value.metric))
+
+
+def read_gate_failures(eval_result_dir: str) -> list[GateFailure]:
+    """Reads which gates a model did not meet; empty when it met all.
+
+    Args:
+      eval_result_dir: URI of the evaluation artifact of a config with gates.
+    """
+    failures = []
+    for record in tfma.load_validation_result(eval_result_dir).metric_validations_per_slice:
+        for failure in record.failures:
+            threshold, key = failure.metric_threshold, failure.metric_key
+            value = failure.metric_value.double_value.value if failure.HasField("metric_value") else math.nan
+            if threshold.HasField("change_threshold"):
+                bound = threshold.change_threshold.absolute.value
+                side = "at most" if key.name in metrics.LOWER_IS_BETTER else "at least"
+                limit = f"change against the last blessed model {side} {bound:+g}"
+            else:
+                bounds = threshold.value_threshold
+                limit = " and ".join(
+                    f"{side} {getattr(bounds, field).value:g}"
+                    for field, side in (("lower_bound", "at least"), ("upper_bound", "at most"))
+                    if bounds.HasField(field)
+                )
+            failures.append(GateFailure(key.name, key.output_name, value, key.is_diff, limit))
+    return sorted(failures, key=lambda failure: (failure.output, failure.metric, failure.is_change))
+
+
+def _metric_config(cls: type[tfma.metrics.Metric], **config: Any) -> tfma.MetricConfig:
+    return tfma.MetricConfig(class_name=cls.__name__, module=cls.__module__, config=json.dumps(config))
+
+
+def _eval_config(
+    model: tfma.ModelSpec, specs: Sequence[tfma.MetricsSpec], slices: Sequence[Sequence[str]]
+) -> tfma.EvalConfig:
+    model.signature_name = SIGNATURE
+    model.model_type = "tf_generic"  # Otherwise TFMA first tries to load the model with Keras.
+    config = tfma.EvalConfig(
+        model_specs=[model],
+        metrics_specs=specs,
+        slicing_specs=[tfma.SlicingSpec(), *(tfma.SlicingSpec(feature_keys=keys) for keys in slices)],
+    )
+    config.options.include_default_metrics.value = False
+    return config
+
+
+def _add_gates(gates: Iterable[Gate], targets: Mapping[str, tuple[tfma.MetricsSpec, str]]) -> None:
+    """Writes each gate into the metrics spec that computes its metric, for the whole split only."""
+    for gate in gates:
+        if gate.metric not in targets:
+            nearest = difflib.get_close_matches(gate.metric, targets, n=1, cutoff=0) or ["none"]
+            raise ConfigError(f"gate on unknown metric {gate.metric!r}; the nearest one is {nearest[0]!r}.")
+        spec, name = targets[gate.metric]
+        threshold = tfma.MetricThreshold()
+        if gate.min is not None:
+            threshold.value_threshold.lower_bound.value = gate.min
+        if gate.max is not None:
+            threshold.value_threshold.upper_bound.value = gate.max
+        if gate.max_drop is not None:
+            lower_is_better = name in metrics.LOWER_IS_BETTER
+            threshold.change_threshold.absolute.value = gate.max_drop if lower_is_better else -gate.max_drop
+            threshold.change_threshold.direction = (
+                tfma.MetricDirection.LOWER_IS_BETTER
+                if lower_is_better
+                else tfma.MetricDirection.HIGHER_IS_BETTER
+            )
+        spec.per_slice_thresholds[name].thresholds.add(
+            slicing_specs=[tfma.SlicingSpec()], threshold=threshold
+        )
+
+
+def _slice_key(record: Any) -> Iterator[tuple[str, Any]]:
+    for key in record.slice_key.single_slice_keys:
+        yield key.column, getattr(key, key.WhichOneof("kind"))
+
+
+def _plain(value: Any) -> str | int | float:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _keys(names: Iterable[str], model_name: str, output_name: str = "") -> list[tfma.metrics.MetricKey]:
+    # Gates stand in the metrics spec by name, where TFMA looks for keys that leave example weights open.
+    return [
+        tfma.metrics.MetricKey(name, model_name=model_name, output_name=output_name, example_weighted=None)
+        for name in names
+    ]
+
+
+def _label_and_prediction(
+    extracts: Any, eval_config: tfma.EvalConfig, model_name: str, output_name: str = ""
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Label and prediction of one example as TFMA picks them; an absent label is an empty array."""
+    ((label, prediction, _),) = metric_util.to_label_prediction_example_weight(
+        tfma.metrics.StandardMetricInputs(extracts),
+        eval_config=eval_config,
+        model_name=model_name,
+        output_name=output_name,
+        flatten=False,
+        squeeze=False,
+        allow_none=True,
+    )
+    return label, prediction
+
+
+def _retrieval_computations(
+    ks: Sequence[int],
+    name: str,
+    eval_config: tfma.EvalConfig,
+    model_names: Sequence[str],
+) -> list[tfma.metrics.MetricComputation]:
+    names = [f"{metric}_at_{k}" for k in ks for metric in metrics.RETRIEVAL_METRICS]
+    computations = []
+    for model_name in model_names:
+        keys = _keys([*names, NUM_QUERIES], model_name)
+        preprocessor = _JudgeQuery(f"{name}:{model_name}", eval_config, model_name, ks)
+        computations.append(tfma.metrics.MetricComputation(keys, [preprocessor], _MacroMean(keys)))
+    return computations
+
+
+class _JudgeQuery(tfma.metrics.Preprocessor):
+    """Turns an example into its metric values; examples without positives yield nothing."""
+
+    def __init__(self, name: str, eval_config: tfma.EvalConfig, model_name: str, ks: Sequence[int]) -> None:
+        super().__init__(name=name)
+        self._eval_config = eval_config
+        self._model_name = model_name
+        self._ks = ks
+
+    def process(self, extracts: Any) -> Iterator[metrics.FloatArray]:
+        positives, ranked = _label_and_prediction(extracts, self._eval_config, self._model_name)
+        hits, num_positives = metrics.match_positives(ranked.reshape(1, -1), [positives.ravel().tolist()])
+        if num_positives[0]:
+            yield np.concatenate(list(metrics.retrieval_metrics(hits, num_positives, self._ks).values()))
+
+
+class _MacroMean(beam.CombineFn):
+    """Mean of metric vectors, and their number under the last key."""
+
+    def __init__(self, keys: Sequence[tfma.metrics.MetricKey]) -> None:
+        self._keys = keys
+
+    def create_accumulator(self) -> tuple[metrics.FloatArray, int]:
+        return np.zeros(len(self._keys) - 1), 0
+
+    def add_input(
+        self, accumulator: tuple[metrics.FloatArray, int], element: metrics.FloatArray
+    ) -> tuple[metrics.FloatArray, int]:
+        return accumulator[0] + element, accumulator[1] + 1
+
+    def merge_accumulators(
+        self, accumulators: Iterable[tuple[metrics.FloatArray, int]]
+    ) -> tuple[metrics.FloatArray, int]:
+        total, count = self.create_accumulator()
+        for other_total, other_count in accumulators:
+            total, count = total + other_total, count + other_count
+        return total, count
+
+    def extract_output(
+        self, accumulator: tuple[metrics.FloatArray, int]
+    ) -> dict[tfma.metrics.MetricKey, float]:
+        total, count = accumulator
+        means = total / count if count else np.full(len(total), np.nan)
+        return dict(zip(self._keys, [*means.tolist(), float(count)], strict=True))
+
+
+def _ranking_computations(
+    kind: str,
+    user_key: str,
+    name: str,
+    eval_config: tfma.EvalConfig,
+    model_names: Sequence[str],
+    output_names: Sequence[str],
+) -> list[tfma.metrics.MetricComputation]:
+    task_kind = TaskKind(kind)
+    computations = []
+    for model_name in model_names:
+        for output_name in output_names:
+            keys = _keys([*metrics.RANKING_METRICS[task_kind], NUM_EXAMPLES], model_name, output_name)
+            preprocessor = _LabelledRow(
+                f"{name}:{model_name}:{output_name}", eval_config, model_name, output_name, user_key
+            )
+            combiner = _GatherAndJudge(keys, task_kind)
+            computations.append(tfma.metrics.MetricComputation(keys, [preprocessor], combiner))
+    return computations
+
+
+class _LabelledRow(tfma.metrics.Preprocessor):
+    """Turns an example into label, prediction and user hash; examples without the label yield nothing."""
+
+    def __init__(
+        self, name: str, eval_config: tfma.EvalConfig, model_name: str, output_name: str, user_key: str
+    ) -> None:
+        super().__init__(name=name)
+        self._eval_config = eval_config
+        self._model_name = model_name
+        self._output_name = output_name
+        self._user_key = user_key
+
+    def process(self, extracts: Any) -> Iterator[_Row]:
+        label, prediction = _label_and_prediction(
+            extracts, self._eval_config, self._model_name, self._output_name
+        )
+        if not label.size or np.isnan(label.item()):
+            return
+        user = extracts[tfma.FEATURES_KEY].get(self._user_key)
+        if user is None or not np.size(user):
+            raise DataError(
+                f"an example has a label for {self._output_name!r} but no {self._user_key!r}; "
+                "GAUC needs the user of every row: check the join in ExampleGen."
+            )
+        yield float(label.item()), float(prediction.item()), _hash_of(user.item())
+
+
+def _hash_of(user_id: bytes | int) -> int:
+    """A signed 64-bit hash, the same in all workers; two of ten million users share one with chance 3e-6."""
+    data = user_id if isinstance(user_id, bytes) else str(user_id).encode()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
+
+
+class _GatherAndJudge(beam.CombineFn):
+    """Gathers rows in columns and judges them at the end: AUC and the like are not sums over rows."""
+
+    def __init__(self, keys: Sequence[tfma.metrics.MetricKey], kind: TaskKind) -> None:
+        self._keys = keys
+        self._kind = kind
+
+    def create_accumulator(self) -> _Columns:
+        return array.array("d"), array.array("d"), array.array("q")
+
+    def add_input(self, accumulator: _Columns, element: _Row) -> _Columns:
+        labels, predictions, users = accumulator
+        label, prediction, user = element
+        labels.append(label)
+        predictions.append(prediction)
+        users.append(user)
+        return accumulator
+
+    def merge_accumulators(self, accumulators: Iterable[_Columns]) -> _Columns:
+        labels, predictions, users = self.create_accumulator()
+        for more_labels, more_predictions, more_users in accumulators:
+            labels.extend(more_labels)
+            predictions.extend(more_predictions)
+            users.extend(more_users)
+        return labels, predictions, users
+
+    def extract_output(self, accumulator: _Columns) -> dict[tfma.metrics.MetricKey, float]:
+        labels, predictions, users = (np.array(column) for column in accumulator)
+        values = metrics.ranking_metrics(self._kind, labels, predictions, users)
+        return dict(zip(self._keys, [*values.values(), float(len(labels))], strict=True))

@@ -1,0 +1,175 @@
+"""The ranker as a SavedModel: raw requests or serialized examples in, task outputs and the final score out.
+
+The export holds everything a request needs: the Transform graph, the weights, and the transformed catalogue.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from schema.contract import DatasetSpec
+from trainer import features as ft
+from trainer import raw_inputs
+from trainer.catalogue import Catalogue
+from trainer.ranking import RankingModel
+
+CANDIDATES = "candidate_item_ids"
+IS_KNOWN = "item_is_known"
+EXAMPLES = "examples"
+
+_logger = logging.getLogger(__name__)
+
+
+class ServedRanker(tf.Module):
+    """The two signatures of the exported ranker, and the variables that they read."""
+
+    def __init__(self, model: RankingModel, layer: Any, catalogue: Catalogue, spec: DatasetSpec) -> None:
+        """Copies the catalogue, with one more row that stands for any unknown item.
+
+        Args:
+          model: trained.
+          layer: `tft.TFTransformOutput.transform_features_layer()`.
+          catalogue: all items that can be looked up.
+          spec: the declaration of the dataset.
+        """
+        super().__init__()
+        self._spec = spec
+        self._num_items = len(catalogue)
+        # An attribute, or the vocabulary files of the Transform graph would be missing from the export.
+        self.layer = layer
+        # Only the weights: the Keras model would bring its optimizer and training functions along.
+        self.weights = model.weights
+        # A closure keeps the model itself out of the object graph that is saved.
+        self._model: Callable[[], RankingModel] = lambda: model
+        self.rows = tf.lookup.StaticHashTable(
+            tf.lookup.KeyValueTensorInitializer(
+                tf.constant(list(catalogue.item_ids), tf.string), tf.range(self._num_items, dtype=tf.int64)
+            ),
+            default_value=self._num_items,
+        )
+        unknown = _unknown_item(layer, spec)
+        self.items = {
+            name: tf.Variable(
+                _append_row(tf.constant(column), unknown[name]), trainable=False, name=f"item_{name}"
+            )
+            for name, column in catalogue.transformed.items()
+        }
+        if catalogue.upload_time_unix_s is not None:
+            upload_time = tf.constant(catalogue.upload_time_unix_s, tf.int64)
+            missing = tf.constant([raw_inputs.MISSING["int64"]], tf.int64)
+            self.upload_time_unix_s = tf.Variable(tf.concat([upload_time, missing], axis=0), trainable=False)
+
+    def rank(self, raw: Mapping[str, tf.Tensor], candidate_item_ids: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Judges N candidates for each of B requests.
+
+        Args:
+          raw: raw query features, see `raw_inputs.query_signature`.
+          candidate_item_ids: string [B, N]; "" is padding. An id outside the catalogue is judged by the query
+            and what unknown items have in common.
+
+        Returns:
+          float32 [B, N] per task and `score`, int64 [B, N] `item_is_known`; zeros where padded.
+        """
+        model, ids = self._model(), tf.reshape(candidate_item_ids, [-1])
+        num_candidates = tf.shape(candidate_item_ids)[1]
+        rows = self.rows.lookup(ids)
+        item = {name: tf.gather(column, rows) for name, column in self.items.items()}
+        if ft.feature_space(self._spec).cross:
+            event_time = tf.repeat(raw[ft.EVENT_TIME], num_candidates)
+            upload_time = tf.gather(self.upload_time_unix_s, rows)
+            item |= raw_inputs.transform_cross(self.layer, event_time, upload_time, self._spec)
+        # The query is transformed and encoded once, whatever the number of candidates.
+        query = model.encode_query(raw_inputs.transform_query(self.layer, raw, self._spec)).repeat(
+            num_candidates
+        )
+
+        outputs = model.predictions(model.logits(query, item))
+        outputs[IS_KNOWN] = tf.cast(rows < self._num_items, tf.int64)
+        is_item = tf.not_equal(ids, "")
+        return {
+            name: tf.reshape(tf.where(is_item, value, tf.zeros_like(value)), tf.shape(candidate_item_ids))
+            for name, value in outputs.items()
+        }
+
+    def rank_examples(self, examples: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Judges serialized interaction tf.Examples, string [B]: float32 [B] per task and `score`."""
+        model = self._model()
+        raw = raw_inputs.parse_interaction_examples(examples, self._spec)
+        transformed = raw_inputs.transform_query(self.layer, raw, self._spec)
+        transformed |= raw_inputs.transform_candidates(self.layer, raw, self._spec)
+        if ft.feature_space(self._spec).cross:
+            transformed |= raw_inputs.transform_cross(
+                self.layer, raw[ft.EVENT_TIME], raw[ft.UPLOAD_TIME], self._spec
+            )
+        return model.predictions(model(transformed, training=False))
+
+    def signatures(self) -> dict[str, Any]:
+        """Traced signatures by name, as documented in docs/architecture.md."""
+
+        def serve(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
+            return self.rank(inputs, inputs.pop(CANDIDATES))
+
+        def serve_examples(examples: tf.Tensor) -> dict[str, tf.Tensor]:
+            return self.rank_examples(examples)
+
+        request = raw_inputs.query_signature(self._spec)
+        request[CANDIDATES] = tf.TensorSpec([None, None], tf.string, name=CANDIDATES)
+        return {
+            "serving_default": tf.function(serve, autograph=False).get_concrete_function(**request),
+            "serving_examples": tf.function(serve_examples, autograph=False).get_concrete_function(
+                tf.TensorSpec([None], tf.string, name=EXAMPLES)
+            ),
+        }
+
+
+def export(model: RankingModel, layer: Any, catalogue: Catalogue, spec: DatasetSpec, model_dir: str) -> None:
+    """Writes the SavedModel to `model_dir`, which appears complete or not at all.
+
+    Args:
+      model: trained.
+      layer: `tft.TFTransformOutput.transform_features_layer()`.
+      catalogue: all items that can be looked up.
+      spec: the declaration of the dataset.
+      model_dir: local folder; absent or empty.
+
+    Raises:
+      OSError: the folder cannot be written or is not empty.
+    """
+    ranker = ServedRanker(model, layer, catalogue, spec)
+    target = Path(model_dir)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent)
+    try:
+        tf.saved_model.save(ranker, partial, signatures=ranker.signatures())
+        os.chmod(partial, 0o755)  # mkdtemp makes folders that only their owner can read
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    _logger.info("phase=export_ranking items=%d path=%s", len(catalogue), target)
+
+
+def _unknown_item(layer: Any, spec: DatasetSpec) -> dict[str, tf.Tensor]:
+    """One row of transformed candidate features of an item of which nothing is known."""
+    raw = {}
+    for feature in ft.raw_candidate_inputs(spec):
+        missing = tf.constant([raw_inputs.MISSING[feature.dtype]], feature.dtype)
+        raw[feature.name] = missing[:, tf.newaxis] if feature.is_list else missing
+    unknown = raw_inputs.transform_candidates(layer, raw, spec)
+    item_id = ft.feature_space(spec).find(ft.ITEM_ID).id_name
+    return {**unknown, item_id: tf.fill([1], tf.constant(ft.OOV_ID, unknown[item_id].dtype))}
+
+
+def _append_row(column: tf.Tensor, row: tf.Tensor) -> tf.Tensor:
+    """[I, ...] and a row [1, ...] of at most the same width to [I + 1, ...]; lists are padded with 0."""
+    row = tf.cast(row, column.dtype)
+    if column.shape.rank == 2:
+        row = tf.pad(row, [[0, 0], [0, column.shape[1] - row.shape[1]]])
+    return tf.concat([column, row], axis=0)

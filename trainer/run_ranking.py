@@ -1,0 +1,64 @@
+"""The ranking model's `run_fn` for the TFX Trainer component: read, count, build, train, export."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+import tensorflow_transform as tft
+
+from schema.contract import dataset_spec_from_json
+from trainer.config import RankingConfig
+from trainer.input_pipeline import load_catalogue, ordered_batches, shuffled_batches, windows
+from trainer.preprocessing import vocabulary_sizes
+from trainer.ranking import RankingModel, train
+from trainer.ranking_export import export
+from trainer.ranking_losses import label_statistics
+
+TRAINING_LOG = "training_log.json"
+
+
+def run_fn(fn_args: Any) -> None:
+    """Trains the ranker and exports it.
+
+    Args:
+      fn_args: TFX's FnArgs; `custom_config` holds `dataset` and `config` as JSON, `catalogue` as file
+      patterns.
+
+    Writes the SavedModel to `serving_model_dir`, and `training_log.json` (a list of one record per epoch, see
+    `trainer.ranking.train`; undefined metrics are null) to `model_run_dir`.
+
+    Raises:
+      DataError: a task cannot be learnt from its training labels, the eval split is empty, or the loss
+      diverged.
+    """
+    spec = dataset_spec_from_json(fn_args.custom_config["dataset"])
+    config = RankingConfig.model_validate_json(fn_args.custom_config["config"])
+    transform_output = tft.TFTransformOutput(fn_args.transform_output)
+    catalogue = load_catalogue(fn_args.custom_config["catalogue"], transform_output, spec)
+    train_windows = windows(fn_args.train_files, spec, transform_output)
+    eval_windows = windows(fn_args.eval_files, spec, transform_output)
+
+    statistics = label_statistics(train_windows.as_numpy_iterator(), spec.tasks)
+    tf.keras.utils.set_random_seed(config.seed)
+    model = RankingModel(spec, vocabulary_sizes(transform_output, spec), statistics, config)
+    log = train(
+        model,
+        shuffled_batches(train_windows, config.batch_size, config.seed),
+        ordered_batches(eval_windows, config.batch_size),
+        config,
+    )
+    _write_log(log, Path(fn_args.model_run_dir))
+    export(model, transform_output.transform_features_layer(), catalogue, spec, fn_args.serving_model_dir)
+
+
+def _write_log(log: list[dict[str, float]], folder: Path) -> None:
+    """JSON has no NaN: undefined metrics become null."""
+    records = [
+        {key: value if math.isfinite(value) else None for key, value in record.items()} for record in log
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / TRAINING_LOG).write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
