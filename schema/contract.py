@@ -1,7 +1,7 @@
 """The event contract: which tables, columns, features and tasks a dataset has, read from one YAML.
 
-Everything downstream (contract tables, the TFX schema, the Transform graph, model inputs, heads) is derived from the
-`DatasetSpec` that `load_dataset_spec` returns. Nothing else names a column or a task.
+Everything downstream (contract tables, the TFX schema, the Transform graph, model inputs, heads) is derived
+from the `DatasetSpec` that `load_dataset_spec` returns. Nothing else names a column or a task.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import difflib
 import enum
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -61,7 +60,6 @@ RESERVED_NAMES = frozenset(
         "seen_item_ids",
     }
 )
-_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 Name = Annotated[str, pydantic.StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
 
@@ -147,7 +145,7 @@ class InteractionsSpec(_Model):
 
 
 class EntitySpec(_Model):
-    """The users or the items table: files, contract columns, declared features, and a title shown to people."""
+    """The users or the items table: files, contract columns, features, and a title shown to people."""
 
     files: tuple[str, ...] = pydantic.Field(min_length=1)
     columns: Mapping[str, Column]
@@ -209,7 +207,7 @@ class DatasetSpec(_Model):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Every label a row can have, in a stable order: declared labels, then watch time when it is mapped."""
+        """Every label a row can have, in a stable order: declared ones, then watch time when it is mapped."""
         watch_time = (WATCH_TIME,) if WATCH_TIME in self.interactions.columns else ()
         return (*self.interactions.labels, *watch_time)
 
@@ -230,8 +228,12 @@ class DatasetSpec(_Model):
                 raise ValueError(f"feature {name!r} is declared twice; names are unique over users and items")
             if name in RESERVED_NAMES or name in self.labels:
                 raise ValueError(
-                    f"feature name {name!r} is taken by the contract; give it another name and 'column: {name}'"
+                    f"feature name {name!r} is taken by the contract; "
+                    f"give it another name and 'column: {name}'"
                 )
+        for label in self.interactions.labels:
+            if label in RESERVED_NAMES:
+                raise ValueError(f"label name {label!r} is taken by the contract; give it another name")
         tasks = [t.name for t in self.tasks]
         for task in self.tasks:
             if task.label not in self.labels:
@@ -256,7 +258,8 @@ def load_dataset_spec(name_or_path: str | Path) -> DatasetSpec:
       name_or_path: the name of a built-in dataset (`simulated`), or the path of a YAML file.
 
     Raises:
-      ConfigError: no such dataset or file, bad YAML, an unknown key (with the nearest valid one), a wrong value.
+      ConfigError: no such dataset or file, bad YAML, an unknown key (with the nearest valid one), or a wrong
+        value.
     """
     path = Path(name_or_path)
     if path.suffix not in {".yaml", ".yml"}:
@@ -283,7 +286,7 @@ _M = TypeVar("_M", bound=pydantic.BaseModel)
 
 
 def parse_model(model: type[_M], values: Any, source: str) -> _M:
-    """Builds a pydantic model and turns its errors into one ConfigError that names file, field and nearest valid key."""
+    """Builds a pydantic model; its errors become one ConfigError: file, field, nearest valid key."""
     try:
         return model.model_validate(values if values is not None else {})
     except pydantic.ValidationError as error:
@@ -302,18 +305,14 @@ def parse_model(model: type[_M], values: Any, source: str) -> _M:
 
 
 def _valid_keys(model: type[pydantic.BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """The field names of the model found at `loc` inside `model`; empty where the location leads elsewhere."""
-    current: Any = model
+    """The field names of the model found at `loc` in `model`; empty where the location leads elsewhere."""
+    current: type[pydantic.BaseModel] | None = model
     for part in loc:
-        if isinstance(part, int) or not isinstance(current, type):
+        if isinstance(part, int) or current is None:
             continue
         field = current.model_fields.get(part)
         current = next(_models_in(field.annotation), None) if field is not None else current
-    return (
-        list(current.model_fields)
-        if isinstance(current, type) and issubclass(current, pydantic.BaseModel)
-        else []
-    )
+    return list(current.model_fields) if current is not None else []
 
 
 def _models_in(annotation: Any) -> Iterator[type[pydantic.BaseModel]]:
@@ -343,7 +342,7 @@ def _check_columns(
 
 
 def dataset_spec_from_json(text: str) -> DatasetSpec:
-    """The inverse of `DatasetSpec.model_dump_json`; used where the declaration travels as a component property."""
+    """The inverse of `DatasetSpec.model_dump_json`; a declaration travels as a component property."""
     return DatasetSpec.model_validate_json(text)
 
 

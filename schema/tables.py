@@ -49,6 +49,9 @@ _MAX_UNKNOWN_ITEM_SHARE = 0.2
 # Text that source files write for a missing value.
 _MISSING = ["", "NA", "NaN", "nan", "null", "NULL", "None"]
 
+# Place of a source row among all rows of its table's files, counted from 0.
+_ROW = "__row"
+
 
 @dataclasses.dataclass(frozen=True)
 class TablesSummary:
@@ -59,8 +62,8 @@ class TablesSummary:
       rows, positives: interactions and positives per split.
       users, items: rows of the users table and of the catalogue.
       first_event_unix_s, last_event_unix_s: per split.
-      train_end_unix_s: the moment as of which everything frozen is computed: one second after the last train event, or
-        the declared end of training.
+      train_end_unix_s: the moment as of which everything frozen is computed: one second after the last train
+        event, or the declared end of training.
       label_means: mean of each label over the train split.
       warnings: what was dropped or looked odd, in words.
     """
@@ -92,14 +95,15 @@ def prepare_tables(spec: DatasetSpec, source_dir: Path, data_root: Path) -> Path
     Args:
       spec: the declaration.
       source_dir: folder that the declaration's file names are relative to.
-      data_root: the tables go to `data_root/<fingerprint>`; the fingerprint covers declaration and source files, so
-        that unchanged inputs keep their folder and the pipeline's cache holds.
+      data_root: the tables go to `data_root/<fingerprint>`; the fingerprint covers declaration and source
+        files, so that unchanged inputs keep their folder and the pipeline's cache holds.
 
     Returns:
       The folder with interactions.parquet, users.parquet, items.parquet and summary.json.
 
     Raises:
-      DataError: files, columns, types, times, ids or splits break the contract; the text says which and how to mend it.
+      DataError: files, columns, types, times, ids or splits break the contract; the text says which and how
+        to mend it.
     """
     sources = {
         table: [source_dir / name for name in entity.files]
@@ -175,7 +179,8 @@ def _scan(paths: Sequence[Path], wanted: Sequence[str], table: str) -> pl.LazyFr
         absent = [c for c in wanted if c not in present]
         if absent:
             raise DataError(
-                f"{table}: {path} has no column {', '.join(map(repr, absent))}; it has: {', '.join(present)}; "
+                f"{table}: {path} has no column {', '.join(map(repr, absent))}; "
+                f"it has: {', '.join(present)}; "
                 "map the right source column in the YAML"
             )
         frames.append(frame)
@@ -185,11 +190,12 @@ def _scan(paths: Sequence[Path], wanted: Sequence[str], table: str) -> pl.LazyFr
 def _read_distinct(
     paths: Sequence[Path], wanted: Sequence[str], table: str, warnings: list[str]
 ) -> pl.DataFrame:
-    """The wanted columns of all rows that differ in some column, declared or not."""
+    """The wanted columns and the place (`_ROW`) of all rows that differ in some column, declared or not."""
     try:
-        source = _scan(paths, wanted, table)
+        source = _scan(paths, wanted, table).with_row_index(_ROW)
         total = source.select(pl.len()).collect().item()
-        distinct = source.unique(keep="first", maintain_order=True).select(wanted).collect()
+        rows = source.unique(pl.selectors.exclude(_ROW), keep="first", maintain_order=True)
+        distinct = rows.select(_ROW, *wanted).collect()
     except pl.exceptions.PolarsError as error:
         raise DataError(f"{table}: cannot read {', '.join(map(str, paths))}: {error}") from error
     if len(distinct) < total:
@@ -206,9 +212,8 @@ def _read_interactions(paths: list[Path], spec: DatasetSpec, warnings: list[str]
             _cast(source, name, column, _interaction_dtype(name), "interactions")
             for name, column in columns.items()
         ]
-    ).with_row_index("row_number")
-    table = table.with_columns(pl.col("row_number").cast(pl.Int64))
-    _require(table, ("user_id", "item_id", "event_time_unix_s"), "interactions")
+    ).with_columns(source[_ROW].cast(pl.Int64).alias("row_number"))
+    _require(table, source[_ROW], ("user_id", "item_id", "event_time_unix_s"), "interactions")
     _check_times(table["event_time_unix_s"], "interactions.event_time_unix_s")
 
     start = spec.interactions.start
@@ -229,9 +234,8 @@ def _read_interactions(paths: list[Path], spec: DatasetSpec, warnings: list[str]
             table = table.with_columns(pl.col("item_duration_s").replace(0.0, None))
     if spec.watch_time_cap_durations is not None and WATCH_TIME in table.columns:
         cap = spec.watch_time_cap_durations * pl.col("item_duration_s")
-        table = table.with_columns(
-            pl.min_horizontal(WATCH_TIME, cap.fill_null(float("inf"))).alias(WATCH_TIME)
-        )
+        watched = pl.col(WATCH_TIME)
+        table = table.with_columns(pl.when(watched > cap).then(cap).otherwise(watched).alias(WATCH_TIME))
     return table
 
 
@@ -262,7 +266,8 @@ def _read_entity(paths: list[Path], spec: EntitySpec, key: str, warnings: list[s
         title = source[spec.title].cast(pl.String) if spec.title is not None else series[0].rename("title")
         series.append(title.rename("title"))
     table = pl.DataFrame(series)
-    _require(table, (key,), table_name)
+    required = [name for name in (key, "valid_from_unix_s") if name in table.columns]
+    _require(table, source[_ROW], required, table_name)
     _check_unique(table, key, table_name)
     for name in spec.columns:
         if name.endswith("_unix_s"):
@@ -276,8 +281,9 @@ def _check_unique(table: pl.DataFrame, key: str, table_name: str) -> None:
     if len(repeated):
         examples = ", ".join(repeated[key].unique(maintain_order=True).head(3).to_list())
         raise DataError(
-            f"{table_name}: {len(repeated):,} rows share their {' and '.join(keys)} with another row (for instance "
-            f"{examples}); keep one row per id, or map valid_from_unix_s if rows hold successive values"
+            f"{table_name}: {len(repeated):,} rows share their {' and '.join(keys)} with another row "
+            f"(for instance {examples}); keep one row per id, or map valid_from_unix_s if rows hold "
+            "successive values"
         )
 
 
@@ -292,10 +298,15 @@ def _feature_dtype(feature: FeatureSpec) -> Any:
 
 
 def _cast(source: pl.DataFrame, name: str, column: ColumnSpec, dtype: Any, table: str) -> pl.Series:
-    """One contract column from its source column, converted to `dtype`; a value that cannot be is a DataError."""
+    """One contract column from its source column, as `dtype`; a value that cannot be that is a DataError."""
     if column.column is None:
         return pl.Series(name, [column.value]).new_from_index(0, len(source)).cast(dtype).rename(name)
     raw = source[column.column]
+    # A Parquet file may hold NaN or empty text where a CSV file holds nothing.
+    if raw.dtype.is_float():
+        raw = raw.fill_nan(None)
+    elif raw.dtype == pl.String:
+        raw = raw.replace("", None)
     if column.format is not None:
         value = raw.cast(pl.String).str.to_datetime(column.format, strict=False).dt.epoch("s")
     elif dtype == pl.List(pl.String):
@@ -315,14 +326,16 @@ def _cast(source: pl.DataFrame, name: str, column: ColumnSpec, dtype: Any, table
         per_second = _UNIT_PER_SECOND[column.unit]
         if per_second != 1:
             value = value // per_second if dtype == pl.Int64 else value / per_second
-        if dtype != pl.Int64:
-            value = value.fill_nan(None)
+        if dtype == pl.Float32:
+            value = value.cast(pl.Float32)
+            value = value.set(~value.is_finite(), None)
     bad = value.is_null() & raw.is_not_null()
     if bad.any():
         row = int(bad.arg_true()[0])
         raise DataError(
             f"{table}.{name}: {int(bad.sum()):,} values of source column {column.column!r} are not "
-            f"{column.format or dtype}; the first is {raw[row]!r} in row {row + 1:,}; mend the source or the YAML's mapping"
+            f"{column.format or dtype}; the first is {raw[row]!r} in row {source[_ROW][row] + 1:,}; "
+            "mend the source or the YAML's mapping"
         )
     if column.at_least is not None:
         value = (value >= column.at_least).cast(pl.Float32)
@@ -330,26 +343,25 @@ def _cast(source: pl.DataFrame, name: str, column: ColumnSpec, dtype: Any, table
 
 
 def _to_list(raw: pl.Series, separator: str | None, where: str) -> pl.Series:
+    """Lists of non-empty strings."""
     if isinstance(raw.dtype, pl.List):
-        return raw.cast(pl.List(pl.String))
-    if separator is None:
+        lists = raw.cast(pl.List(pl.String))
+    elif separator is None:
         raise DataError(f"{where}: the source holds {raw.dtype}, not lists; declare a separator")
-    stripped = raw.cast(pl.String).str.split(separator).list.eval(pl.element().str.strip_chars())
-    return stripped.list.eval(pl.element().filter(pl.element() != ""))
+    else:
+        lists = raw.cast(pl.String).str.split(separator).list.eval(pl.element().str.strip_chars())
+    return lists.list.eval(pl.element().filter(pl.element() != ""))
 
 
-def _require(table: pl.DataFrame, names: Sequence[str], table_name: str) -> None:
+def _require(table: pl.DataFrame, rows: pl.Series, names: Sequence[str], table_name: str) -> None:
     if table.is_empty():
         raise DataError(f"{table_name}: the source has no rows")
     for name in names:
-        empty = table[name].is_null()
-        if table.schema[name] == pl.String:
-            empty |= table[name] == ""
-        count = int(empty.fill_null(True).sum())
-        if count:
-            row = int(empty.fill_null(True).arg_true()[0])
+        empty = rows.filter(table[name].is_null())
+        if len(empty):
             raise DataError(
-                f"{table_name}.{name}: {count:,} rows have no value, the first is row {row + 1:,}; it is required"
+                f"{table_name}.{name}: {len(empty):,} rows have no value, the first is row {empty[0] + 1:,}; "
+                "it is required: mend the source or the YAML's mapping"
             )
 
 
@@ -377,21 +389,23 @@ def _nonnegative(table: pl.DataFrame, name: str, warnings: list[str]) -> pl.Data
 def _check_references(
     interactions: pl.DataFrame, users: pl.DataFrame, items: pl.DataFrame, warnings: list[str]
 ) -> pl.DataFrame:
-    """Drops interactions whose item is not in the catalogue; counts users that are not in the users table."""
+    """Drops interactions whose item is not in the catalogue; counts users absent from the users table."""
     total = len(interactions)
     known = interactions.filter(pl.col("item_id").is_in(items["item_id"].implode()))
     lost = total - len(known)
     if total and lost / total > _MAX_UNKNOWN_ITEM_SHARE:
         raise DataError(
-            f"interactions: {lost:,} of {total:,} rows have an item_id that is not in the items table (for instance "
-            f"{_first_absent(interactions, items, 'item_id')}); check that both map the same id column"
+            f"interactions: {lost:,} of {total:,} rows have an item_id that is not in the items table "
+            f"(for instance {_first_absent(interactions, items, 'item_id')}); check that both map the same "
+            "id column"
         )
     if lost:
         warnings.append(f"interactions: dropped {lost:,} rows whose item_id is not in the items table")
     absent = known.filter(~pl.col("user_id").is_in(users["user_id"].implode()))["user_id"].n_unique()
     if absent:
         warnings.append(
-            f"users: {absent:,} users of the interactions are not in the users table; their features are missing"
+            f"users: {absent:,} users of the interactions are not in the users table; "
+            "their features are missing"
         )
     return known
 
@@ -406,8 +420,9 @@ def _assign_splits(table: pl.DataFrame, spec: DatasetSpec) -> tuple[pl.DataFrame
     table = table.sort("event_time_unix_s", "row_number")
     if split.fractions is not None:
         # Cut by position in (event time, file order), so that equal times are split the same way every time.
-        first = int(len(table) * split.fractions[0])
-        second = int(len(table) * (split.fractions[0] + split.fractions[1]) + 1e-9)
+        first, second = (
+            int(len(table) * share + 1e-9) for share in (split.fractions[0], sum(split.fractions[:2]))
+        )
         position = pl.int_range(pl.len())
         in_train, in_eval = position < first, position < second
         train_end = int(table["event_time_unix_s"][first - 1]) + 1 if first else 0
@@ -427,11 +442,10 @@ def _assign_splits(table: pl.DataFrame, spec: DatasetSpec) -> tuple[pl.DataFrame
     counts = dict(table["split"].value_counts().iter_rows())
     for name in ("train", "eval", "test"):
         if not counts.get(name):
-            low, high = (
-                _iso(int(t)) for t in (table["event_time_unix_s"].min(), table["event_time_unix_s"].max())
-            )  # type: ignore[arg-type]
+            low, high = (_iso(int(table["event_time_unix_s"][row])) for row in (0, -1))
             raise DataError(
-                f"split {name!r} is empty: events run from {low} to {high}, {_describe(spec)}; move the cut times in the YAML"
+                f"split {name!r} is empty: events run from {low} to {high}, {_describe(spec)}; "
+                "change 'split' in the YAML"
             )
     return table, train_end
 
@@ -461,22 +475,26 @@ def _check_labels(table: pl.DataFrame, spec: DatasetSpec, warnings: list[str]) -
             odd = label.filter(~label.is_in([0.0, 1.0]))
             if len(odd):
                 raise DataError(
-                    f"task {task.name}: label {task.label} must be 0 or 1, got {odd[0]}; use 'at_least' to cut it"
+                    f"task {task.name}: label {task.label} must be 0 or 1, got {odd[0]}; "
+                    "use 'at_least' to cut it"
                 )
             positives = int(label.sum())
             if positives in (0, len(label)):
                 kind = "positives" if positives == 0 else "negatives"
                 raise DataError(
-                    f"task {task.name}: label {task.label} has no {kind} in {len(label):,} train rows; remove the task"
+                    f"task {task.name}: label {task.label} has no {kind} in {len(label):,} train rows; "
+                    "remove the task"
                 )
         elif label.is_empty() or label.n_unique() == 1:
             raise DataError(
-                f"task {task.name}: label {task.label} has fewer than two values in the train split; remove the task"
+                f"task {task.name}: label {task.label} has fewer than two values in the train split; "
+                "remove the task"
             )
         missing = len(train) - len(label)
         if missing:
             warnings.append(
-                f"task {task.name}: {missing:,} of {len(train):,} train rows have no {task.label}; they get no weight"
+                f"task {task.name}: {missing:,} of {len(train):,} train rows have no {task.label}; "
+                "they get no weight"
             )
 
 

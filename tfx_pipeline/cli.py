@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
+import logging
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from rich.console import Console
+from rich.markup import escape
 
 from schema.errors import ConfigError, FunnelError
 from tfx_pipeline.config import (
@@ -42,29 +46,25 @@ class _Group(click.Group):
         except FunnelError as error:
             _fail(str(error), code=1)
         except KeyboardInterrupt:
-            _fail(
-                "interrupted; nothing half-written was pushed, and the next run reuses what was finished",
-                code=1,
-            )
+            _fail("interrupted", code=1)
+        except PermissionError as error:
+            _fail(f"no permission: {error}", code=1)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            _fail(
-                f"the disk is full ({error}); free some space, the next run reuses what was finished", code=1
-            )
+            _fail(f"the disk is full: {error}; free some space", code=1)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     Console(stderr=True, highlight=False, soft_wrap=True).print(
-        f"[bold red]error:[/bold red] {_escape(message)}"
+        f"[bold red]error:[/bold red] {escape(message)}"
     )
     sys.exit(code)
 
 
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+def _say(text: str) -> None:
+    # Long lines are left to the terminal, so that paths and commands in them can be copied.
+    _CONSOLE.print(text, soft_wrap=True)
 
 
 def _output_dir(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -146,10 +146,12 @@ def _run(run_config: RunConfig, paths: RunPaths, data_dir: Path | None, cache_di
     from tfx_pipeline.local_runner import prepare, run_lock, run_pipeline
 
     started = time.monotonic()
-    with run_lock(paths):
+    with run_lock(paths), _failures_explained(paths):
+        paths.log_file.unlink(missing_ok=True)
         quiet_libraries(paths.log_file)
-        _CONSOLE.print(
-            f"[bold]{run_config.dataset.name}[/bold] → {paths.output_dir}  (log: {paths.log_file})"
+        _say(
+            f"[bold]{escape(run_config.dataset.name)}[/bold] → {escape(str(paths.output_dir))}  "
+            f"(log: {escape(str(paths.log_file))})"
         )
         with _CONSOLE.status("checking the source data …"):
             tables_dir = prepare(run_config, paths, data_dir, cache_dir)
@@ -163,10 +165,42 @@ def _run(run_config: RunConfig, paths: RunPaths, data_dir: Path | None, cache_di
         finally:
             progress.stop()
     reused = sum(timing.cached for timing in result.timings)
-    _CONSOLE.print(
-        f"done in {time.monotonic() - started:.0f} s, {reused} of {len(result.timings)} components reused from cache"
+    _say(
+        f"done in {time.monotonic() - started:.0f} s, "
+        f"{reused} of {len(result.timings)} components reused from cache"
     )
     _print_decision(result)
+
+
+@contextlib.contextmanager
+def _failures_explained(paths: RunPaths) -> Iterator[None]:
+    """Writes what ends a run to its log, and says where to look and what the next run does."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise FunnelError(
+            "interrupted; nothing half-written was pushed, and the next run reuses what was finished"
+        ) from None
+    except Exception as error:
+        # Through the root logger, which writes to the file only: the person gets a few words.
+        logging.getLogger().error("the run failed", exc_info=error)
+        if _disk_is_full(error):
+            raise FunnelError(
+                f"the disk is full: {error}; free some space, the next run reuses what was finished"
+            ) from error
+        if isinstance(error, FunnelError) and error.__cause__ is None:
+            raise
+        text = str(error) if isinstance(error, FunnelError) else f"{type(error).__name__}: {error}"
+        raise FunnelError(f"{text}\nmore about it: {paths.log_file}") from error
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    while error is not None:
+        # TensorFlow and Arrow have errors of their own with the system's text.
+        if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _print_summary(tables_dir: Path) -> None:
@@ -183,10 +217,9 @@ def _print_decision(result: Any) -> None:
         if version:
             _CONSOLE.print(f"  [green]blessed and pushed[/green]: {model} version {version}")
         else:
-            _CONSOLE.print(
-                f"  [yellow]not pushed[/yellow]: {model}: {_escape(result.reasons.get(model, 'see the report'))}"
-            )
-    _CONSOLE.print(f"  report: {result.report}")
+            reason = result.reasons.get(model, "see the report")
+            _say(f"  [yellow]not pushed[/yellow]: {model}: {escape(reason)}")
+    _say(f"  report: {escape(result.report)}")
 
 
 def _print_plan(run_config: RunConfig, paths: RunPaths) -> None:
@@ -252,7 +285,7 @@ def serve(port: int, rest_api_port: int, host: str, output_dir: Path) -> None:
 @click.option(
     "--user-id", required=True, help="Who to recommend to; a user nobody has seen gets a general answer."
 )
-@click.option("--k", default=20, show_default=True, help="Items to show.")
+@click.option("--k", type=click.IntRange(min=1), default=20, show_default=True, help="Items to show.")
 @click.option(
     "--target",
     default=f"grpc://127.0.0.1:{_GRPC_PORT}",
@@ -272,8 +305,6 @@ def recommend(user_id: str, k: int, target: str, include_seen: bool, output_dir:
     from tfx_pipeline.console import quiet_libraries
     from tfx_pipeline.run_result import read_run
 
-    if k < 1:
-        raise click.UsageError(f"--k must be 1 or more, got {k}")
     quiet_libraries(None)
     _show_recommendations(read_run(output_dir), user_id, k, target, include_seen)
 
@@ -295,12 +326,11 @@ def _show_recommendations(result: Any, user_id: str, k: int, target: str, includ
     heading = f"user {user_id}, {answer.history_length} items of history, over {target.split(':')[0]}"
     _CONSOLE.print(recommendations_table(answer, titles(result), tasks, heading))
     if not in_data:
-        _CONSOLE.print(
-            f"  [yellow]user {_escape(user_id)} is not in the data[/yellow]: recommended from context alone"
-        )
+        _say(f"  [yellow]user {escape(user_id)} is not in the data[/yellow]: recommended from context alone")
     elif not answer.user_is_known:
-        _CONSOLE.print(
-            f"  [yellow]user {_escape(user_id)} had no training events[/yellow]: recommended from features alone"
+        _say(
+            f"  [yellow]user {escape(user_id)} had no training events[/yellow]: "
+            "recommended from features alone"
         )
     weights = " + ".join(f"{task.score_weight:g} × {task.name}" for task in result.config.dataset.tasks)
     _CONSOLE.print(f"  score = {weights}")
@@ -313,7 +343,7 @@ def _show_recommendations(result: Any, user_id: str, k: int, target: str, includ
     type=click.Path(path_type=Path),
     help="Text file (an id per line), or CSV or Parquet with user_id.",
 )
-@click.option("--k", default=100, show_default=True, help="Items per user.")
+@click.option("--k", type=click.IntRange(min=1), default=100, show_default=True, help="Items per user.")
 @click.option(
     "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Parquet file to write."
 )
@@ -322,8 +352,8 @@ def _show_recommendations(result: Any, user_id: str, k: int, target: str, includ
 def batch_recommend(users: Path, k: int, out: Path, include_seen: bool, output_dir: Path) -> None:
     """Write the retrieval model's top-k for many users, as of the end of training.
 
-    Columns: user_id, rank (from 1), item_id, score. Users unknown to the model are included; items of a user's
-    training history are not, unless --include-seen.
+    Columns: user_id, rank (from 1), item_id, score. Users unknown to the model are included; items of a
+    user's training history are not, unless --include-seen.
 
     \b
     Example:
@@ -332,12 +362,10 @@ def batch_recommend(users: Path, k: int, out: Path, include_seen: bool, output_d
     from rich.progress import Progress
 
     from tfx_pipeline.console import quiet_libraries
-    from tfx_pipeline.run_result import read_run
     from tfx_pipeline.recommend import batch_recommend as write_batch
     from tfx_pipeline.recommend import read_user_ids
+    from tfx_pipeline.run_result import read_run
 
-    if k < 1:
-        raise click.UsageError(f"--k must be 1 or more, got {k}")
     quiet_libraries(None)
     result = read_run(output_dir)
     user_ids = read_user_ids(users)
@@ -353,11 +381,10 @@ def batch_recommend(users: Path, k: int, out: Path, include_seen: bool, output_d
             out,
             lambda n: progress.update(task, completed=n),
         )
-    _CONSOLE.print(f"{len(user_ids):,} users × {k} → {out} in {time.monotonic() - started:.1f} s")
+    _say(f"{len(user_ids):,} users × {k} → {escape(str(out))} in {time.monotonic() - started:.1f} s")
     if unknown:
-        _CONSOLE.print(
-            f"  [yellow]{unknown:,} users are not in the data[/yellow] and got general recommendations"
-        )
+        users_text = "user" if unknown == 1 else "users"
+        _say(f"  [yellow]not in the data, so with general recommendations: {unknown:,} {users_text}[/yellow]")
 
 
 @main.command()
@@ -374,7 +401,8 @@ def report(output_dir: Path) -> None:
     result = read_run(output_dir)
     if not Path(result.report).is_file():
         raise FunnelError(
-            f"{result.report} is gone; 'funnel run --output-dir {output_dir}' with the same settings restores it"
+            f"{result.report} is gone; "
+            f"'funnel run --output-dir {output_dir}' with the same settings restores it"
         )
     _CONSOLE.print(f"[bold]{result.dataset}[/bold]")
     _print_decision(result)
@@ -446,7 +474,7 @@ def compile_pipeline(
     from tfx_pipeline.vertex_compiler import compile_for_vertex
 
     compile_for_vertex(run_config, tables_dir, train_end, pipeline_root, image, out)
-    _CONSOLE.print(f"{target} pipeline → {out}")
+    _say(f"{target} pipeline → {escape(str(out))}")
 
 
 @main.command()
@@ -462,8 +490,8 @@ def demo(output_dir: Path) -> None:
     _run(load_run_config("simulated"), paths, None, _DEFAULT_CACHE_DIR)
 
     from serving.process import ModelServerProcess
-    from tfx_pipeline.run_result import read_run
     from tfx_pipeline.recommend import serving_folder
+    from tfx_pipeline.run_result import read_run
     from tfx_pipeline.user_states import read_user_states
     from trainer import features
 
@@ -478,9 +506,10 @@ def demo(output_dir: Path) -> None:
         for address in (server.grpc_target, server.rest_target):
             _show_recommendations(result, user_id, 10, address, include_seen=False)
     _CONSOLE.print("model server stopped")
-    _CONSOLE.print(f"\nreport: [bold]{result.report}[/bold]")
-    _CONSOLE.print(
-        f"next: [bold].venv/bin/funnel serve[/bold], then [bold].venv/bin/funnel recommend --user-id {user_id}[/bold]; "
+    _say(f"\nreport: [bold]{escape(result.report)}[/bold]")
+    _say(
+        "next: [bold].venv/bin/funnel serve[/bold], "
+        f"then [bold].venv/bin/funnel recommend --user-id {escape(user_id)}[/bold]; "
         "your own data: docs/own-data.md"
     )
 

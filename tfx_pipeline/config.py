@@ -19,6 +19,8 @@ DEFAULT_OUTPUT_DIR = Path("runs/default")
 RETRIEVAL = "retrieval"
 RANKING = "ranking"
 MODELS = (RETRIEVAL, RANKING)
+# Cut-offs of the retrieval metrics; the largest is the length of the lists that the Evaluator sees.
+CUTOFFS = (10, 50, 100)
 
 
 class _Config(pydantic.BaseModel):
@@ -32,9 +34,9 @@ class Gate(_Config):
       metric: metric key, for instance `retrieval/recall_at_100` or `ranking/click/auc`.
       min: smallest value allowed.
       max: largest value allowed.
-      max_drop: by how much the metric may be worse than that of the last blessed model (lower, or higher for log_loss,
-        ece and mae), absolute; ignored when there is no blessed model yet. Retraining the same data with another seed
-        moves recall by about 0.01: a smaller value rejects at random.
+      max_drop: by how much the metric may be worse than that of the last blessed model (lower, or higher for
+        log_loss, ece and mae), absolute; ignored when there is no blessed model yet. Retraining the same data
+        with another seed moves recall by about 0.01: a smaller value rejects at random.
     """
 
     metric: str
@@ -88,18 +90,28 @@ class RunConfig(_Config):
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> RunConfig:
+        for gate in self.gates:
+            if not gate.metric.startswith(tuple(f"{model}/" for model in MODELS)):
+                raise ValueError(
+                    f"gates: {gate.metric!r} is of neither model; keys start with retrieval/ or ranking/"
+                )
         for model in MODELS:
             if not any(gate.metric.startswith(f"{model}/") for gate in self.gates):
                 raise ValueError(
                     f"gates: none is on a {model}/ metric, so that no {model} model would ever be blessed"
                 )
-        declared = {f.name for f in self.dataset.users.features} | {
-            "surface"
-        } & self.dataset.interactions.columns.keys()
+        if self.retrieval.max_k < max(CUTOFFS):
+            raise ValueError(
+                f"retrieval.max_k is {self.retrieval.max_k}, but the model is judged on lists of "
+                f"{max(CUTOFFS)}: give {max(CUTOFFS)} or more"
+            )
+        declared = {feature.name for feature in self.dataset.users.features}
+        declared |= {"surface"} & self.dataset.interactions.columns.keys()
         for name in self.slices:
             if name not in declared:
                 raise ValueError(
-                    f"slices: {name!r} is no user feature or surface; declared: {', '.join(sorted(declared))}"
+                    f"slices: {name!r} is no user feature or surface; "
+                    f"declared: {', '.join(sorted(declared)) or 'none'}"
                 )
         return self
 
@@ -108,7 +120,8 @@ def load_run_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> 
     """Loads the configuration of a run.
 
     Args:
-      name_or_path: a built-in dataset name, or the path of a run YAML. Relative paths in the file are relative to it.
+      name_or_path: a built-in dataset name, or the path of a run YAML. Relative paths in the file start at
+        its folder.
       overrides: `section.key=value` texts, as `--set` takes them; values are YAML.
 
     Raises:
@@ -120,7 +133,7 @@ def load_run_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> 
         if not path.is_file():
             known = ", ".join(sorted(p.stem for p in BUILT_IN_CONFIGS.glob("*.yaml")))
             raise ConfigError(
-                f"unknown dataset {str(name_or_path)!r}; built in: {known}; or give --config FILE"
+                f"unknown dataset {str(name_or_path)!r}; built in: {known}; or give --config FILE.yaml"
             )
     values = read_yaml(path)
     if not isinstance(values, dict):
@@ -129,13 +142,10 @@ def load_run_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> 
     if isinstance(dataset, str) and dataset.endswith((".yaml", ".yml")):
         values["dataset"] = str(path.parent / dataset)
     if values.get("data_dir") is not None:
-        values["data_dir"] = path.parent / str(values["data_dir"])
+        values["data_dir"] = path.parent / Path(str(values["data_dir"])).expanduser()
     for override in overrides:
         _apply_override(values, override)
-    try:
-        return parse_model(RunConfig, values, source=str(path))
-    except ConfigError as error:
-        raise ConfigError(str(error)) from error.__cause__
+    return parse_model(RunConfig, values, source=str(path))
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

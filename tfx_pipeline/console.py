@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
 
@@ -22,8 +23,10 @@ OUR_PACKAGES = ("schema", "trainer", "serving", "tfx_pipeline")
 def quiet_libraries(log_file: Path | None) -> None:
     """Sends all logs to a file and shows people only our own warnings.
 
+    Libraries change logging when they are imported: a further call puts it right again.
+
     Args:
-      log_file: gets everything from INFO up; None drops it.
+      log_file: everything from INFO up is added to it; None drops it.
     """
     # 3 also hides the notices about CUDA plug-ins, which TensorFlow logs as errors; real errors are raised.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -32,14 +35,16 @@ def quiet_libraries(log_file: Path | None) -> None:
     warnings.filterwarnings("ignore")
     logging.captureWarnings(True)
     root = logging.getLogger()
-    for handler in list(root.handlers):
-        root.removeHandler(handler)
+    for logger in (root, *map(logging.getLogger, OUR_PACKAGES)):
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+            handler.close()
     root.setLevel(logging.INFO)
     if log_file is None:
         root.addHandler(logging.NullHandler())
     else:
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        file_handler = logging.FileHandler(log_file, mode="w", encoding="utf-8")
+        file_handler = logging.FileHandler(log_file, encoding="utf-8")
         file_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root.addHandler(file_handler)
     ours = RichHandler(console=Console(stderr=True), level=logging.WARNING, show_path=False, show_time=False)
@@ -64,7 +69,7 @@ class ComponentProgress:
         self.stop()
         outcome = "reused from cache" if timing.cached else f"{timing.wall_s:6.1f} s"
         memory = "" if timing.cached else f"  [dim]peak {timing.peak_memory_bytes / 1024**3:.1f} GiB[/dim]"
-        self._console.print(f"  [green]✓[/green] {timing.component:<22} {outcome}{memory}", highlight=False)
+        self._console.print(f"  [green]✓[/green] {timing.component:<23} {outcome}{memory}", highlight=False)
 
     def stop(self) -> None:
         """Takes the spinner away."""
@@ -77,7 +82,7 @@ def recommendations_table(
     answer: Recommendations, titles: Mapping[str, str], tasks: Sequence[str], heading: str
 ) -> Table:
     """Recommendations as people read them: title, why retrieved, score per task, final score."""
-    table = Table(title=heading, title_justify="left")
+    table = Table(title=escape(heading), title_justify="left")
     table.add_column("#", justify="right")
     table.add_column("item")
     table.add_column("retrieved because")
@@ -85,12 +90,12 @@ def recommendations_table(
         table.add_column(name, justify="right")
     for item in answer.items:
         if item.reason_item_id:
-            reason = f"near watched: {_short(titles.get(item.reason_item_id, item.reason_item_id))}"
+            reason = f"near watched: {_title(titles, item.reason_item_id)}"
         else:
             reason = "fits the user's context; no history"
         table.add_row(
             str(item.rank),
-            _short(titles.get(item.item_id, item.item_id)),
+            _title(titles, item.item_id),
             reason,
             f"{item.retrieval_score:.3f}",
             *(f"{item.predictions[task]:.3f}" for task in tasks),
@@ -99,5 +104,7 @@ def recommendations_table(
     return table
 
 
-def _short(text: str, width: int = 34) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
+def _title(titles: Mapping[str, str], item_id: str, width: int = 34) -> str:
+    text = titles.get(item_id, item_id)
+    # Escaped, because "[live]" in a title would be taken for a style.
+    return escape(text if len(text) <= width else text[: width - 1] + "…")

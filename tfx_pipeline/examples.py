@@ -1,7 +1,7 @@
 """Contract tables to tf.Example columns: histories, joins and labels, all as column operations.
 
-Three kinds of example come out of the same tables: one per interaction (training and evaluation), one per user as of
-the end of training (batch recommendation and retrieval evaluation), one per item (the catalogue).
+Three kinds of example come from the same tables: one per interaction (training and evaluation), one per user
+as of the end of training (batch recommendation and retrieval evaluation), one per item (the catalogue).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class ExampleSettings:
 
     Attributes:
       train_end_unix_s: moment as of which user states and catalogue are taken.
-      max_positives_per_user: a user's latest positives of the train split that retrieval learns from, so that a few
-        heavy users do not dominate the loss (Covington et al. 2016, section 3.4).
+      max_positives_per_user: a user's latest positives of the train split that retrieval learns from, so that
+        a few heavy users do not dominate the loss (Covington et al. 2016, section 3.4).
     """
 
     train_end_unix_s: int
@@ -51,17 +51,17 @@ def interaction_columns(
       settings: see ExampleSettings.
 
     Returns:
-      The rows of `events` sorted by (event time, row number). The history of a row holds the user's positives with an
-      event time strictly earlier than the row's, whatever their split: what a live system would know.
+      The rows of `events` sorted by (event time, row number). The history of a row holds the user's positives
+      with an event time strictly earlier than the row's, whatever their split: what a live system would know.
     """
     events = events.with_columns(pl.col("user_id").rank("dense").cast(pl.Int64).alias("_user"))
     events = events.sort("_user", features.EVENT_TIME, "row_number")
     is_positive = pl.col(spec.positive).fill_null(0) > 0
     watched = events.filter(is_positive)
-    columns = [_history(events, watched).alias(features.HISTORY)]
+    columns: list[pl.Series | pl.Expr] = [_history(events, watched).alias(features.HISTORY)]
     if features.SEARCH_TOKENS in events.columns:
         columns.append(_search_history(events).alias(features.SEARCH_TOKENS))
-    # Rank from the latest: 0 is a user's latest train positive.
+    # Rank from the latest: 1 is a user's latest train positive.
     latest_first = (is_positive & (pl.col("split") == "train")).cum_sum(reverse=True).over("_user")
     in_cap = (pl.col("split") != "train") | (latest_first <= settings.max_positives_per_user)
     columns.append((is_positive & in_cap).cast(pl.Float32).alias(features.RETRIEVAL_WEIGHT))
@@ -89,7 +89,8 @@ def user_state_columns(
 
     Returns:
       Query columns as a request at the end of training would give them; `seen_item_ids`, all train positives;
-      `eval_item_ids` and `test_item_ids`, the positives of those splits that were not seen in training, in time order.
+      `eval_item_ids` and `test_item_ids`, the positives of those splits that were not seen in training, in
+      time order.
     """
     events = events.sort(features.EVENT_TIME, "row_number")
     positives = events.filter(pl.col(spec.positive).fill_null(0) > 0)
@@ -165,7 +166,7 @@ def _key(table: pl.DataFrame) -> np.ndarray:
 
 
 def _window(at: np.ndarray, past: np.ndarray, user_start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Row range of `past` (sorted keys) with the same user and a strictly smaller time, for every key of `at`."""
+    """Row range of `past` (sorted keys) with the same user and a strictly smaller time, per key of `at`."""
     return np.searchsorted(past, user_start, side="left"), np.searchsorted(past, at, side="left")
 
 
@@ -196,7 +197,7 @@ def _join_as_of(left: pl.DataFrame, right: pl.DataFrame, key: str) -> pl.DataFra
 
 
 def example_batch(table: pl.DataFrame, inputs: Mapping[str, str]) -> pa.RecordBatch:
-    """Arrow columns as the tf.Example encoder takes them: every feature a list, a missing value an empty list.
+    """Arrow columns as the tf.Example encoder takes them: each feature a list, a missing value an empty list.
 
     Args:
       table: rows to encode.

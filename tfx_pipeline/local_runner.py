@@ -42,7 +42,8 @@ def run_lock(paths: RunPaths) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunInProgressError(
-                f"another run (process {_holder(file)}) is using {paths.output_dir}; wait for it, or give another --output-dir"
+                f"another run (process {_holder(file)}) is using {paths.output_dir}; "
+                "wait for it, or give another --output-dir"
             ) from error
         file.truncate(0)
         file.write(str(os.getpid()))
@@ -73,15 +74,16 @@ def prepare(config: RunConfig, paths: RunPaths, data_dir: Path | None, cache_dir
     free = shutil.disk_usage(paths.output_dir).free
     if free < _MIN_FREE_BYTES:
         raise DataError(
-            f"{paths.output_dir} has {free / 1024**3:.1f} GiB free, a run needs {_MIN_FREE_BYTES / 1024**3:.0f} GiB; "
-            "free some space or give another --output-dir"
+            f"{paths.output_dir} has {free / 1024**3:.1f} GiB free, "
+            f"a run needs {_MIN_FREE_BYTES / 1024**3:.0f} GiB; free some space or give another --output-dir"
         )
     tables_dir = prepare_tables(config.dataset, _source_dir(config, paths, data_dir, cache_dir), paths.tables)
     summary = read_summary(tables_dir)
-    if summary.positives["train"] < config.retrieval.batch_size:
+    positives, batch_size = summary.positives["train"], config.retrieval.batch_size
+    if positives < batch_size:
         raise DataError(
-            f"{summary.positives['train']:,} train positives are fewer than one batch of {config.retrieval.batch_size:,}; "
-            f"lower it with --set retrieval.batch_size={max(2, summary.positives['train'] // 8)}, or bring more data"
+            f"{positives:,} train positives are fewer than one batch of {batch_size:,}; "
+            f"lower it with --set retrieval.batch_size={max(2, positives // 8)}, or bring more data"
         )
     _write_schema(config, tables_dir)
     return tables_dir
@@ -137,11 +139,13 @@ def run_pipeline(
       tables_dir: from `prepare`.
       on_start: called with each component's id.
       on_finish: called with each component's timing.
+
+    Raises:
+      ComponentFailedError: a component raised any error.
     """
     from tfx import v1 as tfx
 
     from tfx_pipeline.pipeline import create_pipeline
-
     from tfx_pipeline.progress import timed_components
 
     pipeline = create_pipeline(config, locations(paths, tables_dir), metadata_path=str(paths.metadata))
@@ -176,12 +180,12 @@ def _collect(
     return RunResult(
         dataset=config.dataset.name,
         config_json=config.model_dump_json(),
-        tables_dir=str(tables_dir),
+        tables_dir=str(tables_dir.resolve()),
         user_states=f"{outcome.user_states_uri}/Split-user_states/*.gz",
         catalogue=f"{outcome.catalogue_uri}/Split-catalogue/*.gz",
         blessed={model: outcome.blessed[model] for model in MODELS},
         pushed={model: outcome.pushed[model] for model in MODELS},
         reasons=outcome.reasons,
-        report=str(paths.report / "index.html"),
+        report=str(paths.report.resolve() / "index.html"),
         timings=timings,
     )

@@ -10,7 +10,7 @@ from ml_metadata.proto import metadata_store_pb2
 
 from schema.errors import DataError
 from tfx_pipeline.config import MODELS
-from tfx_pipeline.tfma_metrics import read_gate_failures
+from tfx_pipeline.tfma_metrics import GateFailure, read_gate_failures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +56,7 @@ def read_outcome(metadata_path: Path) -> Outcome:
         pushed[model] = version or None
         if not blessed[model]:
             failures = read_gate_failures(outputs[f"Evaluator.{model}", "evaluation"].uri)
-            reasons[model] = "; ".join(
-                f"{'/'.join(filter(None, (f.output, f.metric)))} {'changed by ' if f.is_change else ''}{f.value:+.4f}, "
-                f"required: {f.limit}"
-                for f in failures
-            )
+            reasons[model] = "; ".join(_gate_failure(failure) for failure in failures)
         elif infra_reason:
             reasons[model] = f"infra validation: {infra_reason}"
     return Outcome(
@@ -70,6 +66,12 @@ def read_outcome(metadata_path: Path) -> Outcome:
         pushed=pushed,
         reasons=reasons,
     )
+
+
+def _gate_failure(failure: GateFailure) -> str:
+    metric = "/".join(filter(None, (failure.output, failure.metric)))
+    value = f"changed by {failure.value:+.4f}" if failure.is_change else f"{failure.value:.4f}"
+    return f"{metric} {value}, required: {failure.limit}"
 
 
 def _outputs(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from tfx import v1 as tfx
 from tfx.dsl.components.base.base_node import BaseNode
@@ -16,14 +15,12 @@ from tfx_pipeline.components.infra_validator import ServingValidator
 from tfx_pipeline.components.pusher import AtomicPusher
 from tfx_pipeline.components.report_writer import ReportWriter
 from tfx_pipeline.components.trainer import ModelTrainer
-from tfx_pipeline.config import RANKING, RETRIEVAL, RunConfig
+from tfx_pipeline.config import CUTOFFS, RANKING, RETRIEVAL, Gate, RunConfig
 from tfx_pipeline.tfma_metrics import ranking_eval_config, retrieval_eval_config
 from trainer import features
 from trainer.version import __version__
 
 PIPELINE_NAME = "funnel"
-# Cut-offs of the retrieval metrics; the largest is the length of the lists that the Evaluator sees.
-CUTOFFS = (10, 50, 100)
 # Beam starts no process of its own: importing TFX in every worker costs more than the work on one machine.
 # The state cache measures the size of every Python object it holds, which costs more than it saves here.
 LOCAL_BEAM_ARGS = (
@@ -78,7 +75,7 @@ def create_pipeline(
     examples = interactions.outputs["examples"]
 
     statistics = tfx.components.StatisticsGen(examples=examples)
-    schema = tfx.components.ImportSchemaGen(schema_file=str(Path(locations.tables_dir) / "schema.pbtxt"))
+    schema = tfx.components.ImportSchemaGen(schema_file=f"{locations.tables_dir}/schema.pbtxt")
     validator = tfx.components.ExampleValidator(
         statistics=statistics.outputs["statistics"], schema=schema.outputs["schema"]
     )
@@ -86,8 +83,10 @@ def create_pipeline(
         examples=examples,
         schema=schema.outputs["schema"],
         preprocessing_fn="trainer.preprocessing.preprocessing_fn",
-        splits_config=tfx.proto.SplitsConfig(analyze=["train"], transform=["train", "eval"]),
-        # StatisticsGen has seen the raw examples; computing them again takes a third of this component's time.
+        splits_config=tfx.proto.SplitsConfig(analyze=["train"], transform=[]),
+        # The trainers run the graph on the raw examples as they read them: trainer.input_pipeline.windows.
+        materialize=False,
+        # StatisticsGen has seen the raw examples; doing it again would take a third of this component's time.
         disable_statistics=True,
         custom_config={
             "dataset": dataset,
@@ -117,7 +116,7 @@ def create_pipeline(
     for model in (RETRIEVAL, RANKING):
         trainers[model] = ModelTrainer(
             run_fn=f"trainer.run_{model}.run_fn",
-            examples=transform.outputs["transformed_examples"],
+            examples=examples,
             transform_graph=transform.outputs["transform_graph"],
             catalogue=catalogue.outputs["examples"],
             user_states=user_states.outputs["examples"],
@@ -205,5 +204,5 @@ def _slices(config: RunConfig) -> list[list[str]]:
     return [[name] for name in config.slices]
 
 
-def _gates(config: RunConfig, model: str) -> list:
+def _gates(config: RunConfig, model: str) -> list[Gate]:
     return [gate for gate in config.gates if gate.metric.startswith(f"{model}/")]

@@ -1,4 +1,4 @@
-"""Follows a local pipeline run: which component runs, how long, with how much memory, what came from the cache."""
+"""Follows a local pipeline run: which component runs, how long, in how much memory, what was reused."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ import psutil
 from tfx.orchestration.local import local_dag_runner
 from tfx.orchestration.portable import launcher
 
+from schema.errors import FunnelError
 from tfx_pipeline.run_result import ComponentTiming
 
 _SAMPLING_INTERVAL_S = 0.2
+
+
+class ComponentFailedError(FunnelError):
+    """A component of the pipeline raised an error; the text names the component and the first cause."""
 
 
 @contextlib.contextmanager
@@ -24,8 +29,8 @@ def timed_components(
 ) -> Iterator[list[ComponentTiming]]:
     """Times every component that TFX's local runner launches inside the with block.
 
-    LocalDagRunner has no callbacks, and its log goes silent when a component changes the log level; so the launcher
-    that it makes for each component is replaced by one that reports.
+    LocalDagRunner has no callbacks, and its log goes silent when a component changes the log level; so the
+    launcher that it makes for each component is replaced by one that reports.
 
     Args:
       on_start: called with the component's id.
@@ -33,6 +38,9 @@ def timed_components(
 
     Yields:
       The timings so far, in order.
+
+    Raises:
+      ComponentFailedError: a component raised any error.
     """
     timings: list[ComponentTiming] = []
     sampler = _MemorySampler()
@@ -49,10 +57,13 @@ def timed_components(
 
         def launch(self) -> Any:
             component = self._pipeline_node.node_info.id
-            sampler.peak_bytes = 0
+            sampler.restart()
             started_s, started_cpu_s = time.monotonic(), _cpu_s()
             on_start(component)
-            execution = super().launch()
+            try:
+                execution = super().launch()
+            except Exception as error:
+                raise ComponentFailedError(f"component {component} failed: {first_cause(error)}") from error
             timing = ComponentTiming(
                 component=component,
                 wall_s=time.monotonic() - started_s,
@@ -70,6 +81,21 @@ def timed_components(
             yield timings
     finally:
         sampler.stop()
+
+
+def first_cause(error: BaseException) -> str:
+    """What went wrong, for people: the text of the first FunnelError among the causes, else of the innermost.
+
+    Beam re-raises a worker's error as one whose text is the worker's traceback: its last line tells.
+    """
+    while not isinstance(error, FunnelError) and (error.__cause__ or error.__context__):
+        error = error.__cause__ or error.__context__ or error
+    if isinstance(error, FunnelError):
+        return str(error)
+    lines = str(error).strip().splitlines()
+    if not lines or not lines[0].startswith("Traceback"):
+        return f"{type(error).__name__}: {error}".removesuffix(": ")
+    return lines[-1]
 
 
 def _cpu_s() -> float:
@@ -92,11 +118,19 @@ class _MemorySampler:
         self._stopped.set()
         self._thread.join()
 
+    def restart(self) -> None:
+        """Forgets the peak so far."""
+        self.peak_bytes = _resident_bytes()
+
     def _run(self) -> None:
-        process = psutil.Process()
         while not self._stopped.wait(_SAMPLING_INTERVAL_S):
-            total = process.memory_info().rss
-            for child in process.children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    total += child.memory_info().rss
-            self.peak_bytes = max(self.peak_bytes, total)
+            self.peak_bytes = max(self.peak_bytes, _resident_bytes())
+
+
+def _resident_bytes() -> int:
+    process = psutil.Process()
+    total = int(process.memory_info().rss)
+    for child in process.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += child.memory_info().rss
+    return total

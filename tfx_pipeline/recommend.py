@@ -1,4 +1,4 @@
-"""Recommendations from a finished run: for one user through a model server, for many from the pushed model."""
+"""Recommendations from a finished run: for one user by a model server, for many by the pushed model."""
 
 from __future__ import annotations
 
@@ -61,24 +61,35 @@ def read_user_ids(path: Path) -> list[str]:
     """User ids of a file: Parquet or CSV with a column user_id, or a text file with one id per line.
 
     Raises:
-      DataError: no such file, no such column, no ids, or an id that occurs twice.
+      DataError: no such file, an unreadable one, no such column, no ids, or an id that occurs twice.
     """
     if not path.is_file():
         raise DataError(f"no users file {path}")
-    if path.suffix in {".parquet", ".csv"}:
-        table = pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path, infer_schema=False)
-        if "user_id" not in table.columns:
-            raise DataError(f"{path} has no column 'user_id'; it has: {', '.join(table.columns)}")
-        ids = table["user_id"].cast(pl.String).drop_nulls().to_list()
-    else:
-        ids = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    ids = [user_id for user_id in ids if user_id]
-    if not ids:
+    try:
+        if path.suffix == ".parquet":
+            table = pl.read_parquet(path)
+        elif path.suffix == ".csv":
+            table = pl.read_csv(path, infer_schema=False)
+        else:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            table = pl.DataFrame({"user_id": [line.strip() for line in lines]}, schema={"user_id": pl.String})
+    except pl.exceptions.NoDataError as error:
+        raise DataError(f"{path} is empty; a column 'user_id' was expected") from error
+    except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path} cannot be read as {path.suffix.lstrip('.') or 'text'}: {error}; "
+            "give .parquet, .csv, or text with one id per line"
+        ) from error
+    if "user_id" not in table.columns:
+        raise DataError(f"{path} has no column 'user_id'; it has: {', '.join(table.columns)}")
+    ids = table["user_id"].cast(pl.String).drop_nulls()
+    ids = ids.filter(ids != "")
+    if ids.is_empty():
         raise DataError(f"{path} holds no user id")
-    if len(set(ids)) < len(ids):
-        repeated = next(user_id for user_id in ids if ids.count(user_id) > 1)
-        raise DataError(f"{path} holds user {repeated!r} more than once; give every user once")
-    return ids
+    repeated = ids.filter(ids.is_duplicated())
+    if not repeated.is_empty():
+        raise DataError(f"{path} holds user {repeated[0]!r} more than once; give every user once")
+    return ids.to_list()
 
 
 def batch_recommend(
@@ -131,8 +142,11 @@ def batch_recommend(
         on_progress(min(start + _BATCH_USERS, len(states)))
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
-    pl.concat(parts).write_parquet(partial)
-    os.replace(partial, out)
+    try:
+        pl.concat(parts).write_parquet(partial)
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
     return sum(1 for _, known in states if not known)
 
 

@@ -64,13 +64,24 @@ class RunResult:
 
 
 def read_run(output_dir: Path) -> RunResult:
-    """Reads run.json. Raises DataError when no run finished in the directory."""
+    """Reads run.json.
+
+    Raises:
+      DataError: no run finished in the directory, or run.json is of another version of Funnel.
+    """
     path = RunPaths(output_dir).run_file
     if not path.is_file():
         raise DataError(f"no finished run in {output_dir}; run 'funnel run --output-dir {output_dir}' first")
-    values = json.loads(path.read_text(encoding="utf-8"))
-    timings = tuple(ComponentTiming(**timing) for timing in values.pop("timings"))
-    return RunResult(**values, timings=timings)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        timings = tuple(ComponentTiming(**timing) for timing in values.pop("timings"))
+        result = RunResult(**values, timings=timings)
+        RunConfig.model_validate_json(result.config_json)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} cannot be read by this version of Funnel; 'funnel run' with the same settings renews it"
+        ) from error
+    return result
 
 
 def write_run(result: RunResult, output_dir: Path) -> None:

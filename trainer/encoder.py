@@ -24,7 +24,7 @@ def embedding_width(num_ids: int, largest: int) -> int:
 
 
 class EmbeddingTables(tf.keras.layers.Layer):
-    """One embedding table per vocabulary space; row 0 (padding) reads as zeros through the mask of its users."""
+    """One embedding table per vocabulary space; `mean` leaves row 0 (padding) out."""
 
     def __init__(
         self, vocabulary_sizes: Mapping[str, int], widths: Mapping[str, int], **kwargs: object
@@ -64,9 +64,9 @@ class EmbeddingTables(tf.keras.layers.Layer):
 class FeatureEncoder(tf.keras.layers.Layer):
     """Concatenates the encodings of a list of features.
 
-    A categorical feature is its embedding, a list is the mean of its embeddings, a continuous feature is x, x squared
-    and the square root of x of its quantile-normalised value (Covington et al. 2016, section 4.1) and the embedding of
-    its quantile bucket, which also tells a missing value apart.
+    A categorical feature is its embedding, a list is the mean of its embeddings, a continuous feature is x, x
+    squared and the square root of x of its quantile-normalised value (Covington et al. 2016, section 4.1) and
+    the embedding of its quantile bucket, which also tells a missing value apart.
     """
 
     def __init__(

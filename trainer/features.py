@@ -97,8 +97,8 @@ class FeatureSpace:
     """The features of a dataset by role.
 
     Attributes:
-      query: features of user and context known at request time, transformed from inputs of the same name, except
-        for the clock features, which come from event_time_unix_s.
+      query: features of user and context known at request time, transformed from inputs of the same name,
+        except for the clock features, which come from event_time_unix_s.
       candidate: features of the item alone, the same for every request.
       cross: continuous features of the item and the request time together (item age); ranking only.
       labels: label names that some task or the positive definition uses.

@@ -33,8 +33,8 @@ def preprocessing_fn(
       custom_config: "dataset", the declaration as JSON, and "train_end_unix_s", the end of training.
 
     Returns:
-      For each feature its transformed names (see trainer.features.Feature); for each label and for retrieval_weight a
-      float32 [B] with NaN where absent.
+      For each feature its transformed names (see trainer.features.Feature); for each label and for
+      retrieval_weight a float32 [B] with NaN where absent.
     """
     spec = dataset_spec_from_json(str(custom_config["dataset"]))
     space = features.feature_space(spec)
@@ -52,7 +52,7 @@ def preprocessing_fn(
 
     clock = {f.name for f in features.CLOCK_FEATURES}
     learnt_spaces: dict[str, str] = {}
-    # The candidate side is first, so that the item vocabulary is learnt from shown items and shared with histories.
+    # The candidate side is first: the item vocabulary is learnt from shown items and shared with histories.
     for feature in space.candidate + space.query:
         if feature.name in clock:
             continue
@@ -85,7 +85,7 @@ def vocabulary_sizes(transform_output: tft.TFTransformOutput, spec: DatasetSpec)
     return sizes
 
 
-def _scalar(values: tf.SparseTensor, missing: float | int) -> tf.Tensor:
+def _scalar(values: tf.SparseTensor, missing: float | int | str) -> tf.Tensor:
     """Dense [B] from sparse [B, <=1]; rows without a value get `missing`."""
     narrow = tf.SparseTensor(values.indices, values.values, [values.dense_shape[0], 1])
     return tf.squeeze(tf.sparse.to_dense(narrow, default_value=missing), axis=1)
@@ -98,7 +98,7 @@ def _clock(event_time: tf.Tensor, spec: DatasetSpec, train_end_unix_s: int) -> d
     hour = (local // _SECONDS_PER_HOUR) % _HOURS
     day = (local // _SECONDS_PER_DAY + _EPOCH_DAY_OF_WEEK) % _DAYS
     known = event_time >= 0
-    # Zero for every request after training: the model is asked about the very end of its window (Covington, 3.3).
+    # Zero for every request after training: the model is asked about the end of its window (Covington, 3.3).
     age = tf.cast(tf.maximum(train_end_unix_s - event_time, 0), tf.float32) / _SECONDS_PER_DAY
     outputs = {
         hour_of_day.id_name: tf.where(known, hour + features.FIRST_VOCABULARY_ID, features.PADDING_ID),
@@ -116,7 +116,7 @@ def _words(text: tf.SparseTensor) -> tf.SparseTensor:
 
 
 def _ids(values: tf.SparseTensor, vocabulary: str) -> tf.SparseTensor:
-    """Vocabulary ids of sparse strings: OOV_ID outside the vocabulary, the vocabulary from FIRST_VOCABULARY_ID."""
+    """Vocabulary ids of sparse strings: OOV_ID if unknown; the vocabulary starts at FIRST_VOCABULARY_ID."""
     index = tft.apply_vocabulary(
         values, vocabulary, default_value=features.OOV_ID - features.FIRST_VOCABULARY_ID
     )

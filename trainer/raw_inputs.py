@@ -1,6 +1,7 @@
-"""Raw features as tensors: from serialized examples and from serving requests to the Transform graph and out of it.
+"""Raw features as tensors: from serialized examples and requests to the Transform graph and out of it.
 
-Dense everywhere outside: absent strings are "", absent integers -1, absent floats NaN, lists padded on the right.
+Dense everywhere outside: absent strings are "", absent integers -1, absent floats NaN, lists padded on the
+right.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def transform_candidates(layer: Any, raw: Mapping[str, tf.Tensor], spec: Dataset
 def transform_cross(
     layer: Any, event_time_unix_s: tf.Tensor, upload_time_unix_s: tf.Tensor, spec: DatasetSpec
 ) -> dict[str, tf.Tensor]:
-    """Features of item and request time together, both int64 [M]; empty when the dataset has no upload time."""
+    """Features of item and request time together, both int64 [M]; none if the dataset has no upload time."""
     space = features.feature_space(spec)
     if not space.cross:
         return {}
@@ -86,7 +87,7 @@ def _to_sparse(values: tf.Tensor, raw: RawInput) -> tf.SparseTensor:
 
 
 def parse_interaction_examples(serialized: tf.Tensor, spec: DatasetSpec) -> dict[str, tf.Tensor]:
-    """Raw query and candidate features of serialized interaction examples, string [B], as a request would hold them."""
+    """Raw query and candidate features of serialized interaction examples, string [B], as in a request."""
     return _parse(serialized, (*features.raw_query_inputs(spec), *features.raw_candidate_inputs(spec)))
 
 
@@ -96,7 +97,7 @@ def parse_candidate_examples(serialized: tf.Tensor, spec: DatasetSpec) -> dict[s
 
 
 def parse_user_state_examples(serialized: tf.Tensor, spec: DatasetSpec) -> dict[str, tf.Tensor]:
-    """Raw query features and seen, eval and test item ids (string [B, L]) of serialized user states, string [B]."""
+    """Raw query features and held-out and seen ids (string [B, L]) of serialized user states, string [B]."""
     held_out = (features.EVAL_ITEMS, features.TEST_ITEMS, features.SEEN_ITEMS)
     return _parse(
         serialized, (*features.raw_query_inputs(spec), *(RawInput(name, "string", True) for name in held_out))

@@ -77,6 +77,9 @@ class RetrievalModel(tfrs.models.Model):
         # What TFRS logs as "loss" is that of an epoch's last batch.
         self.mean_loss = tf.keras.metrics.Mean("mean_loss")
 
+    # Nothing here branches on a tensor; AutoGraph would spend half a minute on converting Keras' own code.
+    train_step = tf.autograph.experimental.do_not_convert(tfrs.models.Model.train_step)
+
     def compute_loss(self, inputs: Mapping[str, tf.Tensor], training: bool = False) -> tf.Tensor:
         """The loss of one batch of positives.
 

@@ -161,7 +161,7 @@ class ServedRetrieval(tf.Module):
                 k, exclude = inputs.pop(K), inputs.pop(EXCLUDED)
                 return self.recommend(inputs, k, exclude, search)
 
-            return tf.function(recommend).get_concrete_function(**request)
+            return tf.function(recommend, autograph=False).get_concrete_function(**request)
 
         def serve_examples(examples: tf.Tensor) -> dict[str, tf.Tensor]:
             return self.recommend_examples(examples)
@@ -172,7 +172,7 @@ class ServedRetrieval(tf.Module):
         return {
             "serving_default": serve(self.index.search),
             "serving_exact": serve(self.index.search_exact),
-            "serving_examples": tf.function(serve_examples).get_concrete_function(
+            "serving_examples": tf.function(serve_examples, autograph=False).get_concrete_function(
                 tf.TensorSpec([None], tf.string, name=EXAMPLES)
             ),
         }

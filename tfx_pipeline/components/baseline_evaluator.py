@@ -20,7 +20,10 @@ BASELINES_FILE = "baselines.json"
 
 
 class BaselineMetrics(Artifact):  # type: ignore[misc]
-    """A folder with baselines.json: {"retrieval": {name: {key: value}}, "ranking": {task: {name: {key: value}}}}."""
+    """A folder with baselines.json.
+
+    {"retrieval": {name: {key: value}}, "ranking": {task: {name: {key: value}}}}
+    """
 
     TYPE_NAME = "BaselineMetrics"
 
@@ -33,7 +36,7 @@ def BaselineEvaluator(
     dataset: Parameter[str],
     cutoffs: Parameter[str],
 ) -> None:
-    """Writes the metrics of the baselines; `examples` only orders it after the interactions are known to be sound."""
+    """Writes the metrics of the baselines; `examples` only puts it after the check of the interactions."""
     spec = dataset_spec_from_json(dataset)
     values = evaluate_baselines(Path(tables_dir), spec, json.loads(cutoffs))
     folder = Path(baselines.uri)

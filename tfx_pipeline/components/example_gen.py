@@ -1,7 +1,7 @@
 """ExampleGen over contract tables: Beam moves column batches, C++ encodes the examples.
 
-One executor serves three ExampleGens (interactions, user states, catalogue); `contract_example_gen` makes each.
-All rows of a user meet in one shard by a group-by-key over Arrow batches, so no Python object is made per row.
+One executor serves three ExampleGens: interactions, user states, catalogue; see `contract_example_gen`.
+All rows of a user meet in one shard by a group-by-key over Arrow batches; no Python object is made per row.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import apache_beam as beam
 import polars as pl
 import pyarrow.parquet
 import tensorflow as tf
-from google.protobuf import struct_pb2
+from google.protobuf import json_format, struct_pb2
 from tfx import types
 from tfx.components.example_gen import component
 from tfx.components.util import examples_utils
@@ -91,7 +91,7 @@ def contract_example_gen(
     ).with_id(names[kind.value])
 
 
-class ContractExecutor(base_beam_executor.BaseBeamExecutor):  # type: ignore[misc]
+class ContractExecutor(base_beam_executor.BaseBeamExecutor):
     """Reads contract tables, groups rows by user and writes one kind of example."""
 
     def Do(
@@ -106,7 +106,8 @@ class ContractExecutor(base_beam_executor.BaseBeamExecutor):  # type: ignore[mis
         proto_utils.json_to_proto(exec_properties["custom_config"], custom_config)
         settings = struct_pb2.Struct()
         custom_config.custom_config.Unpack(settings)
-        kind = ExampleKind(settings["kind"])
+        values = json_format.MessageToDict(settings)
+        kind = ExampleKind(values["kind"])
         tables_dir = Path(exec_properties["input_base"])
 
         artifact = artifact_utils.get_single_instance(output_dict["examples"])
@@ -121,8 +122,8 @@ class ContractExecutor(base_beam_executor.BaseBeamExecutor):  # type: ignore[mis
         build = _BuildShard(
             kind=kind,
             tables_dir=str(tables_dir),
-            dataset_json=settings["dataset"],
-            max_positives_per_user=int(settings["max_positives_per_user"]),
+            dataset_json=values["dataset"],
+            max_positives_per_user=int(values["max_positives_per_user"]),
             split_dirs=split_dirs,
             num_shards=num_shards,
         )
@@ -140,7 +141,7 @@ class ContractExecutor(base_beam_executor.BaseBeamExecutor):  # type: ignore[mis
 
 
 def _row_groups(tables_dir: Path, kind: ExampleKind) -> list[tuple[str, int, int]]:
-    """(file, row group, rows) of every table that has to be partitioned; the catalogue is read by its one shard."""
+    """(file, row group, rows) of every table to partition; the catalogue is read by its one shard."""
     if kind is ExampleKind.CATALOGUE:
         return [(ITEMS, 0, 0)]
     groups = []
@@ -175,7 +176,7 @@ def _row_range(path: str, row_group: int) -> tuple[int, int]:
     return offset, metadata.row_group(row_group).num_rows
 
 
-class _BuildShard(beam.DoFn):  # type: ignore[misc]
+class _BuildShard(beam.DoFn):
     """Builds and writes the examples of one shard: one TFRecord file per split."""
 
     def __init__(

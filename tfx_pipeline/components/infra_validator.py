@@ -1,4 +1,4 @@
-"""Infra validation: the models that would be pushed, loaded in a fresh server process and asked real questions."""
+"""Infra validation: the models that would be pushed answer real questions from a fresh server process."""
 
 # No postponed annotations here: TFX reads the types of the component function.
 import dataclasses
@@ -86,8 +86,8 @@ def validate_serving(
       What each user got over gRPC, for the report: user_id, user_is_known, history, items.
 
     Raises:
-      ServingError: the server does not start, does not answer, answers differently over the two protocols, or its
-        answer is empty, holds an excluded item or a number that is not finite.
+      ServingError: the server does not start, does not answer, answers differently over the two protocols, or
+        its answer is empty, holds an excluded item or a number that is not finite.
     """
     stranger = unknown_user_state("funnel-infra-validation-stranger", states[0])
     recommended: list[dict[str, object]] = []

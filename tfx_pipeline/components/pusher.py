@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from typing import Any
 
 from tfx.components.pusher import component
 from tfx.components.pusher import executor as pusher_executor
 from tfx.dsl.components.base import executor_spec
+from tfx.dsl.io import fileio
 from tfx.proto import pusher_pb2
 from tfx.utils import proto_utils
 
@@ -18,7 +17,8 @@ _STAGING = ".staging"
 class AtomicPusherExecutor(pusher_executor.Executor):  # type: ignore[misc]
     """Pushes to a staging folder beside the versions and renames the result into place.
 
-    TFX copies straight into the version folder, so that a server that polls, or a crash, can meet half a model.
+    TFX copies straight into the version folder: a server that polls can then meet half a model, and a crash leave it.
+    A rename is atomic on a disk; on object storage it is a copy, but a short one.
     """
 
     def Do(self, input_dict: Any, output_dict: Any, exec_properties: dict[str, Any]) -> None:
@@ -26,8 +26,8 @@ class AtomicPusherExecutor(pusher_executor.Executor):  # type: ignore[misc]
         destination = pusher_pb2.PushDestination()
         proto_utils.json_to_proto(exec_properties["push_destination"], destination)
         base = destination.filesystem.base_directory
-        staging = os.path.join(base, _STAGING)
-        shutil.rmtree(staging, ignore_errors=True)
+        staging = f"{base}/{_STAGING}"
+        _remove(staging)
         destination.filesystem.base_directory = staging
         try:
             super().Do(
@@ -35,14 +35,19 @@ class AtomicPusherExecutor(pusher_executor.Executor):  # type: ignore[misc]
                 output_dict,
                 {**exec_properties, "push_destination": proto_utils.proto_to_json(destination)},
             )
-            for version in os.listdir(staging) if os.path.isdir(staging) else ():
-                os.rename(os.path.join(staging, version), os.path.join(base, version))
+            for version in fileio.listdir(staging) if fileio.exists(staging) else ():
+                fileio.rename(f"{staging}/{version}", f"{base}/{version.rstrip('/')}")
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            _remove(staging)
         for pushed in output_dict["pushed_model"]:
             version = pushed.get_string_custom_property("pushed_version")
             if version:
-                pushed.set_string_custom_property("pushed_destination", os.path.join(base, version))
+                pushed.set_string_custom_property("pushed_destination", f"{base}/{version}")
+
+
+def _remove(folder: str) -> None:
+    if fileio.exists(folder):
+        fileio.rmtree(folder)
 
 
 class AtomicPusher(component.Pusher):  # type: ignore[misc]

@@ -1,9 +1,9 @@
-"""TFX's Trainer, which also sees the catalogue and the user states, and adds warm-up requests to what it exports."""
+"""TFX's Trainer, which also sees the catalogue and the user states, and exports warm-up requests too."""
 
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from tfx import types
@@ -29,7 +29,7 @@ _WARMUP_K = 10
 class ModelTrainerSpec(standard_component_specs.TrainerSpec):  # type: ignore[misc]
     """TrainerSpec with the catalogue and the user states as further inputs."""
 
-    INPUTS = {
+    INPUTS: ClassVar[dict[str, ChannelParameter]] = {
         **standard_component_specs.TrainerSpec.INPUTS,
         _CATALOGUE: ChannelParameter(type=standard_artifacts.Examples),
         _USER_STATES: ChannelParameter(type=standard_artifacts.Examples),
@@ -89,11 +89,11 @@ class ModelTrainer(base_component.BaseComponent):  # type: ignore[misc]
 
         Args:
           run_fn: dotted path of the run function.
-          examples: transformed interaction examples with splits train and eval.
+          examples: raw interaction examples with splits train and eval.
           transform_graph: from Transform.
           catalogue: one example per item.
           user_states: one example per user.
-          custom_config: JSON-able settings for the run function; "catalogue" and "user_states" are added to it.
+          custom_config: JSON-able settings for the run function; "catalogue" and "user_states" are added.
         """
         spec = ModelTrainerSpec(
             examples=examples,

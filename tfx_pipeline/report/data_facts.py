@@ -57,7 +57,7 @@ class SplitStatistics:
 
 @dataclasses.dataclass(frozen=True)
 class Anomaly:
-    """One deviation from the schema, in the words of TensorFlow Data Validation; feature "" = the whole split."""
+    """One deviation from the schema, in the words of TFDV; feature "" stands for the whole split."""
 
     feature: str
     severity: str
@@ -91,7 +91,9 @@ def read_anomalies(folder: Path) -> tuple[SplitAnomalies, ...]:
 
 def _split_files(folder: Path, name: str) -> list[tuple[str, bytes]]:
     """(split, content) in the order train, eval, test, then by name."""
-    paths = {path.parent.name.removeprefix(_SPLIT_PREFIX): path for path in folder.glob(f"{_SPLIT_PREFIX}*/{name}")}
+    paths = {
+        path.parent.name.removeprefix(_SPLIT_PREFIX): path for path in folder.glob(f"{_SPLIT_PREFIX}*/{name}")
+    }
     if not paths:
         raise DataError(f"no {_SPLIT_PREFIX}*/{name} in {folder}")
     known = [split for split in _SPLIT_ORDER if split in paths]
@@ -106,13 +108,15 @@ def _split_statistics(split: str, proto: statistics_pb2.DatasetFeatureStatistics
     return SplitStatistics(split, dataset.num_examples, tuple(sorted(features, key=lambda f: f.name)))
 
 
-def _feature_statistics(feature: statistics_pb2.FeatureNameStatistics, num_examples: int) -> FeatureStatistics:
+def _feature_statistics(
+    feature: statistics_pb2.FeatureNameStatistics, num_examples: int
+) -> FeatureStatistics:
     kind = feature.WhichOneof("stats")
     statistics = getattr(feature, kind) if kind else statistics_pb2.NumericStatistics()
     common = statistics.common_stats
     with_values = common.num_non_missing
     if common.max_num_values <= 1:
-        # A missing value is an empty list, which counts as present; each list that is not empty has one value.
+        # A missing value is an empty list, which TFDV counts as present; all other lists have one value.
         with_values = min(with_values, common.tot_num_values)
     result = FeatureStatistics(
         name=feature.name or ".".join(feature.path.step),

@@ -9,6 +9,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,13 +37,17 @@ _PACKAGES = (
     "numpy",
 )
 
+_BOUNDS = {"min": "at least", "max": "at most"}
+# How a limit on the change begins in the words of tfx_pipeline.tfma_metrics.
+_CHANGE_LIMIT = "change against the last blessed model "
+
 _T = TypeVar("_T")
 _PathLike = str | Path
 
 
 @dataclasses.dataclass(frozen=True)
 class ReportSources:
-    """Where the facts of a run lie. A file that is absent or broken costs its section of the report, not the report.
+    """Where the facts of a run lie; a file that is absent or broken costs its section of the report only.
 
     Attributes:
       tables_dir: contract tables with summary.json.
@@ -51,7 +56,7 @@ class ReportSources:
       retrieval_blessed, ranking_blessed: the Evaluators' verdicts.
       infra_blessed, infra_reason: the verdict of infra validation, and why when it is negative.
       pushed: model -> pushed version, None when it was not pushed.
-      baselines_path: JSON, {"retrieval": {baseline: {key: value}}, "ranking": {task: {baseline: {key: value}}}}.
+      baselines_path: JSON, {"retrieval": {baseline: {key: value}}, "ranking": {task: {baseline: ...}}}.
       retrieval_run_uri, ranking_run_uri: folders with training_log.json.
       retrieval_model_uri: the Trainer's model artifact, which holds the facts of the index.
       recommendations_path: JSON list of example answers, see `ExampleAnswer`; item ids instead of titles.
@@ -80,7 +85,7 @@ class ReportSources:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """One value of a metric. Slice "" is the whole test split; value None means that the data do not define it."""
+    """One value of a metric: slice "" is the whole test split, None a value that the data do not define."""
 
     slice: str
     key: str
@@ -108,11 +113,15 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class GateResult:
-    """One condition of one gate. `passed` is None where it was not applied: there was no blessed model to compare with."""
+    """One condition of one gate, on the value or on its change against the last blessed model.
+
+    `passed` is None where the condition was not applied: there was no blessed model to compare with.
+    """
 
     key: str
     condition: str
     value: float | None
+    is_change: bool
     passed: bool | None
 
 
@@ -133,6 +142,22 @@ class ModelFacts:
     gates: tuple[GateResult, ...]
     baselines: Mapping[str, Mapping[str, float | None]]
     training_log: tuple[Mapping[str, float | None], ...]
+
+    @property
+    def overall(self) -> dict[str, float | None]:
+        """Metric key -> value on the whole test split."""
+        return _overall(self.figures)
+
+    @property
+    def overall_last_blessed(self) -> dict[str, float | None]:
+        """The same of the last blessed model; empty when there is none."""
+        return _overall(self.last_blessed)
+
+    @property
+    def rivals(self) -> dict[str, Mapping[str, float | None]]:
+        """What the model is compared with: the last blessed model, when there is one, and the baselines."""
+        last_blessed = {"last_blessed": self.overall_last_blessed} if self.last_blessed else {}
+        return {**last_blessed, **self.baselines}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +183,18 @@ class ExampleAnswer:
 
 
 @dataclasses.dataclass(frozen=True)
+class IndexFacts:
+    """The candidate index, as `trainer.index` describes it."""
+
+    num_items: int
+    vector_width: int
+    settings: Mapping[str, float]
+    k: int
+    recall: float
+    build_s: float
+
+
+@dataclasses.dataclass(frozen=True)
 class RunFacts:
     """All facts of a run, as plain data.
 
@@ -166,7 +203,6 @@ class RunFacts:
       versions: package -> version.
       config: the resolved run configuration; {} when it cannot be read.
       models: by model name.
-      index: facts of the candidate index; {} when absent.
       titles: item id -> title, of the items that the examples name.
       missing: piece -> why it is not there. A piece that is not named here is there.
     """
@@ -181,10 +217,15 @@ class RunFacts:
     summary: TablesSummary | None
     statistics: tuple[SplitStatistics, ...]
     anomalies: tuple[SplitAnomalies, ...]
-    index: Mapping[str, Any]
+    index: IndexFacts | None
     examples: tuple[ExampleAnswer, ...]
     titles: Mapping[str, str]
     missing: Mapping[str, str]
+
+    @property
+    def tasks(self) -> list[Mapping[str, Any]]:
+        """The declared tasks, in order; none when the configuration is unknown."""
+        return list(self.config.get("dataset", {}).get("tasks", ()))
 
 
 def collect(
@@ -200,20 +241,18 @@ def collect(
       The facts; what could not be read is told in `missing`.
     """
     reader = _Reader()
-    config = reader.read("config", lambda: _object(json.loads(sources.config_json)), {})
-    summary = reader.read("summary", lambda: read_summary(Path(sources.tables_dir)), None)
-    baselines = reader.read("baselines", lambda: _read_baselines(Path(sources.baselines_path)), {})
+    tables_dir = Path(sources.tables_dir)
+    config = reader.read(
+        "config", partial(_parse, dict[str, Any], sources.config_json, "the configuration"), {}
+    )
+    baselines = reader.read("baselines", partial(_read_baselines, Path(sources.baselines_path)), {})
     runs = {RETRIEVAL: sources.retrieval_run_uri, RANKING: sources.ranking_run_uri}
     evaluations = {RETRIEVAL: sources.retrieval_evaluation_uri, RANKING: sources.ranking_evaluation_uri}
     blessed = {RETRIEVAL: sources.retrieval_blessed, RANKING: sources.ranking_blessed}
     models = {}
     for name in MODELS:
-        folder = Path(evaluations[name])
-        evaluation = reader.read(
-            f"{name}_evaluation",
-            lambda name=name, folder=folder: (read_evaluation or _read_evaluation)(name, folder),  # type: ignore[misc]
-            Evaluation(),
-        )
+        read = partial(read_evaluation or _read_evaluation, name, Path(evaluations[name]))
+        evaluation = reader.read(f"{name}_evaluation", read, Evaluation())
         log_file = Path(runs[name]) / _TRAINING_LOG
         models[name] = ModelFacts(
             blessed=blessed[name],
@@ -222,9 +261,10 @@ def collect(
             last_blessed=evaluation.last_blessed,
             gates=_gate_results(name, config, evaluation),
             baselines=baselines.get(name, {}),
-            training_log=reader.read(f"{name}_training", lambda path=log_file: _read_training_log(path), ()),  # type: ignore[misc]
+            training_log=reader.read(f"{name}_training", partial(_read_training_log, log_file), ()),
         )
-    examples = reader.read("examples", lambda: _read_examples(Path(sources.recommendations_path)), ())
+    examples = reader.read("examples", partial(_read_examples, Path(sources.recommendations_path)), ())
+    index_file = Path(sources.retrieval_model_uri) / _INDEX_FACTS
     return RunFacts(
         created_unix_s=int(time.time()),
         funnel_version=sources.funnel_version,
@@ -233,12 +273,12 @@ def collect(
         infra_blessed=sources.infra_blessed,
         infra_reason=sources.infra_reason.strip(),
         models=models,
-        summary=summary,
-        statistics=reader.read("statistics", lambda: read_statistics(Path(sources.statistics_uri)), ()),
-        anomalies=reader.read("anomalies", lambda: read_anomalies(Path(sources.anomalies_uri)), ()),
-        index=reader.read("index", lambda: _object(_json(Path(sources.retrieval_model_uri) / _INDEX_FACTS)), {}),
+        summary=reader.read("summary", partial(read_summary, tables_dir), None),
+        statistics=reader.read("statistics", partial(read_statistics, Path(sources.statistics_uri)), ()),
+        anomalies=reader.read("anomalies", partial(read_anomalies, Path(sources.anomalies_uri)), ()),
+        index=reader.read("index", partial(_parse_file, IndexFacts, index_file), None),
         examples=examples,
-        titles=reader.read("titles", lambda: _read_titles(Path(sources.tables_dir) / ITEMS, examples), {}),
+        titles=reader.read("titles", partial(_read_titles, tables_dir / ITEMS, examples), {}),
         missing=reader.missing,
     )
 
@@ -249,35 +289,30 @@ class _Reader:
     def __init__(self) -> None:
         self.missing: dict[str, str] = {}
 
-    def read(self, piece: str, read: Callable[[], _T], otherwise: _T) -> _T:
+    def read(self, piece: str, read: Callable[[], _T], otherwise: Any) -> _T:
         try:
             return read()
+        except FileNotFoundError as error:
+            self.missing[piece] = f"there is no {error.filename}"
+            return otherwise
         except (OSError, ValueError, FunnelError, DecodeError, pl.exceptions.PolarsError) as error:
             self.missing[piece] = str(error) or type(error).__name__
             return otherwise
 
 
-def _json(path: Path) -> Any:
-    text = path.read_text(encoding="utf-8")
+def _parse(type_: Any, text: str, what: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from error
-
-
-def _object(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise DataError(f"a JSON object was expected, got {type(value).__name__}")
-    return value
-
-
-def _parse(type_: Any, path: Path) -> Any:
-    value = _json(path)
-    try:
-        return pydantic.TypeAdapter(type_).validate_python(value)
+        return pydantic.TypeAdapter(type_).validate_python(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{what} is not valid JSON: {error}") from error
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        raise DataError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        where = ".".join(map(str, first["loc"])) or "top level"
+        raise DataError(f"{what} has another form than expected, {where}: {first['msg']}") from error
+
+
+def _parse_file(type_: Any, path: Path) -> Any:
+    return _parse(type_, path.read_text(encoding="utf-8"), str(path))
 
 
 class _Baselines(pydantic.BaseModel):
@@ -287,7 +322,7 @@ class _Baselines(pydantic.BaseModel):
 
 def _read_baselines(path: Path) -> dict[str, dict[str, dict[str, float | None]]]:
     """Model -> baseline -> metric key -> value; the tasks of the ranking baselines come together."""
-    values: _Baselines = _parse(_Baselines, path)
+    values: _Baselines = _parse_file(_Baselines, path)
     ranking: dict[str, dict[str, float | None]] = {}
     for baselines in values.ranking.values():
         for name, metrics in baselines.items():
@@ -299,14 +334,14 @@ def _read_baselines(path: Path) -> dict[str, dict[str, dict[str, float | None]]]
 
 
 def _read_training_log(path: Path) -> tuple[Mapping[str, float | None], ...]:
-    records = _parse(list[dict[str, float | None]], path)
+    records = _parse_file(list[dict[str, float | None]], path)
     if not records:
         raise DataError(f"{path} holds no epoch")
     return tuple({key: _defined(value) for key, value in record.items()} for record in records)
 
 
 def _read_examples(path: Path) -> tuple[ExampleAnswer, ...]:
-    answers: tuple[ExampleAnswer, ...] = _parse(tuple[ExampleAnswer, ...], path)
+    answers: tuple[ExampleAnswer, ...] = _parse_file(tuple[ExampleAnswer, ...], path)
     if not answers:
         raise DataError("infra validation, which asks the served models for them, got no answers")
     return answers
@@ -323,6 +358,7 @@ def _read_titles(path: Path, examples: Iterable[ExampleAnswer]) -> dict[str, str
 
 def _read_evaluation(model: str, folder: Path) -> Evaluation:
     # Brings TFMA, Beam and TensorFlow: too slow to import before it is needed.
+    import tensorflow as tf
     import tensorflow_model_analysis as tfma
 
     from tfx_pipeline.tfma_metrics import MetricValue, read_gate_failures, read_metrics
@@ -337,12 +373,17 @@ def _read_evaluation(model: str, folder: Path) -> Evaluation:
             for figure in values
         )
 
-    candidate = figures(read_metrics(str(folder)))
-    if not candidate:
-        raise DataError(f"no metrics in {folder}")
+    try:
+        candidate = figures(read_metrics(str(folder)))
+        if not candidate:
+            raise DataError(f"no metrics in {folder}")
+        last_blessed = figures(read_metrics(str(folder), tfma.BASELINE_KEY))
+        failures = read_gate_failures(str(folder))
+    except tf.errors.OpError as error:
+        raise DataError(f"the evaluation in {folder} is broken: {error.message}") from error
     return Evaluation(
         candidate,
-        figures(read_metrics(str(folder), tfma.BASELINE_KEY)),
+        last_blessed,
         tuple(
             GateFailure(
                 metric_key(model, failure.metric, task=failure.output or None),
@@ -350,38 +391,52 @@ def _read_evaluation(model: str, folder: Path) -> Evaluation:
                 failure.is_change,
                 failure.limit,
             )
-            for failure in read_gate_failures(str(folder))
+            for failure in failures
         ),
     )
 
 
 def _gate_results(model: str, config: Mapping[str, Any], evaluation: Evaluation) -> tuple[GateResult, ...]:
-    """Every condition of the configured gates with its outcome, then failures that no configured gate explains."""
-    value_of = {figure.key: figure.value for figure in evaluation.candidate if not figure.slice}
-    blessed_value_of = {figure.key: figure.value for figure in evaluation.last_blessed if not figure.slice}
+    """The outcome of every condition of the configured gates, then failures that none of them explains."""
+    values, previous = _overall(evaluation.candidate), _overall(evaluation.last_blessed)
     failures = {(failure.key, failure.is_change): failure for failure in evaluation.failures}
     results = []
-    for gate in config.get("gates", ()):
+    for gate in config.get("gates", ()) if evaluation.candidate else ():
         key = gate["metric"]
-        if not key.startswith(f"{model}/") or not evaluation.candidate:
+        if not key.startswith(f"{model}/"):
             continue
-        bounds = [f"{words} {gate[bound]:g}" for bound, words in _BOUNDS.items() if gate.get(bound) is not None]
+        bounds = [
+            f"{words} {gate[bound]:g}" for bound, words in _BOUNDS.items() if gate.get(bound) is not None
+        ]
         if bounds:
-            failed = failures.pop((key, False), None) is not None
-            results.append(GateResult(key, " and ".join(bounds), value_of.get(key), not failed))
+            passed = failures.pop((key, False), None) is None
+            results.append(GateResult(key, " and ".join(bounds), values.get(key), False, passed))
         if gate.get("max_drop") is not None:
-            value, previous = value_of.get(key), blessed_value_of.get(key)
-            change = None if value is None or previous is None else value - previous
             lower_is_better = key.rpartition("/")[2] in LOWER_IS_BETTER
             limit = f"at most +{gate['max_drop']:g}" if lower_is_better else f"at least -{gate['max_drop']:g}"
-            failed = failures.pop((key, True), None) is not None
-            passed = not failed if evaluation.last_blessed else None
-            results.append(GateResult(key, f"change against the last blessed model {limit}", change, passed))
-    results += [GateResult(f.key, f.limit, f.value, False) for f in failures.values()]
+            passed = failures.pop((key, True), None) is None
+            results.append(
+                GateResult(
+                    key,
+                    limit,
+                    _change(values.get(key), previous.get(key)),
+                    True,
+                    passed if previous else None,
+                )
+            )
+    results += [
+        GateResult(f.key, f.limit.removeprefix(_CHANGE_LIMIT), f.value, f.is_change, False)
+        for f in failures.values()
+    ]
     return tuple(results)
 
 
-_BOUNDS = {"min": "at least", "max": "at most"}
+def _overall(figures: Iterable[Figure]) -> dict[str, float | None]:
+    return {figure.key: figure.value for figure in figures if not figure.slice}
+
+
+def _change(value: float | None, previous: float | None) -> float | None:
+    return None if value is None or previous is None else value - previous
 
 
 def _defined(value: float | None) -> float | None:

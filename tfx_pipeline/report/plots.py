@@ -1,4 +1,4 @@
-"""Plots as inline SVG: drawn by Matplotlib, coloured by the page's CSS variables, the same bytes for the same input."""
+"""Plots as inline SVG, drawn by Matplotlib, coloured by the page; the same input gives the same bytes."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ _VARIABLES = {
 # Series differ in more than colour.
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)))
 _MARKERS = ("o", "s", "^", "D", "v", "P")
-_PANEL_SIZE_INCHES = (4.6, 2.7)
-_ROW_HEIGHT_INCHES = 0.42
+_WIDTH_INCHES = 9.2
+_PANEL_HEIGHT_INCHES = 3.1
+_ROW_HEIGHT_INCHES = 0.35
 
 _STYLE = {
     "svg.fonttype": "none",
@@ -86,8 +87,7 @@ def line_plot(name: str, alt: str, panels: Sequence[Panel]) -> Markup:
     from matplotlib.ticker import MaxNLocator
 
     with matplotlib.rc_context(_STYLE):
-        width, height = _PANEL_SIZE_INCHES
-        figure, axes = _subplots(len(panels), (width * len(panels), height))
+        figure, axes = _subplots(len(panels), _PANEL_HEIGHT_INCHES)
         for axis, panel in zip(axes, panels, strict=True):
             for place, (label, values) in enumerate(panel.lines.items()):
                 axis.plot(panel.x, _with_gaps(values), label=label, **_line_style(place))
@@ -98,39 +98,33 @@ def line_plot(name: str, alt: str, panels: Sequence[Panel]) -> Markup:
             if panel.marked_x is not None:
                 x, text = panel.marked_x
                 axis.axvline(x, color=_INK, linewidth=0.9, linestyle=(0, (2, 2)), label=text)
-            axis.legend()
+            _legend_below(figure, axis, columns=2 if len(panels) > 1 else 4)
         return _svg(figure, name, alt)
 
 
-def dot_plot(
-    name: str, alt: str, panels: Mapping[str, Mapping[str, Mapping[str, float | None]]]
-) -> Markup:
+def dot_plot(name: str, alt: str, title: str, rows: Mapping[str, Mapping[str, float | None]]) -> Markup:
     """Values as dots on one line per row, to compare models at a glance.
 
     Args:
       name, alt: as for `line_plot`.
-      panels: title -> row label -> series -> value.
+      title: what is drawn.
+      rows: label -> series -> value.
     """
     import matplotlib
 
     with matplotlib.rc_context({**_STYLE, "axes.grid.axis": "x"}):
-        most_rows = max(len(rows) for rows in panels.values())
-        size = (_PANEL_SIZE_INCHES[0] * len(panels), 1.2 + _ROW_HEIGHT_INCHES * most_rows)
-        figure, axes = _subplots(len(panels), size)
-        for axis, (title, rows) in zip(axes, panels.items(), strict=True):
-            labels = list(rows)
-            series = list(dict.fromkeys(key for values in rows.values() for key in values))
-            for place, key in enumerate(series):
-                x = _with_gaps([rows[label].get(key) for label in labels])
-                style = _line_style(place) | {"linestyle": "none", "markersize": 7 if place == 0 else 5.5}
-                axis.plot(x, range(len(labels)), label=key, **style)
-            axis.set(title=title, yticks=range(len(labels)), yticklabels=labels)
-            axis.set_ylim(len(labels) - 0.5, -0.5)
-            axis.spines.left.set_visible(False)
-            axis.tick_params(axis="y", length=0)
-            axis.margins(x=0.08)
-        handles, texts = axes[0].get_legend_handles_labels()
-        figure.legend(handles, texts, loc="outside lower left", ncols=len(texts))
+        figure, (axis,) = _subplots(1, 1.1 + _ROW_HEIGHT_INCHES * len(rows))
+        series = list(dict.fromkeys(key for values in rows.values() for key in values))
+        for place, key in enumerate(series):
+            x = _with_gaps([values.get(key) for values in rows.values()])
+            style = _line_style(place) | {"linestyle": "none", "markersize": 7 if place == 0 else 5.5}
+            axis.plot(x, range(len(rows)), label=key, **style)
+        axis.set(title=title, yticks=range(len(rows)), yticklabels=list(rows))
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        axis.spines.left.set_visible(False)
+        axis.tick_params(axis="y", length=0)
+        axis.margins(x=0.05)
+        _legend_below(figure, axis, columns=len(series))
         return _svg(figure, name, alt)
 
 
@@ -143,7 +137,9 @@ def bars(values: Sequence[float], alt: str) -> Markup:
     for place, value in enumerate(values):
         # A bar that is not empty can always be seen.
         tall = round(max(1.0, height * value / max(values)), 1) if value > 0 else 0
-        shapes.append(f'<rect x="{place * (width + gap)}" y="{height - tall:g}" width="{width}" height="{tall:g}"/>')
+        shapes.append(
+            f'<rect x="{place * (width + gap)}" y="{height - tall:g}" width="{width}" height="{tall:g}"/>'
+        )
     total = len(values) * (width + gap) - gap
     return Markup(
         f'<svg class="bars" role="img" aria-label="{escape(alt)}" viewBox="0 0 {total} {height}" '
@@ -151,11 +147,20 @@ def bars(values: Sequence[float], alt: str) -> Markup:
     )
 
 
-def _subplots(count: int, size: tuple[float, float]) -> tuple[Figure, Sequence[Axes]]:
+def _legend_below(figure: Figure, axis: Axes, columns: int) -> None:
+    """Below the axes and their labels, where it covers nothing."""
+    from matplotlib.transforms import offset_copy
+
+    points = -34 if axis.get_xlabel() else -20
+    below = offset_copy(axis.transAxes, fig=figure, y=points, units="points")
+    axis.legend(loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, borderaxespad=0, ncols=columns)
+
+
+def _subplots(count: int, height_inches: float) -> tuple[Figure, Sequence[Axes]]:
     # The object interface: no pyplot, so no backend is chosen and no figure is kept alive.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=(_WIDTH_INCHES, height_inches), layout="constrained")
     return figure, figure.subplots(1, count, squeeze=False)[0]
 
 
@@ -178,7 +183,9 @@ def _svg(figure: Figure, name: str, alt: str) -> Markup:
     text = buffer.getvalue()
     opening = re.search(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', text)
     if opening is None:
-        raise ValueError("Matplotlib wrote an SVG without a viewBox; the tested version is in requirements.lock")
+        raise ValueError(
+            "Matplotlib wrote an SVG without a viewBox; the tested version is in requirements.lock"
+        )
     text = text[opening.end() :]
     # The page says what applies here: its own fonts, and no style sheet that reaches beyond the plot.
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ import jinja2
 import yaml
 
 from tfx_pipeline.config import MODELS
-from tfx_pipeline.report import formatting, plots, views
-from tfx_pipeline.report.facts import Figure, RunFacts
+from tfx_pipeline.report import charts, formatting, plots, views
+from tfx_pipeline.report.facts import RunFacts
+from tfx_pipeline.report.verdicts import overall_sentence, verdict
 
 PAGE = "index.html"
 METRICS = "metrics.json"
@@ -61,13 +62,16 @@ def render_page(facts: RunFacts) -> str:
         "words": formatting.words,
         "moment": lambda unix_s: formatting.moment(unix_s, views.utc_offset_hours(facts)),
     }
+    verdicts = [verdict(name, facts) for name in MODELS]
     config = yaml.safe_dump(dict(facts.config), sort_keys=False, allow_unicode=True) if facts.config else ""
     return environment.get_template(_TEMPLATE).render(
         facts=facts,
         views=views,
+        charts=charts,
         bars=plots.bars,
         models=MODELS,
-        verdicts=[views.verdict(name, facts) for name in MODELS],
+        verdicts=verdicts,
+        overall_sentence=overall_sentence(verdicts),
         dataset=views.dataset_name(facts),
         config=config,
         config_link="data:application/yaml;base64," + base64.b64encode(config.encode()).decode(),
@@ -75,25 +79,23 @@ def render_page(facts: RunFacts) -> str:
 
 
 def render_json(facts: RunFacts) -> str:
-    """JSON with `metrics`, flat `<stage>/<task>/<metric>_at_<k>` keys for the whole test split, and all `facts`.
+    """JSON with `metrics` by flat key, such as `ranking/click/auc`, and all `facts`.
 
-    `metrics` holds `model`, `last_blessed` and one mapping for each of the `baselines`. Undefined values are null.
+    `metrics` holds those of the whole test split: `model`, `last_blessed`, and a mapping for each of the
+    `baselines`. Undefined values are null.
     """
     baselines: dict[str, dict[str, float | None]] = {}
     for model in facts.models.values():
         for name, values in model.baselines.items():
             baselines.setdefault(name, {}).update(values)
+    models = facts.models.values()
     metrics = {
-        "model": _flat(f for model in facts.models.values() for f in model.figures),
-        "last_blessed": _flat(f for model in facts.models.values() for f in model.last_blessed),
+        "model": {key: value for model in models for key, value in model.overall.items()},
+        "last_blessed": {key: value for model in models for key, value in model.overall_last_blessed.items()},
         "baselines": baselines,
     }
     values = _plain({"metrics": metrics, "facts": dataclasses.asdict(facts)})
     return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _flat(figures: Iterable[Figure]) -> dict[str, float | None]:
-    return {figure.key: figure.value for figure in figures if not figure.slice}
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,346 @@
+"""The whole product on a tiny world: a fresh run, an identical one, worse models; then the pushed ones answer."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import scann  # noqa: F401  registers the ops of the index
+import tensorflow as tf
+from click.testing import CliRunner
+
+from schema.contract import DatasetSpec
+from serving.client import RecommenderClient
+from serving.process import ModelServerProcess
+from serving.warmup import WARMUP_FILE
+from tests.tfx_pipeline import taste_world
+from tfx_pipeline.cli import main
+from tfx_pipeline.config import MODELS, RunPaths
+from tfx_pipeline.recommend import user_state
+from tfx_pipeline.run_result import RunResult, read_run
+from tfx_pipeline.user_states import padded, query_arrays
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
+
+REPO = Path(__file__).parents[2]
+# Nothing is learned: as good as the first random weights.
+UNTRAINED = [
+    f"--set={model}.{setting}" for model in MODELS for setting in ("learning_rate=0", "max_epochs=1")
+]
+USER, STRANGER = "u7", "nobody-has-seen"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run left, read at once: later runs share the folder."""
+
+    exit_code: int
+    output: str
+    errors: str
+    versions: dict[str, list[str]]
+    result: RunResult
+    metrics: dict[str, Any]
+    page: str
+
+    @property
+    def reused(self) -> set[str]:
+        return {timing.component for timing in self.result.timings if timing.cached}
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
+    return RunPaths(tmp_path_factory.mktemp("run") / "out")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return taste_world.write(tmp_path_factory.mktemp("world"))
+
+
+def run(config: Path, paths: RunPaths, *args: str) -> Run:
+    command = [sys.executable, "-m", "tfx_pipeline.cli", "run", "--config", config]
+    done = subprocess.run(
+        [*command, "--output-dir", paths.output_dir, *args], cwd=REPO, capture_output=True, text=True
+    )
+    assert paths.run_file.is_file(), done.stdout + done.stderr
+    return Run(
+        exit_code=done.returncode,
+        output=done.stdout,
+        errors=done.stderr,
+        versions={
+            model: sorted(os.listdir(paths.serving_models / model))
+            for model in MODELS
+            if (paths.serving_models / model).is_dir()
+        },
+        result=read_run(paths.output_dir),
+        metrics=json.loads((paths.report / "metrics.json").read_text())["metrics"],
+        page=(paths.report / "index.html").read_text(),
+    )
+
+
+@pytest.fixture(scope="module")
+def fresh(config: Path, paths: RunPaths) -> Run:
+    return run(config, paths)
+
+
+@pytest.fixture(scope="module")
+def again(config: Path, paths: RunPaths, fresh: Run) -> Run:
+    return run(config, paths)
+
+
+@pytest.fixture(scope="module")
+def worse(config: Path, paths: RunPaths, again: Run) -> Run:
+    return run(config, paths, *UNTRAINED)
+
+
+def test_a_fresh_run_pushes_both_models(fresh: Run, paths: RunPaths) -> None:
+    assert (fresh.exit_code, fresh.errors) == (0, "")
+    assert fresh.result.blessed == {"retrieval": True, "ranking": True}
+    assert fresh.reused == set()
+    for model in MODELS:
+        (version,) = fresh.versions[model]
+        assert fresh.result.pushed[model] == version
+        assert f"blessed and pushed: {model} version {version}" in fresh.output
+        folder = paths.serving_models / model / version
+        assert (folder / "saved_model.pb").stat().st_size
+        assert (folder / "variables" / "variables.index").is_file()
+        assert (folder / "assets.extra" / WARMUP_FILE).stat().st_size
+
+
+def test_a_fresh_run_leaves_everything_below_its_folder_and_no_leftovers(fresh: Run, paths: RunPaths) -> None:
+    for path in (paths.tables, paths.pipeline_root, paths.metadata, paths.log_file):
+        assert path.exists()
+    assert Path(fresh.result.report).is_absolute()
+    assert Path(fresh.result.tables_dir).is_relative_to(paths.tables)
+    assert f"report: {fresh.result.report}" in fresh.output
+    assert not list(paths.output_dir.rglob("*.partial"))
+
+
+def test_both_models_beat_their_baselines(fresh: Run) -> None:
+    model, baselines = fresh.metrics["model"], fresh.metrics["baselines"]
+    # One user in four shares a taste: a list of 50 from 160 videos holds a third of them by chance.
+    assert model["retrieval/recall_at_50"] > baselines["popularity"]["retrieval/recall_at_50"] + 0.15
+    assert model["retrieval/recall_at_50"] > baselines["recent_popularity"]["retrieval/recall_at_50"] + 0.15
+    assert model["ranking/click/auc"] > baselines["item_mean"]["ranking/click/auc"] + 0.15
+    assert model["ranking/watch_time/xauc"] > baselines["item_mean"]["ranking/watch_time/xauc"] + 0.1
+
+
+def test_an_identical_run_reuses_all_but_the_judgement_against_the_last_blessed_model(
+    fresh: Run, again: Run
+) -> None:
+    assert (again.exit_code, again.errors) == (0, "")
+    everything = {timing.component for timing in fresh.result.timings}
+    assert len(everything) == 18
+    judged_again = {
+        f"{kind}.{model}" for kind in ("LatestBlessed", "Evaluator", "Pusher") for model in MODELS
+    }
+    assert everything - again.reused == {*judged_again, "ReportWriter"}
+    assert re.search(r"Trainer\.retrieval +reused from cache", again.output)
+    assert f"{len(again.reused)} of 18 components reused from cache" in again.output
+    # The same model, judged against itself, passes; the candidate's figures are those of the run before.
+    assert again.metrics["model"] == again.metrics["last_blessed"] == fresh.metrics["model"]
+    assert again.result.blessed == {"retrieval": True, "ranking": True}
+
+
+def test_worse_models_are_not_pushed_and_the_reason_is_told(again: Run, worse: Run) -> None:
+    assert (worse.exit_code, worse.errors) == (0, "")
+    assert {"InteractionGen", "Transform", "StatisticsGen"} <= worse.reused
+    assert not {"Trainer.retrieval", "Trainer.ranking"} & worse.reused
+    assert worse.versions == again.versions
+    assert worse.result.blessed == {"retrieval": False, "ranking": False}
+    assert worse.result.pushed == {"retrieval": None, "ranking": None}
+    for model, metric in (("retrieval", "recall_at_50"), ("ranking", "click/auc")):
+        reason = worse.result.reasons[model]
+        # Below the floor, and far below the model that is served.
+        assert re.search(rf"{metric} 0\.\d+, required: at least 0\.\d", reason)
+        assert re.search(rf"{metric} changed by -0\.\d+", reason)
+        assert f"not pushed: {model}: {reason}" in worse.output
+    assert worse.metrics["last_blessed"] == again.metrics["model"]
+    assert worse.metrics["model"]["ranking/click/auc"] < again.metrics["model"]["ranking/click/auc"] - 0.1
+    assert "not pushed" in worse.page.lower()
+
+
+@pytest.fixture(scope="module")
+def last_pushed(again: Run, paths: RunPaths) -> dict[str, Path]:
+    """The version folders of the newest pushed models."""
+    return {model: paths.serving_models / model / again.versions[model][-1] for model in MODELS}
+
+
+@pytest.fixture(scope="module")
+def server(worse: Run, paths: RunPaths) -> Iterator[ModelServerProcess]:
+    """Started after the rejected run, on the folder as it is then."""
+    with ModelServerProcess({model: paths.serving_models / model for model in MODELS}) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def spec(again: Run) -> DatasetSpec:
+    return again.result.config.dataset
+
+
+@pytest.fixture(scope="module")
+def train_clicks(again: Run) -> dict[str, set[str]]:
+    """Clicked items of the training split by user, from the contract table."""
+    events = pl.read_parquet(Path(again.result.tables_dir) / "interactions.parquet")
+    clicks = events.filter((pl.col("split") == "train") & (pl.col("click") > 0))
+    grouped = clicks.group_by("user_id").agg(pl.col("item_id"))
+    return {user_id: set(item_ids) for user_id, item_ids in grouped.iter_rows()}
+
+
+def test_the_server_serves_the_newest_pushed_versions(
+    server: ModelServerProcess, last_pushed: dict[str, Path]
+) -> None:
+    assert server.versions == {model: int(folder.name) for model, folder in last_pushed.items()}
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "rest"])
+def test_recommend_prints_the_same_readable_table_over_both_protocols(
+    server: ModelServerProcess, paths: RunPaths, protocol: str
+) -> None:
+    target = {"grpc": server.grpc_target, "rest": server.rest_target}[protocol]
+    args = ["recommend", "--user-id", USER, "--k", "5", "--target", target]
+    shown = CliRunner(env={"COLUMNS": "160"}).invoke(main, [*args, "--output-dir", str(paths.output_dir)])
+    assert shown.exit_code == 0, shown.output
+    rows = [line for line in shown.output.splitlines() if re.match(r"│ +\d+ │", line)]
+    assert len(rows) == 5
+    # The user's taste: 7 % 4. Titles keep their brackets.
+    assert sum("[live] video" in row and "of taste 3" in row.split("│")[2] for row in rows) >= 4
+    assert all("near watched: [live] video" in row for row in rows)
+    assert "score = 1 × click + 2 × like + 0.02 × watch_time" in shown.output
+    assert "not in the data" not in shown.output
+
+
+def test_both_protocols_give_the_same_recommendations(
+    server: ModelServerProcess, again: Run, train_clicks: dict[str, set[str]]
+) -> None:
+    state, in_data = user_state(again.result, USER)
+    assert in_data
+    assert set(state.seen_item_ids) == train_clicks[USER]
+    answers = []
+    for target in (server.grpc_target, server.rest_target):
+        with RecommenderClient(target, timeout_s=30) as client:
+            answers.append(client.recommend(state.query, k=10, exclude_item_ids=state.seen_item_ids))
+    over_grpc, over_rest = answers
+    assert [item.item_id for item in over_grpc.items] == [item.item_id for item in over_rest.items]
+    for one, other in zip(over_grpc.items, over_rest.items, strict=True):
+        assert one.predictions == pytest.approx(other.predictions, rel=1e-5)
+        assert one.item_id not in train_clicks[USER]
+    assert over_grpc.user_is_known and over_rest.user_is_known
+
+
+@pytest.mark.parametrize(
+    ("user_id", "note"),
+    [(STRANGER, "is not in the data"), (taste_world.NEWCOMER, "had no training events")],
+)
+def test_users_without_training_events_get_recommendations_and_a_note(
+    server: ModelServerProcess, paths: RunPaths, user_id: str, note: str
+) -> None:
+    args = ["recommend", "--user-id", user_id, "--k", "5", "--target", server.grpc_target]
+    shown = CliRunner(env={"COLUMNS": "160"}).invoke(main, [*args, "--output-dir", str(paths.output_dir)])
+    assert shown.exit_code == 0, shown.output
+    assert f"user {user_id} {note}" in shown.output
+    assert shown.output.count("fits the user's context; no history") == 5
+
+
+def test_the_offline_models_answer_as_the_served_ones(
+    server: ModelServerProcess, again: Run, spec: DatasetSpec, last_pushed: dict[str, Path]
+) -> None:
+    states = [user_state(again.result, user_id)[0] for user_id in (USER, "u100", STRANGER)]
+    offline = {model: tf.saved_model.load(str(folder)) for model, folder in last_pushed.items()}
+
+    def ask(model: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        constants = {name: tf.constant(value) for name, value in inputs.items()}
+        answer = offline[model].signatures["serving_default"](**constants)
+        return {name: value.numpy() for name, value in answer.items()}
+
+    excluded = padded([state.seen_item_ids for state in states])
+    # All three in one batch here, one by one there: neither padding nor neighbours change an answer.
+    query = query_arrays(states, spec)
+    retrieved = ask("retrieval", {**query, "k": np.full(3, 20, np.int32), "exclude_item_ids": excluded})
+    ranked = ask("ranking", {**query, "candidate_item_ids": retrieved["item_ids"].astype(object)})
+    with RecommenderClient(server.grpc_target, timeout_s=30) as client:
+        for row, state in enumerate(states):
+            served = client.retrieve(state.query, k=20, exclude_item_ids=state.seen_item_ids)
+            item_ids = [item_id.decode() for item_id in retrieved["item_ids"][row]]
+            assert [candidate.item_id for candidate in served.candidates] == item_ids
+            scores = [candidate.retrieval_score for candidate in served.candidates]
+            np.testing.assert_allclose(scores, retrieved["scores"][row], rtol=1e-5, atol=1e-6)
+            assert served.user_is_known == bool(retrieved["user_is_known"][row])
+            for place, item in enumerate(client.rank(state.query, item_ids)):
+                assert item.score == pytest.approx(ranked["score"][row, place], rel=1e-5, abs=1e-6)
+                for task in spec.tasks:
+                    offline_value = ranked[task.name][row, place]
+                    assert item.predictions[task.name] == pytest.approx(offline_value, rel=1e-5, abs=1e-6)
+
+
+def test_more_than_the_exported_maximum_is_refused_by_name(
+    server: ModelServerProcess, paths: RunPaths
+) -> None:
+    args = ["recommend", "--user-id", USER, "--k", "501", "--target", server.grpc_target]
+    shown = CliRunner().invoke(main, [*args, "--output-dir", str(paths.output_dir)])
+    assert shown.exit_code == 1
+    assert "k must be between 1 and 500" in shown.output
+
+
+def batch_recommend(paths: RunPaths, folder: Path, user_ids: list[str], *args: str) -> pl.DataFrame:
+    users, out = folder / "users.txt", folder / "recs" / "out.parquet"
+    users.write_text("\n".join(user_ids) + "\n")
+    command = ["batch-recommend", "--users", str(users), "--out", str(out), *args]
+    done = CliRunner().invoke(main, [*command, "--output-dir", str(paths.output_dir)])
+    assert done.exit_code == 0, done.output
+    assert "not in the data, so with general recommendations: 1 user" in done.output
+    assert os.listdir(out.parent) == ["out.parquet"]
+    return pl.read_parquet(out)
+
+
+def test_batch_recommend_writes_every_user_in_order_without_seen_items(
+    again: Run, paths: RunPaths, tmp_path: Path, train_clicks: dict[str, set[str]]
+) -> None:
+    # In an order of our own.
+    user_ids = [STRANGER, taste_world.NEWCOMER, *(f"u{n}" for n in reversed(range(taste_world.NUM_USERS)))]
+    table = batch_recommend(paths, tmp_path, user_ids, "--k", "20")
+    assert table.schema == {
+        "user_id": pl.String, "rank": pl.Int32, "item_id": pl.String, "score": pl.Float32
+    }  # fmt: skip
+    assert table["user_id"].to_list() == [user_id for user_id in user_ids for _ in range(20)]
+    assert table["rank"].to_list() == [*range(1, 21)] * len(user_ids)
+    assert not table.select("user_id", "item_id").is_duplicated().any()
+    for (user_id,), rows in table.group_by("user_id"):
+        assert rows["score"].is_sorted(descending=True)
+        assert not set(rows["item_id"]) & train_clicks.get(str(user_id), set())
+    taste = table.filter(pl.col("user_id") == USER)["item_id"].str.slice(1).cast(pl.Int32) % 4
+    assert (taste == 3).sum() > 10
+
+
+def test_batch_recommend_includes_seen_items_on_request_and_all_that_is_left_at_a_large_k(
+    again: Run, paths: RunPaths, tmp_path: Path, train_clicks: dict[str, set[str]]
+) -> None:
+    (tmp_path / "all").mkdir()
+    without = batch_recommend(paths, tmp_path, [USER, STRANGER], "--k", "200")
+    everything = batch_recommend(paths, tmp_path / "all", [USER, STRANGER], "--k", "200", "--include-seen")
+    counts = dict(without["user_id"].value_counts().iter_rows())
+    assert counts == {
+        USER: taste_world.NUM_ITEMS - len(train_clicks[USER]), STRANGER: taste_world.NUM_ITEMS
+    }  # fmt: skip
+    assert everything.height == 2 * taste_world.NUM_ITEMS
+    assert train_clicks[USER] <= set(everything.filter(pl.col("user_id") == USER)["item_id"])
+
+
+def test_batch_recommend_refuses_a_k_above_the_exported_maximum(
+    again: Run, paths: RunPaths, tmp_path: Path
+) -> None:
+    users, out = tmp_path / "users.txt", tmp_path / "out.parquet"
+    users.write_text(USER)
+    command = ["batch-recommend", "--users", str(users), "--out", str(out), "--k", "501"]
+    done = CliRunner().invoke(main, [*command, "--output-dir", str(paths.output_dir)])
+    assert done.exit_code == 1
+    assert "k must be between 1 and 500" in done.output
+    assert not list(tmp_path.glob("*parquet*")) + list(tmp_path.glob(".*"))

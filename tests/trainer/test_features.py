@@ -1,0 +1,86 @@
+"""From the declaration to feature groups, raw inputs and the TFX schema."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from schema.contract import BUILT_IN_DATASETS, DatasetSpec, FeatureKind, load_dataset_spec
+from trainer import features
+from trainer.tfx_schema import interactions_schema
+
+_SMALL: dict[str, Any] = {
+    "name": "small",
+    "interactions": {
+        "files": ["a.csv"],
+        "columns": {name: name for name in ("user_id", "item_id", "event_time_unix_s")},
+        "labels": {"click": "click", "unused": "unused"},
+    },
+    "users": {"files": ["u.csv"], "columns": {"user_id": "user_id"}},
+    "items": {"files": ["i.csv"], "columns": {"item_id": "item_id"}},
+    "positive": "click",
+    "tasks": [{"name": "click", "label": "click", "kind": "binary"}],
+    "split": {"fractions": [0.8, 0.1, 0.1]},
+}
+
+
+def test_the_smallest_dataset_has_ids_history_and_clock() -> None:
+    spec = DatasetSpec.model_validate(_SMALL)
+    space = features.feature_space(spec)
+    assert [f.name for f in space.query] == [
+        "user_id",
+        "history_item_ids",
+        "hour_of_day",
+        "day_of_week",
+        "example_age_days",
+    ]
+    assert [f.name for f in space.candidate] == ["item_id"]
+    assert space.cross == ()
+    assert space.labels == ("click",)
+    assert [(r.name, r.dtype, r.is_list) for r in features.raw_query_inputs(spec)] == [
+        ("user_id", "string", False),
+        ("history_item_ids", "string", True),
+        ("event_time_unix_s", "int64", False),
+    ]
+    assert [r.name for r in features.raw_candidate_inputs(spec)] == ["item_id"]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in BUILT_IN_DATASETS.glob("*.yaml")))
+def test_every_declared_feature_is_an_input_and_knows_its_transformed_names(name: str) -> None:
+    spec = load_dataset_spec(name)
+    space = features.feature_space(spec)
+    query = {r.name: r for r in features.raw_query_inputs(spec)}
+    candidate = {r.name: r for r in features.raw_candidate_inputs(spec)}
+    for declared, inputs in ((spec.users.features, query), (spec.items.features, candidate)):
+        for feature in declared:
+            assert inputs[feature.name].is_list == (feature.kind is FeatureKind.MULTI_CATEGORICAL)
+            assert (inputs[feature.name].dtype == "float32") == (feature.kind is FeatureKind.CONTINUOUS)
+    assert not set(query) & set(candidate)
+    transformed = [n for f in space.all for n in f.transformed_names]
+    assert len(set(transformed)) == len(transformed)
+    assert ("upload_time_unix_s" in spec.items.columns) == (len(space.cross) == 1)
+    assert ("upload_time_unix_s" in candidate) == (len(space.cross) == 1)
+    for task in spec.tasks:
+        assert task.label in space.labels
+
+
+def test_history_and_candidate_share_one_vocabulary() -> None:
+    space = features.feature_space(DatasetSpec.model_validate(_SMALL))
+    assert space.find("history_item_ids").space == space.find("item_id").space != space.find("user_id").space
+
+
+def test_the_schema_lists_every_raw_feature_and_hides_labels_from_serving() -> None:
+    spec = load_dataset_spec("simulated")
+    schema = interactions_schema(spec)
+    raw = {r.name for r in (*features.raw_query_inputs(spec), *features.raw_candidate_inputs(spec))}
+    hidden = {f.name for f in schema.feature if "SERVING" in f.not_in_environment}
+    assert {f.name for f in schema.feature} - hidden == raw
+    assert hidden == {"click", "like", "watch_time_s", "retrieval_weight", "position"}
+    by_name = {f.name: f for f in schema.feature}
+    assert (by_name["click"].float_domain.min, by_name["click"].float_domain.max) == (0, 1)
+    assert by_name["watch_time_s"].float_domain.min == 0
+    assert not by_name["watch_time_s"].float_domain.HasField("max")
+    for name in ("user_id", "item_id", "event_time_unix_s"):
+        assert (by_name[name].presence.min_fraction, by_name[name].value_count.min) == (1, 1)
+    assert by_name["age_bucket"].presence.min_fraction == 0

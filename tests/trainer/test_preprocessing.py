@@ -1,0 +1,357 @@
+"""The Transform graph run for real over a small table, and the same rows through the serving side of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_transform as tft
+import tensorflow_transform.beam as tft_beam
+from tensorflow_transform.tf_metadata import dataset_metadata, schema_utils
+
+from schema.contract import DatasetSpec
+from trainer import features, raw_inputs
+from trainer.input_pipeline import load_catalogue
+from trainer.preprocessing import preprocessing_fn, vocabulary_sizes
+
+ROWS = 400
+TRAIN_END = 1_704_067_200 + 30 * 86_400
+UTC_OFFSET_HOURS = -3.5
+Row = dict[str, Any]
+
+SPEC = DatasetSpec.model_validate(
+    {
+        "name": "transformed",
+        "utc_offset_hours": UTC_OFFSET_HOURS,
+        "interactions": {
+            "files": ["log.csv"],
+            "columns": {
+                name: name
+                for name in ("user_id", "item_id", "event_time_unix_s", "surface", "watch_time_s", "search_tokens")
+            },
+            "labels": {"click": "click"},
+        },
+        "users": {
+            "files": ["users.csv"],
+            "columns": {"user_id": "user_id"},
+            "features": [
+                {"name": "age", "kind": "continuous"},
+                {"name": "constant", "kind": "continuous"},
+                {"name": "two_values", "kind": "continuous"},
+                {"name": "never", "kind": "continuous"},
+                {"name": "no_word", "kind": "categorical"},
+                {"name": "clubs", "kind": "multi_categorical", "separator": "|"},
+            ],
+        },
+        "items": {
+            "files": ["items.csv"],
+            "columns": {"item_id": "item_id", "creator_id": "creator", "upload_time_unix_s": "upload"},
+            "features": [{"name": "words", "kind": "text"}, {"name": "length", "kind": "continuous"}],
+        },
+        "positive": "click",
+        "tasks": [
+            {"name": "click", "label": "click", "kind": "binary"},
+            {"name": "watch", "label": "watch_time_s", "kind": "watch_time"},
+        ],
+        "split": {"fractions": [0.8, 0.1, 0.1]},
+    }
+)
+CUSTOM_CONFIG = {"dataset": SPEC.model_dump_json(), "train_end_unix_s": TRAIN_END}
+RAW = (*features.raw_query_inputs(SPEC), *features.raw_candidate_inputs(SPEC))
+LABELS = ("click", "watch_time_s", "retrieval_weight")
+DTYPES = {**{r.name: r.dtype for r in RAW}, **dict.fromkeys(LABELS, "float32")}
+TITLES = ["The Cat, the DOG", "cat & mouse!", "Ünder ÉTÉ", "", "2001: a mouse"]
+
+
+def make_rows() -> list[Row]:
+    """Raw rows: every feature a list of values, empty where missing."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for row in range(ROWS):
+        # Item i0 is shown most, then i1, and so on; u-ids are skewed alike.
+        item, user = (min(int(x), 9) for x in rng.geometric(0.3, 2) - 1)
+        event = TRAIN_END - 86_400 + int(rng.integers(-29 * 86_400, 2 * 86_400))
+        rows.append(
+            {
+                "user_id": [f"u{user}"],
+                "item_id": [f"i{item}"],
+                "event_time_unix_s": [event],
+                "surface": [["home"], ["watch"], []][rng.choice(3, p=[0.6, 0.3, 0.1])],
+                "search_tokens": [["jazz", "piano"], [], ["jazz"]][row % 3],
+                "history_item_ids": [["i0", "never shown", "i1"], [], ["i2"]][row % 3],
+                "age": [float(np.float32(rng.lognormal(3, 1)))] if row % 10 else [],
+                "constant": [7.5],
+                "two_values": [float(row % 2)],
+                "never": [],
+                "no_word": [],
+                "clubs": [["a", "b"], [], ["b"]][row % 3],
+                "words": [TITLES[row % 5]] if row % 5 != 3 else [],
+                "length": [float(np.float32(rng.uniform(-50, 50)))],
+                "creator_id": [f"c{item // 3}"] if item else [],
+                "upload_time_unix_s": [TRAIN_END - 86_400 * (item + 1)] if item != 2 else [],
+                "click": [float(row % 2)],
+                "watch_time_s": [2.5] if row % 4 else [],
+                "retrieval_weight": [float(row % 2)],
+            }
+        )
+    return rows
+
+
+@dataclasses.dataclass
+class Transformed:
+    """Raw rows, what Beam made of them, and the saved Transform output."""
+
+    rows: list[Row]
+    columns: dict[str, np.ndarray]
+    output: tft.TFTransformOutput
+
+
+def _dense(column: Any) -> np.ndarray:
+    """An Arrow column of lists as [B] when every list has one value, else [B, L] padded with 0."""
+    values = column.to_pylist()
+    if all(v is not None and len(v) == 1 for v in values):
+        return np.array([v[0] for v in values])
+    width = max((len(v) for v in values if v), default=0)
+    return np.array([[*(v or []), *[0] * (width - len(v or []))] for v in values]).reshape(len(values), width)
+
+
+@pytest.fixture(scope="module")
+def transformed(tmp_path_factory: pytest.TempPathFactory) -> Transformed:
+    folder = tmp_path_factory.mktemp("transform")
+    kinds = {"string": tf.string, "int64": tf.int64, "float32": tf.float32}
+    metadata = dataset_metadata.DatasetMetadata(
+        schema_utils.schema_from_feature_spec({n: tf.io.VarLenFeature(kinds[d]) for n, d in DTYPES.items()})
+    )
+    rows = make_rows()
+    with tft_beam.Context(temp_dir=str(folder / "tmp"), desired_batch_size=ROWS):
+        (data, _), transform_fn = (rows, metadata) | tft_beam.AnalyzeAndTransformDataset(
+            lambda inputs: preprocessing_fn(inputs, CUSTOM_CONFIG), output_record_batches=True
+        )
+        _ = transform_fn | tft_beam.WriteTransformFn(str(folder / "out"))
+    (batch,) = [batch for batch, _ in data]
+    columns = {name: _dense(batch.column(batch.schema.get_field_index(name))) for name in batch.schema.names}
+    return Transformed(rows, columns, tft.TFTransformOutput(str(folder / "out")))
+
+
+def values(table: Transformed, name: str) -> list[Any]:
+    """One value per row, None where missing."""
+    return [row[name][0] if row[name] else None for row in table.rows]
+
+
+def lists(table: Transformed, name: str) -> list[list[int]]:
+    """Ids of each row without the padding."""
+    return [[int(i) for i in row if i] for row in np.atleast_2d(table.columns[name])]
+
+
+def test_the_output_is_what_the_feature_space_names(transformed: Transformed) -> None:
+    space = features.feature_space(SPEC)
+    names = [n for f in space.all for n in f.transformed_names]
+    assert sorted(transformed.columns) == sorted([*names, *LABELS])
+
+
+@pytest.mark.parametrize("name", ["user_id", "item_id", "surface", "creator_id"])
+def test_ids_are_by_frequency_from_2_and_a_missing_value_is_0(transformed: Transformed, name: str) -> None:
+    raw, ids = values(transformed, name), transformed.columns[f"{name}_id"]
+    id_of = dict(zip(raw, ids, strict=True))
+    assert [id_of[value] for value in raw] == list(ids)
+    assert id_of.pop(None, 0) == 0
+    assert sorted(id_of.values()) == list(range(2, len(id_of) + 2))
+    counts = Counter(value for value in raw if value is not None)
+    ranked = sorted(counts, key=lambda value: id_of[value])
+    assert [counts[value] for value in ranked] == sorted(counts.values(), reverse=True)
+    assert vocabulary_sizes(transformed.output, SPEC)[name] == len(counts) + 2
+
+
+def test_the_history_is_in_the_id_space_of_the_candidates(transformed: Transformed) -> None:
+    id_of = dict(zip(values(transformed, "item_id"), transformed.columns["item_id_id"], strict=True))
+    expected = [[id_of.get(item, 1) for item in row["history_item_ids"]] for row in transformed.rows]
+    assert lists(transformed, "history_item_ids_ids") == expected
+    assert 1 in expected[0]
+
+
+def test_text_becomes_the_ids_of_its_lower_case_words(transformed: Transformed) -> None:
+    ids = lists(transformed, "words_ids")
+    id_of: dict[str, int] = {}
+    for row, found in zip(transformed.rows, ids, strict=True):
+        words = re.findall(r"[^\W_]+", (row["words"] or [""])[0].lower())
+        assert len(words) == len(found)
+        for word, number in zip(words, found, strict=True):
+            assert id_of.setdefault(word, number) == number
+    assert set(id_of) == {"the", "cat", "dog", "mouse", "ünder", "été", "2001", "a"}
+    assert sorted(id_of.values()) == list(range(2, 10))
+
+
+@pytest.mark.parametrize("name", ["age", "length"])
+def test_the_cdf_is_the_share_of_training_values_below(transformed: Transformed, name: str) -> None:
+    raw = values(transformed, name)
+    known = np.array([value is not None for value in raw])
+    x = np.array([value for value in raw if value is not None])
+    cdf, bucket = (transformed.columns[f"{name}_{suffix}"] for suffix in ("cdf", "bucket"))
+    assert np.all(cdf[~known] == 0) and np.all(bucket[~known] == 0)
+    order = np.argsort(x)
+    assert np.all(np.diff(cdf[known][order]) >= 0)
+    assert np.all(np.diff(bucket[known][order]) >= 0)
+    # Linear inside each of 32 buckets, so at most about one bucket away from the rank.
+    rank = np.argsort(order) / (len(x) - 1)
+    np.testing.assert_allclose(cdf[known], rank, atol=1.5 / 32)
+    assert (cdf.min(), cdf.max()) == (0, 1)
+    assert set(bucket[known]) == set(range(1, 33))
+    sizes = np.bincount(bucket[known])[1:]
+    assert sizes.min() >= len(x) / 32 - 4 and sizes.max() <= len(x) / 32 + 4
+
+
+@pytest.mark.parametrize("name", ["constant", "two_values", "never", "age", "length"])
+def test_no_continuous_feature_gives_nan_or_leaves_its_range(transformed: Transformed, name: str) -> None:
+    cdf, bucket = (transformed.columns[f"{name}_{suffix}"] for suffix in ("cdf", "bucket"))
+    assert np.all((cdf >= 0) & (cdf <= 1))  # false for NaN
+    assert np.all((bucket >= 0) & (bucket <= features.NUM_BUCKETS))
+    missing = np.array([value is None for value in values(transformed, name)])
+    np.testing.assert_array_equal(bucket == 0, missing)
+
+
+def test_two_values_stay_apart_and_a_constant_stays_one(transformed: Transformed) -> None:
+    raw = np.array(values(transformed, "two_values"))
+    bucket, cdf = transformed.columns["two_values_bucket"], transformed.columns["two_values_cdf"]
+    (low,), (high,) = set(bucket[raw == 0]), set(bucket[raw == 1])
+    assert low < high
+    assert set(cdf[raw == 0]) == {0} and set(cdf[raw == 1]) == {1}
+    assert len(set(transformed.columns["constant_bucket"])) == 1
+    assert len(set(transformed.columns["constant_cdf"])) == 1
+
+
+def test_a_categorical_feature_without_any_value_is_always_missing(transformed: Transformed) -> None:
+    assert set(transformed.columns["no_word_id"]) == {0}
+
+
+def test_clock_features_are_in_the_local_time_of_the_users(transformed: Transformed) -> None:
+    zone = datetime.timezone(datetime.timedelta(hours=UTC_OFFSET_HOURS))
+    moments = [datetime.datetime.fromtimestamp(t, zone) for t in values(transformed, "event_time_unix_s")]
+    assert transformed.columns["hour_of_day_id"].tolist() == [m.hour + 2 for m in moments]
+    assert transformed.columns["day_of_week_id"].tolist() == [m.weekday() + 2 for m in moments]
+    sizes = vocabulary_sizes(transformed.output, SPEC)
+    assert (sizes["hour_of_day"], sizes["day_of_week"]) == (26, 9)
+
+
+def test_example_age_falls_to_its_least_at_the_end_of_training(transformed: Transformed) -> None:
+    times = np.array(values(transformed, "event_time_unix_s"))
+    cdf = transformed.columns["example_age_days_cdf"]
+    after = times >= TRAIN_END
+    assert 0 < after.sum() < ROWS
+    assert set(cdf[after]) == {cdf.min()}
+    order = np.argsort(times[~after])
+    assert np.all(np.diff(cdf[~after][order]) <= 0)
+    later = raw_inputs.transform_query(
+        transformed.output.transform_features_layer(), _request(TRAIN_END + 10**8), SPEC
+    )
+    assert later["example_age_days_cdf"].numpy()[0] == cdf.min()
+
+
+def test_item_age_needs_an_upload_time_and_grows(transformed: Transformed) -> None:
+    times = np.array(values(transformed, "event_time_unix_s"))
+    uploads = values(transformed, "upload_time_unix_s")
+    bucket = transformed.columns["item_age_days_bucket"]
+    missing = np.array([upload is None for upload in uploads])
+    assert missing.any()
+    np.testing.assert_array_equal(bucket == 0, missing)
+    age = np.array([max(t - u, 0) for t, u in zip(times, uploads, strict=True) if u is not None])
+    assert np.all(np.diff(transformed.columns["item_age_days_cdf"][~missing][np.argsort(age)]) >= 0)
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_labels_pass_through_with_nan_where_absent(transformed: Transformed, name: str) -> None:
+    raw = [np.nan if value is None else value for value in values(transformed, name)]
+    np.testing.assert_array_equal(transformed.columns[name], np.array(raw, np.float32))
+
+
+def _example(row: Row) -> bytes:
+    example = tf.train.Example()
+    for name, dtype in DTYPES.items():
+        feature = example.features.feature[name]
+        if dtype == "string":
+            feature.bytes_list.value.extend(value.encode() for value in row[name])
+        elif dtype == "int64":
+            feature.int64_list.value.extend(row[name])
+        else:
+            feature.float_list.value.extend(row[name])
+    return example.SerializeToString()
+
+
+def _same(left: np.ndarray, right: np.ndarray) -> None:
+    """Equal to the bit; lists but for the width of their padding."""
+    if left.ndim == 2 or right.ndim == 2:
+        width = max(left.shape[1], right.shape[1])
+        left, right = (np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in (left, right))
+    np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize("batch", [ROWS, 1, 7])
+def test_serving_transforms_rows_as_training_did(transformed: Transformed, batch: int) -> None:
+    layer = transformed.output.transform_features_layer()
+    space = features.feature_space(SPEC)
+    serialized = tf.constant([_example(row) for row in transformed.rows[:batch]])
+    raw = raw_inputs.parse_interaction_examples(serialized, SPEC)
+    served = {
+        **raw_inputs.transform_query(layer, raw, SPEC),
+        **raw_inputs.transform_candidates(layer, raw, SPEC),
+        **raw_inputs.transform_cross(layer, raw["event_time_unix_s"], raw["upload_time_unix_s"], SPEC),
+    }
+    assert sorted(served) == sorted(n for f in space.all for n in f.transformed_names)
+    for name, value in served.items():
+        _same(value.numpy(), transformed.columns[name][:batch])
+
+
+def _request(event_time_unix_s: int) -> dict[str, tf.Tensor]:
+    """A request of an unknown user of whom nothing is known."""
+    empty = {"string": "", "int64": -1, "float32": float("nan")}
+    raw = {
+        r.name: tf.zeros([1, 0], tf.string) if r.is_list else tf.constant([empty[r.dtype]], r.dtype)
+        for r in features.raw_query_inputs(SPEC)
+    }
+    return {
+        **raw,
+        "user_id": tf.constant(["nobody"]),
+        "event_time_unix_s": tf.constant([event_time_unix_s], tf.int64),
+    }
+
+
+def test_a_request_with_nothing_but_a_new_user_is_understood(transformed: Transformed) -> None:
+    layer = transformed.output.transform_features_layer()
+    query = raw_inputs.transform_query(layer, _request(TRAIN_END), SPEC)
+    assert query["user_id_id"].numpy().tolist() == [1]
+    assert query["surface_id"].numpy().tolist() == [0]
+    assert query["age_bucket"].numpy().tolist() == [0]
+    for name in ("history_item_ids_ids", "clubs_ids", "search_tokens_ids"):
+        assert not query[name].numpy().any()
+
+
+def test_a_request_without_a_time_has_no_clock(transformed: Transformed) -> None:
+    layer = transformed.output.transform_features_layer()
+    query = raw_inputs.transform_query(layer, _request(-1), SPEC)
+    assert query["hour_of_day_id"].numpy().tolist() == [0]
+    assert query["day_of_week_id"].numpy().tolist() == [0]
+
+
+def _catalogue_file(path: Path, rows: list[Row]) -> str:
+    with tf.io.TFRecordWriter(str(path), "GZIP") as writer:
+        for row in rows:
+            writer.write(_example({name: row[name] for name in DTYPES}))
+    return str(path)
+
+
+def test_the_catalogue_is_transformed_like_the_candidates(transformed: Transformed, tmp_path: Path) -> None:
+    first = {row["item_id"][0]: index for index, row in enumerate(transformed.rows)}
+    rows = [transformed.rows[index] for index in first.values()]
+    catalogue = load_catalogue([_catalogue_file(tmp_path / "c.gz", rows)], transformed.output, SPEC)
+    assert catalogue.item_ids.tolist() == list(first)
+    assert catalogue.upload_time_unix_s is not None
+    assert catalogue.upload_time_unix_s.tolist() == [(row["upload_time_unix_s"] or [-1])[0] for row in rows]
+    for feature in features.feature_space(SPEC).candidate:
+        for name in feature.transformed_names:
+            _same(catalogue.transformed[name], transformed.columns[name][list(first.values())])

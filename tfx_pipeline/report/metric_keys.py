@@ -1,0 +1,71 @@
+"""Metric keys such as `retrieval/recall_at_100` and `ranking/click/auc`: names, meanings, order."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tfx_pipeline.report.formatting import words
+from trainer.metrics import LOWER_IS_BETTER
+
+# What a metric says, in one sentence each; k stands for the length of the list.
+MEANINGS = {
+    "recall": "Share of what a user went on to choose that is among the first k recommendations.",
+    "ndcg": "Like recall, but a hit counts more the higher it stands; 1 means that all hits are on top.",
+    "hit_rate": "Share of users with at least one hit among the first k.",
+    "mrr": "One over the place of the first hit, averaged over users; 0 without a hit among the first k.",
+    "auc": "Chance that a positive example is scored above a negative one; 0.5 is guessing.",
+    "gauc": "AUC within each user, averaged: does the order help this one user?",
+    "log_loss": "How far the predicted probabilities are from what happened; lower is better.",
+    "ece": "Gap between predicted and observed rates, averaged over like predictions; lower is better.",
+    "mae": "Mean distance between prediction and truth, in the label's unit; lower is better.",
+    "xauc": "Chance that of two examples the one with the larger label is scored higher; 0.5 is guessing.",
+}
+_ABBREVIATIONS = frozenset({"ndcg", "mrr", "auc", "gauc", "ece", "mae", "xauc"})
+_COUNTS = {"num_queries": "users", "num_examples": "examples"}
+
+
+def base(key: str) -> str:
+    """`recall` of `retrieval/recall_at_100`."""
+    return re.sub(r"_at_\d+$", "", key.rpartition("/")[2])
+
+
+def cutoff(key: str) -> int:
+    """100 of `retrieval/recall_at_100`; 0 where there is none."""
+    match = re.search(r"_at_(\d+)$", key)
+    return int(match.group(1)) if match else 0
+
+
+def task(key: str) -> str:
+    """`click` of `ranking/click/auc`; "" for retrieval."""
+    return key.split("/")[1] if key.count("/") == 2 else ""
+
+
+def label(key: str) -> str:
+    """`Recall@100` of `retrieval/recall_at_100`, `click AUC` of `ranking/click/auc`, `ECE` of `ece`."""
+    name = base(key)
+    text = name.upper() if name in _ABBREVIATIONS else words(name)
+    text += f"@{cutoff(key)}" if cutoff(key) else ""
+    return f"{words(task(key))} {text}" if task(key) else text[:1].upper() + text[1:]
+
+
+def is_count(key: str) -> bool:
+    """Whether the key counts what was judged instead of judging it."""
+    return base(key) in _COUNTS
+
+
+def count_words(key: str) -> str:
+    """`users` or `click examples`."""
+    return f"{words(task(key))} {_COUNTS[base(key)]}".strip()
+
+
+def badness(key: str, value: float) -> float:
+    """The value, with its sign changed where higher is better: the smaller, the better."""
+    return value if base(key) in LOWER_IS_BETTER else -value
+
+
+def in_task_order(keys: Iterable[str], tasks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys in the order in which the tasks were declared; those of one task keep their order."""
+    order = {declared["name"]: place for place, declared in enumerate(tasks)}
+    return sorted(keys, key=lambda key: order.get(task(key), len(order)))
