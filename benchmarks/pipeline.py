@@ -20,10 +20,14 @@ from tfx_pipeline.run_result import RunResult, read_run
 
 def main() -> None:
     """Runs the pipeline twice in a fresh folder and prints what each component took."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dataset", default="simulated")
     parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as 'funnel run --set'")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="as 'funnel run --set'"
+    )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="funnel-benchmark-") as folder:

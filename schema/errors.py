@@ -2,7 +2,7 @@
 
 
 class FunnelError(Exception):
-    """Base of all errors raised on purpose; its text says what was expected, what came, and what to do next."""
+    """Base of all errors raised on purpose; the text says what was expected, what came, what to do next."""
 
 
 class ConfigError(FunnelError):

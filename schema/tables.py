@@ -38,6 +38,9 @@ USERS = "users.parquet"
 ITEMS = "items.parquet"
 SUMMARY = "summary.json"
 
+# To be raised when this module writes other tables from the same source, so that older ones are not reused.
+_TABLES_VERSION = 1
+
 # Event times outside these are taken for a wrong unit: 1990-01-01 and 2100-01-01.
 _EARLIEST_UNIX_S = 631_152_000
 _LATEST_UNIX_S = 4_102_444_800
@@ -47,7 +50,8 @@ _UNIT_PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000}
 _MAX_UNKNOWN_ITEM_SHARE = 0.2
 
 # Text that source files write for a missing value.
-_MISSING = ["", "NA", "NaN", "nan", "null", "NULL", "None"]
+# Not "NA": it is the country code of Namibia.
+_MISSING = ["", "NaN", "nan", "null", "NULL", "None"]
 
 # Place of a source row among all rows of its table's files, counted from 0.
 _ROW = "__row"
@@ -120,8 +124,8 @@ def prepare_tables(spec: DatasetSpec, source_dir: Path, data_root: Path) -> Path
         return destination
 
     warnings: list[str] = []
-    users = _read_entity(sources["users"], spec.users, "user_id", warnings)
-    items = _read_entity(sources["items"], spec.items, "item_id", warnings)
+    users = _read_entity(sources["users"], spec.users, "user_id", spec.utc_offset_hours, warnings)
+    items = _read_entity(sources["items"], spec.items, "item_id", spec.utc_offset_hours, warnings)
     interactions = _read_interactions(sources["interactions"], spec, warnings)
     interactions = _check_references(interactions, users, items, warnings)
     interactions, train_end = _assign_splits(interactions, spec)
@@ -156,7 +160,7 @@ def _check_files(sources: dict[str, list[Path]]) -> None:
 
 def _fingerprint(spec: DatasetSpec, paths: Iterable[Path]) -> str:
     """Short hash of the declaration and of name, size and modification time of every source file."""
-    digest = hashlib.sha256(spec.model_dump_json().encode())
+    digest = hashlib.sha256(f"{_TABLES_VERSION} {spec.model_dump_json()}".encode())
     for path in paths:
         stat = path.stat()
         digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
@@ -209,7 +213,7 @@ def _read_interactions(paths: list[Path], spec: DatasetSpec, warnings: list[str]
     source = _read_distinct(paths, wanted, "interactions", warnings)
     table = pl.DataFrame(
         [
-            _cast(source, name, column, _interaction_dtype(name), "interactions")
+            _cast(source, name, column, _interaction_dtype(name), "interactions", spec.utc_offset_hours)
             for name, column in columns.items()
         ]
     ).with_columns(source[_ROW].cast(pl.Int64).alias("row_number"))
@@ -247,7 +251,9 @@ def _interaction_dtype(name: str) -> Any:
     return pl.List(pl.String) if name == "search_tokens" else pl.Float32
 
 
-def _read_entity(paths: list[Path], spec: EntitySpec, key: str, warnings: list[str]) -> pl.DataFrame:
+def _read_entity(
+    paths: list[Path], spec: EntitySpec, key: str, utc_offset_hours: float, warnings: list[str]
+) -> pl.DataFrame:
     table_name = key.removesuffix("_id") + "s"
     wanted = [c.column for c in spec.columns.values() if c.column is not None]
     wanted += [f.source_column for f in spec.features]
@@ -256,11 +262,19 @@ def _read_entity(paths: list[Path], spec: EntitySpec, key: str, warnings: list[s
     source = _read_distinct(paths, list(dict.fromkeys(wanted)), table_name, warnings)
 
     series = [
-        _cast(source, name, column, pl.Int64 if name.endswith("_unix_s") else pl.String, table_name)
+        _cast(
+            source,
+            name,
+            column,
+            pl.Int64 if name.endswith("_unix_s") else pl.String,
+            table_name,
+            utc_offset_hours,
+        )
         for name, column in spec.columns.items()
     ]
     series += [
-        _cast(source, f.name, _feature_column(f), _feature_dtype(f), table_name) for f in spec.features
+        _cast(source, f.name, _feature_column(f), _feature_dtype(f), table_name, utc_offset_hours)
+        for f in spec.features
     ]
     if key == "item_id":
         title = source[spec.title].cast(pl.String) if spec.title is not None else series[0].rename("title")
@@ -297,8 +311,13 @@ def _feature_dtype(feature: FeatureSpec) -> Any:
     return pl.Float32 if feature.kind is FeatureKind.CONTINUOUS else pl.String
 
 
-def _cast(source: pl.DataFrame, name: str, column: ColumnSpec, dtype: Any, table: str) -> pl.Series:
-    """One contract column from its source column, as `dtype`; a value that cannot be that is a DataError."""
+def _cast(
+    source: pl.DataFrame, name: str, column: ColumnSpec, dtype: Any, table: str, utc_offset_hours: float
+) -> pl.Series:
+    """One contract column from its source column, as `dtype`; a value that cannot be that is a DataError.
+
+    A date without a time zone is in the users' local time, `utc_offset_hours` ahead of UTC.
+    """
     if column.column is None:
         return pl.Series(name, [column.value]).new_from_index(0, len(source)).cast(dtype).rename(name)
     raw = source[column.column]
@@ -308,7 +327,9 @@ def _cast(source: pl.DataFrame, name: str, column: ColumnSpec, dtype: Any, table
     elif raw.dtype == pl.String:
         raw = raw.replace("", None)
     if column.format is not None:
-        value = raw.cast(pl.String).str.to_datetime(column.format, strict=False).dt.epoch("s")
+        moment = raw.cast(pl.String).str.to_datetime(column.format, strict=False)
+        local = getattr(moment.dtype, "time_zone", None) is None
+        value = moment.dt.epoch("s") - (int(utc_offset_hours * 3_600) if local else 0)
     elif dtype == pl.List(pl.String):
         value = _to_list(raw, column.separator, f"{table}.{name}")
     elif dtype == pl.String:

@@ -173,10 +173,13 @@ def locations(paths: RunPaths, tables_dir: Path) -> Any:
 def _collect(
     config: RunConfig, paths: RunPaths, tables_dir: Path, timings: tuple[ComponentTiming, ...]
 ) -> RunResult:
-    """Reads the outcome of the newest run from ML Metadata."""
+    """Reads the outcome of the newest run from ML Metadata, and shows its report."""
+    from tfx_pipeline.components.report_writer import publish_report
     from tfx_pipeline.outcome import read_outcome
 
     outcome = read_outcome(paths.metadata)
+    # A ReportWriter that is reused writes nothing, and what lies there may be of another run, or gone.
+    publish_report(Path(outcome.report_uri), paths.report)
     return RunResult(
         dataset=config.dataset.name,
         config_json=config.model_dump_json(),

@@ -19,6 +19,7 @@ class Outcome:
 
     Attributes:
       user_states_uri, catalogue_uri: Examples artifacts.
+      report_uri: Report artifact.
       blessed: per model, whether the Evaluator blessed it.
       pushed: per model, the version that was pushed, or None.
       reasons: per model that was not pushed, why.
@@ -26,6 +27,7 @@ class Outcome:
 
     user_states_uri: str
     catalogue_uri: str
+    report_uri: str
     blessed: dict[str, bool]
     pushed: dict[str, str | None]
     reasons: dict[str, str]
@@ -62,6 +64,7 @@ def read_outcome(metadata_path: Path) -> Outcome:
     return Outcome(
         user_states_uri=outputs["UserStateGen", "examples"].uri,
         catalogue_uri=outputs["CatalogueGen", "examples"].uri,
+        report_uri=outputs["ReportWriter", "report"].uri,
         blessed=blessed,
         pushed=pushed,
         reasons=reasons,

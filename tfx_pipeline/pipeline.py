@@ -22,12 +22,7 @@ from trainer.version import __version__
 
 PIPELINE_NAME = "funnel"
 # Beam starts no process of its own: importing TFX in every worker costs more than the work on one machine.
-# The state cache measures the size of every Python object it holds, which costs more than it saves here.
-LOCAL_BEAM_ARGS = (
-    "--direct_running_mode=in_memory",
-    "--direct_num_workers=1",
-    "--max_cache_memory_usage_mb=0",
-)
+LOCAL_BEAM_ARGS = ("--direct_running_mode=in_memory", "--direct_num_workers=1")
 
 
 @dataclasses.dataclass(frozen=True)

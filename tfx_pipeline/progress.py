@@ -63,6 +63,9 @@ def timed_components(
             try:
                 execution = super().launch()
             except Exception as error:
+                if first_cause(error).startswith(KeyboardInterrupt.__name__):
+                    # Beam makes a RuntimeError of an interrupt.
+                    raise KeyboardInterrupt from error
                 raise ComponentFailedError(f"component {component} failed: {first_cause(error)}") from error
             timing = ComponentTiming(
                 component=component,

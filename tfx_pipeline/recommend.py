@@ -77,8 +77,7 @@ def read_user_ids(path: Path) -> list[str]:
         raise DataError(f"{path} is empty; a column 'user_id' was expected") from error
     except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{path} cannot be read as {path.suffix.lstrip('.') or 'text'}: {error}; "
-            "give .parquet, .csv, or text with one id per line"
+            f"{path} cannot be read: {error}; give .parquet, .csv, or UTF-8 text with one id per line"
         ) from error
     if "user_id" not in table.columns:
         raise DataError(f"{path} has no column 'user_id'; it has: {', '.join(table.columns)}")

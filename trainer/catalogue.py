@@ -1,4 +1,4 @@
-"""The item catalogue as the models see it: string ids and transformed features, one row per item, never split."""
+"""The item catalogue as the models see it: string ids, transformed features, a row per item, never split."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Catalogue:
 
     Attributes:
       item_ids: object array [I] of str, unique, never empty.
-      transformed: transformed candidate features by name; int64 or float32 [I], lists padded with 0 as [I, L].
+      transformed: transformed candidate features by name; int64 or float32 [I], lists [I, L], 0 pads.
       upload_time_unix_s: int64 [I], -1 where unknown; None when the dataset has no upload time.
     """
 

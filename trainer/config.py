@@ -13,7 +13,7 @@ class IndexConfig(_Config):
     """The candidate index inside the exported retrieval model; names are those of the ScaNN library.
 
     Attributes:
-      min_recall: smallest share of the exact top max_k that ScaNN must find; the search effort grows until it does.
+      min_recall: smallest share of the exact top max_k that ScaNN must find; effort grows until it does.
     """
 
     min_recall: float = pydantic.Field(default=0.95, ge=0, le=1)
@@ -32,7 +32,7 @@ class RetrievalConfig(_Config):
         their content.
       batch_size: examples per step, which is also the number of in-batch negatives plus one.
       learning_rate: Adagrad's.
-      max_steps_per_epoch: steps between validations, at most; fewer when the training data hold fewer batches.
+      max_steps_per_epoch: steps between validations, at most; fewer when the data hold fewer batches.
       max_epochs: upper bound; training stops earlier when validation recall stops growing.
       patience_epochs: epochs without a better validation recall before training stops.
       temperature: divides the scores in the loss.

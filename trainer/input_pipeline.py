@@ -1,7 +1,8 @@
 """Raw examples to transformed batches.
 
-Examples are parsed and transformed in windows of up to a million; a window is cached, shuffled as a whole and cut into
-batches. Data that fit one window are thus shuffled globally in every epoch, larger data window by window.
+Examples are parsed and transformed in windows of up to a million; a window is cached, shuffled as a whole and
+cut into batches. Data that fit one window are thus shuffled globally in every epoch, larger data window by
+window.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from schema.contract import DatasetSpec
 from schema.errors import DataError
 from trainer import features
 from trainer.catalogue import Catalogue
-from trainer.raw_inputs import parse_candidate_examples, transform_candidates
+from trainer.raw_inputs import compiled, parse_candidate_examples, transform_candidates
 
 WINDOW_EXAMPLES = 1_000_000
 # Examples parsed and transformed at a time.
@@ -41,8 +42,8 @@ def windows(
 ) -> tf.data.Dataset:
     """Transformed windows of interaction examples, cached in memory.
 
-    The Transform graph runs here, once per example, and not in Beam: that saves writing and reading the transformed
-    examples and takes a fraction of the time.
+    The Transform graph runs here, once per example, and not in Beam: that saves writing and reading the
+    transformed examples and takes a fraction of the time.
 
     Args:
       patterns: gzipped TFRecord files of raw interaction examples.
@@ -51,12 +52,13 @@ def windows(
       window_examples: examples per window.
 
     Returns:
-      A dataset of dicts of dense tensors with N <= window_examples rows: ids and buckets int32 [N], lists of ids int32
-      [N, L] padded with 0, cdf, labels (NaN where absent) and retrieval_weight float32 [N].
+      A dataset of dicts of dense tensors with N <= window_examples rows: ids and buckets int32 [N], lists of
+      ids int32 [N, L] padded with 0, cdf, labels (NaN where absent) and retrieval_weight float32 [N].
     """
     raw_spec = transform_output.raw_feature_spec()
     layer = transform_output.transform_features_layer()
 
+    @tf.autograph.experimental.do_not_convert
     def transform(serialized: tf.Tensor) -> dict[str, tf.Tensor | tf.RaggedTensor]:
         columns = {}
         for name, value in layer(tf.io.parse_example(serialized, raw_spec)).items():
@@ -65,9 +67,13 @@ def windows(
             columns[name] = tf.RaggedTensor.from_sparse(narrow) if sparse else narrow
         return columns
 
+    @tf.autograph.experimental.do_not_convert
     def merge(chunks: dict[str, tf.RaggedTensor]) -> dict[str, tf.Tensor]:
         flat = {name: column.merge_dims(0, 1) for name, column in chunks.items()}
-        return {name: column.to_tensor() if isinstance(column, tf.RaggedTensor) else column for name, column in flat.items()}
+        return {
+            name: column.to_tensor() if isinstance(column, tf.RaggedTensor) else column
+            for name, column in flat.items()
+        }
 
     chunk = min(_CHUNK_EXAMPLES, window_examples)
     records = tf.data.TFRecordDataset(expand(patterns), compression_type="GZIP")
@@ -92,6 +98,7 @@ def shuffled_batches(
     """
     seeds = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True)
 
+    @tf.autograph.experimental.do_not_convert
     def batches(window: Window, window_seed: tf.Tensor) -> tf.data.Dataset:
         rows = _kept_rows(window, keep)
         rows = tf.random.experimental.stateless_shuffle(rows, seed=tf.stack([window_seed, window_seed]))
@@ -108,6 +115,7 @@ def ordered_batches(
 ) -> tf.data.Dataset:
     """All rows in file order; the last batch of a window may be smaller."""
 
+    @tf.autograph.experimental.do_not_convert
     def batches(window: Window) -> tf.data.Dataset:
         rows = _kept_rows(window, keep)
         count = tf.cast(tf.shape(rows)[0], tf.int64)
@@ -134,7 +142,7 @@ def load_catalogue(
     Raises:
       DataError: no files, no items, or item ids that are empty or not unique.
     """
-    layer = transform_output.transform_features_layer()
+    transform = compiled(transform_candidates, transform_output.transform_features_layer(), spec)
     raw_parts: list[dict[str, tf.Tensor]] = []
     parts: list[dict[str, np.ndarray]] = []
     records = tf.data.TFRecordDataset(expand(patterns), compression_type="GZIP")
@@ -143,7 +151,7 @@ def load_catalogue(
         raw_parts.append(
             {name: raw[name] for name in (features.ITEM_ID, features.UPLOAD_TIME) if name in raw}
         )
-        parts.append({name: value.numpy() for name, value in transform_candidates(layer, raw, spec).items()})
+        parts.append({name: value.numpy() for name, value in transform(raw).items()})
     if not parts:
         raise DataError(f"the catalogue {', '.join(patterns)} has no items")
 
@@ -152,7 +160,8 @@ def load_catalogue(
             return None
         return np.concatenate([part[features.UPLOAD_TIME].numpy() for part in raw_parts])
 
-    ids = np.concatenate([part[features.ITEM_ID].numpy() for part in raw_parts]).astype(str).astype(object)
+    encoded = np.concatenate([part[features.ITEM_ID].numpy() for part in raw_parts])
+    ids = np.array([item_id.decode() for item_id in encoded], dtype=object)
     if len(set(ids)) != len(ids) or "" in set(ids):
         raise DataError(
             f"the catalogue has {len(ids)} rows but {len(set(ids) - {''})} distinct, non-empty item ids"

@@ -43,8 +43,8 @@ class ServedRanker(tf.Module):
         super().__init__()
         self._spec = spec
         self._num_items = len(catalogue)
-        # An attribute, or the vocabulary files of the Transform graph would be missing from the export.
-        self.layer = layer
+        self._layer: Callable[[], Any] = lambda: layer
+        self.transform_resources = raw_inputs.exported_resources(layer)
         # Only the weights: the Keras model would bring its optimizer and training functions along.
         self.weights = model.weights
         # A closure keeps the model itself out of the object graph that is saved.
@@ -85,9 +85,9 @@ class ServedRanker(tf.Module):
         if ft.feature_space(self._spec).cross:
             event_time = tf.repeat(raw[ft.EVENT_TIME], num_candidates)
             upload_time = tf.gather(self.upload_time_unix_s, rows)
-            item |= raw_inputs.transform_cross(self.layer, event_time, upload_time, self._spec)
+            item |= raw_inputs.transform_cross(self._layer(), event_time, upload_time, self._spec)
         # The query is transformed and encoded once, whatever the number of candidates.
-        query = model.encode_query(raw_inputs.transform_query(self.layer, raw, self._spec)).repeat(
+        query = model.encode_query(raw_inputs.transform_query(self._layer(), raw, self._spec)).repeat(
             num_candidates
         )
 
@@ -103,11 +103,11 @@ class ServedRanker(tf.Module):
         """Judges serialized interaction tf.Examples, string [B]: float32 [B] per task and `score`."""
         model = self._model()
         raw = raw_inputs.parse_interaction_examples(examples, self._spec)
-        transformed = raw_inputs.transform_query(self.layer, raw, self._spec)
-        transformed |= raw_inputs.transform_candidates(self.layer, raw, self._spec)
+        transformed = raw_inputs.transform_query(self._layer(), raw, self._spec)
+        transformed |= raw_inputs.transform_candidates(self._layer(), raw, self._spec)
         if ft.feature_space(self._spec).cross:
             transformed |= raw_inputs.transform_cross(
-                self.layer, raw[ft.EVENT_TIME], raw[ft.UPLOAD_TIME], self._spec
+                self._layer(), raw[ft.EVENT_TIME], raw[ft.UPLOAD_TIME], self._spec
             )
         return model.predictions(model(transformed, training=False))
 

@@ -6,7 +6,7 @@ right.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -57,6 +57,25 @@ def transform_cross(
     inputs = (RawInput(features.EVENT_TIME, "int64", False), RawInput(features.UPLOAD_TIME, "int64", False))
     raw = {features.EVENT_TIME: event_time_unix_s, features.UPLOAD_TIME: upload_time_unix_s}
     return _transform(layer, raw, inputs, space.cross)
+
+
+def exported_resources(layer: Any) -> Any:
+    """What an exported module must hold of the Transform layer: the loaded graph with its vocabulary files.
+
+    Holding the layer itself would do, but it is a Keras model, and saving one traces the Transform graph
+    again for training and for inference, which takes most of the export's time.
+    """
+    loader = getattr(layer, "_saved_model_loader", None)
+    return layer if loader is None else loader._imported
+
+
+def compiled(
+    transform: Callable[[Any, Mapping[str, tf.Tensor], DatasetSpec], dict[str, tf.Tensor]],
+    layer: Any,
+    spec: DatasetSpec,
+) -> Callable[[Mapping[str, tf.Tensor]], dict[str, tf.Tensor]]:
+    """`transform_query` or `transform_candidates` as one graph, for many batches outside a model."""
+    return tf.function(lambda raw: transform(layer, raw, spec), autograph=False, reduce_retracing=True)
 
 
 def _transform(

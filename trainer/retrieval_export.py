@@ -63,8 +63,8 @@ class ServedRetrieval(tf.Module):
         super().__init__()
         self._spec = spec
         self._max_k = max_k
-        # An attribute, or the vocabulary files of the Transform graph would be missing from the export.
-        self.layer = layer
+        self._layer: Callable[[], Any] = lambda: layer
+        self.transform_resources = raw_inputs.exported_resources(layer)
         # Only the weights: the Keras model would bring its optimizer and training functions along.
         self.weights = model.query_tower.weights
         # A closure keeps the model itself out of the object graph that is saved.
@@ -103,7 +103,7 @@ class ServedRetrieval(tf.Module):
             tf.debugging.assert_less_equal(k, self._max_k, allowed),
         ]
         with tf.control_dependencies(checks):
-            query = raw_inputs.transform_query(self.layer, raw, self._spec)
+            query = raw_inputs.transform_query(self._layer(), raw, self._spec)
             rows, scores = search(self._encode_queries(query), tf.identity(k), self.rows.lookup(exclude))
         history = self.rows.lookup(raw[ft.HISTORY])
         user_id = ft.feature_space(self._spec).find(ft.USER_ID).id_name
@@ -122,7 +122,7 @@ class ServedRetrieval(tf.Module):
           `item_ids` string and `scores` float32 [B, min(EVALUATION_K, max_k)].
         """
         raw = raw_inputs.parse_user_state_examples(examples, self._spec)
-        query = raw_inputs.transform_query(self.layer, raw, self._spec)
+        query = raw_inputs.transform_query(self._layer(), raw, self._spec)
         k = tf.fill(tf.shape(examples), min(EVALUATION_K, self._max_k))
         rows, scores = self.index.search(self._encode_queries(query), k, self.rows.lookup(raw[ft.SEEN_ITEMS]))
         return {"item_ids": self._ids(rows), "scores": scores}

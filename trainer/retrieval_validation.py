@@ -64,8 +64,10 @@ def load_validation_users(
     row_of = {item_id: row for row, item_id in enumerate(catalogue.item_ids)}
 
     def rows(ids: np.ndarray) -> list[int]:
-        return [row_of[item_id] for item_id in ids.astype(str) if item_id in row_of]
+        decoded = (item_id.decode() for item_id in ids)
+        return [row_of[item_id] for item_id in decoded if item_id in row_of]
 
+    transform = raw_inputs.compiled(raw_inputs.transform_query, layer, spec)
     queries: list[dict[str, np.ndarray]] = []
     positives: list[list[int]] = []
     seen: list[list[int]] = []
@@ -75,7 +77,7 @@ def load_validation_users(
         users = [u for u, found in enumerate(positive_rows) if found][: max_users - len(positives)]
         positives += [positive_rows[u] for u in users]
         seen += [rows(ids) for ids in tf.gather(raw[ft.SEEN_ITEMS], users).numpy()]
-        query = raw_inputs.transform_query(layer, raw, spec)
+        query = transform({name: raw[name] for name in raw_inputs.query_signature(spec)})
         queries.append({name: column.numpy()[users] for name, column in query.items()})
         if len(positives) == max_users:
             break

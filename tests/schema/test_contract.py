@@ -96,7 +96,10 @@ def test_watch_time_is_a_label_only_where_it_is_mapped(tmp_path: Path) -> None:
             ("items", "features", 0, "knd"), "text", ["items.features.0.knd", "'kind'"], id="feature"
         ),
         pytest.param(
-            ("interactions", "columns", "wacth_time_s"), "x", ["'wacth_time_s'", "'watch_time_s'"], id="column"
+            ("interactions", "columns", "wacth_time_s"),
+            "x",
+            ["'wacth_time_s'", "'watch_time_s'"],
+            id="column",
         ),
         pytest.param(("users", "columns", "item_id"), "x", ["'item_id'", "user_id"], id="column of a table"),
     ],
@@ -138,7 +141,7 @@ def test_a_label_may_not_take_a_name_of_the_contract(tmp_path: Path, name: str) 
 
 
 def test_a_feature_name_is_unique_over_users_and_items(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="'genre' is declared twice"):
+    with pytest.raises(ConfigError, match=r"'genre' is declared twice"):
         load(tmp_path, (("users", "features"), [{"name": "genre", "kind": "text"}]))
 
 
@@ -149,19 +152,19 @@ def test_a_task_name_is_unique_and_not_an_output_of_the_ranker(tmp_path: Path, n
 
 
 def test_a_task_on_an_unknown_label_names_the_labels(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="label 'clik', did you mean 'click'.*loved"):
+    with pytest.raises(ConfigError, match=r"label 'clik', did you mean 'click'.*loved"):
         load(tmp_path, (("tasks", 0, "label"), "clik"))
 
 
 def test_a_positive_that_is_no_label_names_the_labels(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="'love' is not a label, did you mean 'loved'"):
+    with pytest.raises(ConfigError, match=r"'love' is not a label, did you mean 'loved'"):
         load(tmp_path, (("positive",), "love"))
 
 
 def test_asking_for_an_undeclared_task_names_the_declared_ones(tmp_path: Path) -> None:
     spec = load(tmp_path)
     assert spec.task("click").label == "click"
-    with pytest.raises(ConfigError, match="no task 'like'.*click, watch_time"):
+    with pytest.raises(ConfigError, match=r"no task 'like'.*click, watch_time"):
         spec.task("like")
 
 
@@ -192,17 +195,17 @@ def test_a_split_that_cannot_be_made_is_refused(tmp_path: Path, split: dict[str,
 
 
 def test_a_separator_belongs_to_multi_categorical_features(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="genre: only a multi_categorical"):
+    with pytest.raises(ConfigError, match=r"genre: only a multi_categorical"):
         load(tmp_path, (("items", "features", 0, "separator"), "|"))
 
 
 def test_a_column_has_one_source(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="exactly one of 'column'"):
+    with pytest.raises(ConfigError, match=r"exactly one of 'column'"):
         load(tmp_path, (("interactions", "labels", "click"), {"column": "clicked", "value": 1}))
 
 
 def test_a_watch_time_cap_needs_durations(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="item_duration_s"):
+    with pytest.raises(ConfigError, match=r"item_duration_s"):
         load(tmp_path, (("watch_time_cap_durations",), 5))
 
 
@@ -212,19 +215,19 @@ def test_an_unknown_dataset_names_the_built_in_ones() -> None:
 
 
 def test_an_absent_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no configuration file .*absent.yaml"):
+    with pytest.raises(ConfigError, match=r"no configuration file .*absent.yaml"):
         load_dataset_spec(tmp_path / "absent.yaml")
 
 
 @pytest.mark.parametrize("content", [b"name: [", b"name: \xff\xfe"])
 def test_a_file_that_is_not_yaml_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.yaml").write_bytes(content)
-    with pytest.raises(ConfigError, match="bad.yaml is not valid YAML"):
+    with pytest.raises(ConfigError, match=r"bad.yaml is not valid YAML"):
         load_dataset_spec(tmp_path / "bad.yaml")
 
 
 @pytest.mark.parametrize("content", ["", "- a\n- b\n", "text"])
 def test_a_yaml_that_is_not_a_declaration_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "odd.yaml").write_text(content, encoding="utf-8")
-    with pytest.raises(ConfigError, match="odd.yaml"):
+    with pytest.raises(ConfigError, match=r"odd.yaml"):
         load_dataset_spec(tmp_path / "odd.yaml")

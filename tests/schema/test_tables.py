@@ -1,4 +1,4 @@
-"""Source files to contract tables: every way in which source data can be wrong, and what becomes of odd rows."""
+"""Source files to contract tables: how source data can be wrong, and what becomes of odd rows."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ DECLARATION: dict[str, Any] = {
 }
 
 # Two users and three items over four days; rows 1-4 are train, 5-6 eval, 7-8 test.
-LOG = {
+LOG: dict[str, list[Any]] = {
     "user": ["u1", "u2", "u1", "u2", "u1", "u2", "u1", "u2"],
     "video": ["a", "b", "c", "a", "b", "c", "c", "b"],
     "time": [START + hour * 3_600 for hour in (0, 5, 24, 30, 48, 60, 72, 80)],
@@ -60,8 +60,8 @@ LOG = {
     "clicked": [1, 0, 1, 1, 1, 0, 1, 0],
     "stars": [5, 1, 4, 3, None, 5, 5, 2],
 }
-PEOPLE = {"user": ["u1", "u2"], "age": [30.5, None], "country": ["NO", None]}
-VIDEOS = {
+PEOPLE: dict[str, list[Any]] = {"user": ["u1", "u2"], "age": [30.5, None], "country": ["NO", None]}
+VIDEOS: dict[str, list[Any]] = {
     "video": ["a", "b", "c"],
     "day": ["2023-12-31", "2023-01-01", None],
     "tags": ["x|y", " y |", None],
@@ -378,7 +378,9 @@ def test_fractions_cut_by_time_then_file_order(source: Source, fractions: list[f
     table = source.read().sort("row_number")
     assert table["row_number"].to_list() == list(range(rows))
     assert table["split"].to_list() == _fraction_oracle(times, fractions)
-    last_train = max(t for t, s in zip(times, _fraction_oracle(times, fractions), strict=True) if s == "train")
+    last_train = max(
+        t for t, s in zip(times, _fraction_oracle(times, fractions), strict=True) if s == "train"
+    )
     assert read_summary(source.prepare()).train_end_unix_s == last_train + 1
 
 
@@ -501,7 +503,7 @@ def test_an_interrupted_write_leaves_nothing_behind(
         raise failing
 
     with monkeypatch.context() as patch:
-        patch.setattr(tables.json, "dumps", fail)
+        patch.setattr("schema.tables.json.dumps", fail)
         with pytest.raises(type(failing)):
             source.prepare()
     assert list((source.folder / "out").iterdir()) == []
@@ -524,9 +526,11 @@ def test_a_changed_source_or_declaration_gets_a_new_folder(source: Source) -> No
     first = source.prepare()
     source.people["age"] = [31.25, 7.0]
     second = source.prepare()
-    source.declaration["utc_offset_hours"] = 3
+    source.people["age"] = [32.25, 8.0]  # a file of the same size
     third = source.prepare()
-    assert len({first, second, third}) == 3
+    source.declaration["utc_offset_hours"] = 3
+    fourth = source.prepare()
+    assert len({first, second, third, fourth}) == 4
     assert pl.read_parquet(first / USERS)["age"].to_list() == [30.5, None]
     assert pl.read_parquet(second / USERS)["age"].to_list() == [31.25, 7.0]
 
@@ -539,3 +543,16 @@ def test_a_folder_without_tables_is_named(tmp_path: Path) -> None:
 def test_the_summary_is_plain_json(source: Source) -> None:
     values = json.loads((source.prepare() / SUMMARY).read_text(encoding="utf-8"))
     assert values["dataset"] == "tiny"
+
+
+def test_a_date_without_a_time_zone_is_in_the_users_local_time(source: Source) -> None:
+    utc = source.read(ITEMS)["upload_time_unix_s"].to_list()
+    source.declaration["utc_offset_hours"] = 8
+    local = source.read(ITEMS)["upload_time_unix_s"].to_list()
+    assert utc == [1_703_980_800, 1_672_531_200, None]
+    assert local == [1_703_980_800 - 8 * 3_600, 1_672_531_200 - 8 * 3_600, None]
+
+
+def test_the_text_na_in_a_csv_file_is_a_value(source: Source) -> None:
+    source.people["country"] = ["NA", None]
+    assert source.read(USERS)["country"].to_list() == ["NA", None]

@@ -43,7 +43,7 @@ dataset:
     title: title
   positive: click
   tasks:
-    - {name: click, label: click, kind: binary}
+    - {name: click, label: click, kind: binary, score_weight: 1.0}
     - {name: like, label: like, kind: binary, loss_weight: 0.5, score_weight: 2.0}
     - {name: watch_time, label: watch_time_s, kind: watch_time, loss_weight: 0.1, score_weight: 0.02}
   split: {fractions: [0.8, 0.1, 0.1]}

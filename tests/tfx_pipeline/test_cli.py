@@ -1,4 +1,4 @@
-"""The command line as a person meets it: help with examples, one readable error, the documented exit codes."""
+"""The command line as a person meets it: help with examples, one readable error, documented exit codes."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""The whole product on a tiny world: a fresh run, an identical one, worse models; then the pushed ones answer."""
+"""The whole product on a tiny world: a fresh run, an identical one, worse models; then serving."""
 
 import dataclasses
 import json
@@ -67,8 +67,14 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(config: Path, paths: RunPaths, *args: str) -> Run:
     command = [sys.executable, "-m", "tfx_pipeline.cli", "run", "--config", config]
+    # As a person starts it: without what the tests set for TensorFlow in this process.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TF_", "CUDA_"))}
     done = subprocess.run(
-        [*command, "--output-dir", paths.output_dir, *args], cwd=REPO, capture_output=True, text=True
+        [*command, "--output-dir", paths.output_dir, *args],
+        cwd=REPO,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert paths.run_file.is_file(), done.stdout + done.stderr
     return Run(
@@ -112,7 +118,7 @@ def test_a_fresh_run_pushes_both_models(fresh: Run, paths: RunPaths) -> None:
         folder = paths.serving_models / model / version
         assert (folder / "saved_model.pb").stat().st_size
         assert (folder / "variables" / "variables.index").is_file()
-        assert (folder / "assets.extra" / WARMUP_FILE).stat().st_size
+        assert (folder / WARMUP_FILE).stat().st_size
 
 
 def test_a_fresh_run_leaves_everything_below_its_folder_and_no_leftovers(fresh: Run, paths: RunPaths) -> None:
@@ -145,8 +151,9 @@ def test_an_identical_run_reuses_all_but_the_judgement_against_the_last_blessed_
     assert everything - again.reused == {*judged_again, "ReportWriter"}
     assert re.search(r"Trainer\.retrieval +reused from cache", again.output)
     assert f"{len(again.reused)} of 18 components reused from cache" in again.output
-    # The same model, judged against itself, passes; the candidate's figures are those of the run before.
-    assert again.metrics["model"] == again.metrics["last_blessed"] == fresh.metrics["model"]
+    # The same model, judged against itself, passes. Float32 sums depend on how Beam happened to batch them.
+    assert again.metrics["model"] == pytest.approx(fresh.metrics["model"], rel=1e-5)
+    assert again.metrics["last_blessed"] == pytest.approx(fresh.metrics["model"], rel=1e-5)
     assert again.result.blessed == {"retrieval": True, "ranking": True}
 
 
@@ -163,7 +170,7 @@ def test_worse_models_are_not_pushed_and_the_reason_is_told(again: Run, worse: R
         assert re.search(rf"{metric} 0\.\d+, required: at least 0\.\d", reason)
         assert re.search(rf"{metric} changed by -0\.\d+", reason)
         assert f"not pushed: {model}: {reason}" in worse.output
-    assert worse.metrics["last_blessed"] == again.metrics["model"]
+    assert worse.metrics["last_blessed"] == pytest.approx(again.metrics["model"], rel=1e-5)
     assert worse.metrics["model"]["ranking/click/auc"] < again.metrics["model"]["ranking/click/auc"] - 0.1
     assert "not pushed" in worse.page.lower()
 

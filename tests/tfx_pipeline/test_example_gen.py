@@ -1,4 +1,4 @@
-"""The three ExampleGens on a tiny dataset in several shards: where rows go, and that none is lost or doubled."""
+"""The three ExampleGens on a tiny dataset in several shards: where rows go; none is lost or doubled."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import numpy as np
 import polars as pl
 import pytest
 import tensorflow as tf
-from google.protobuf import json_format
+from google.protobuf import json_format, struct_pb2
 from tfx.dsl.components.base import base_beam_executor
+from tfx.proto import example_gen_pb2
 from tfx.types import artifact_utils, standard_artifacts
 from tfx.utils import proto_utils
 
-from schema.contract import DatasetSpec
+from schema.contract import DatasetSpec, dataset_spec_from_json
 from schema.tables import INTERACTIONS, prepare_tables
 from tfx_pipeline.components import example_gen
 from tfx_pipeline.components.example_gen import ContractExecutor, ExampleKind, contract_example_gen
@@ -52,7 +53,7 @@ SPEC = DatasetSpec.model_validate(
 
 @pytest.fixture(scope="module")
 def tables_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Contract tables of 600 events in six row groups; u39 has no event, u0..u4 are not in the users table."""
+    """Contract tables of 600 events in six row groups; u39 has no event, u0..u4 have no row as users."""
     folder = tmp_path_factory.mktemp("source")
     rng = np.random.default_rng(0)
     pl.DataFrame(
@@ -198,5 +199,12 @@ def test_partitions_of_a_row_group_hold_its_rows_once(tables_dir: Path, num_shar
 def test_the_component_names_the_splits_and_carries_the_declaration(tables_dir: Path) -> None:
     component = contract_example_gen(ExampleKind.INTERACTIONS, str(tables_dir), SPEC, 7)
     assert component.id == "InteractionGen"
-    config = component.exec_properties["custom_config"]
-    assert SPEC.name in (config if isinstance(config, str) else json_format.MessageToJson(config))
+    output = example_gen_pb2.Output()
+    proto_utils.json_to_proto(component.exec_properties["output_config"], output)
+    assert [split.name for split in output.split_config.splits] == ["train", "eval", "test"]
+    config = example_gen_pb2.CustomConfig()
+    proto_utils.json_to_proto(component.exec_properties["custom_config"], config)
+    settings = struct_pb2.Struct()
+    config.custom_config.Unpack(settings)
+    assert dataset_spec_from_json(json_format.MessageToDict(settings)["dataset"]) == SPEC
+    assert settings["max_positives_per_user"] == 7

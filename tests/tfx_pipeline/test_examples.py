@@ -1,4 +1,4 @@
-"""Histories, joins and labels against slow loops over Python rows, and what the encoder makes of the columns."""
+"""Histories, joins and labels against slow loops over rows, and what the encoder makes of the columns."""
 
 from __future__ import annotations
 
@@ -67,7 +67,11 @@ def random_events(rows: int, num_users: int, num_moments: int, seed: int) -> lis
             "search_tokens": searches[rng.integers(len(searches))],
             "click": [None, 0.0, 1.0, 1.0][rng.integers(4)],
             "row_number": row,
-            "split": "train" if moment < 0.6 * num_moments else "eval" if moment < 0.8 * num_moments else "test",
+            "split": "train"
+            if moment < 0.6 * num_moments
+            else "eval"
+            if moment < 0.8 * num_moments
+            else "test",
         }
         for row in range(rows)
     ]
@@ -75,7 +79,9 @@ def random_events(rows: int, num_users: int, num_moments: int, seed: int) -> lis
 
 def frame(rows: list[Row]) -> pl.DataFrame:
     return pl.DataFrame(
-        rows, schema_overrides={"search_tokens": pl.List(pl.String), "click": pl.Float32}, infer_schema_length=None
+        rows,
+        schema_overrides={"search_tokens": pl.List(pl.String), "click": pl.Float32},
+        infer_schema_length=None,
     )
 
 
@@ -84,8 +90,12 @@ def entity(key: str, ids: list[str], column: str, values: list[Any]) -> pl.DataF
 
 
 NUM_USERS = 6
-USERS = entity("user_id", [f"u{i}" for i in range(NUM_USERS - 1)] + ["quiet"], "age", [20.0, 30.0, None, 50.0, 60.0, 9.0])
-ITEMS = entity("item_id", [f"i{i}" for i in range(30)], "tags", [[f"t{i}", "all"] if i % 3 else None for i in range(30)])
+USERS = entity(
+    "user_id", [f"u{i}" for i in range(NUM_USERS - 1)] + ["quiet"], "age", [20.0, 30.0, None, 50.0, 60.0, 9.0]
+)
+ITEMS = entity(
+    "item_id", [f"i{i}" for i in range(30)], "tags", [[f"t{i}", "all"] if i % 3 else None for i in range(30)]
+)
 SPEC = declaration(valid_from=False)
 
 
@@ -114,7 +124,9 @@ def history_oracle(rows: list[Row], at: Row) -> list[str]:
     watched = [
         row["item_id"]
         for row in in_time_order(rows)
-        if row["user_id"] == at["user_id"] and is_positive(row) and row["event_time_unix_s"] < at["event_time_unix_s"]
+        if row["user_id"] == at["user_id"]
+        and is_positive(row)
+        and row["event_time_unix_s"] < at["event_time_unix_s"]
     ]
     return watched[-50:]
 
@@ -193,15 +205,16 @@ def _valid_at(rows: list[Row], key: str, wanted: str, time: int, column: str) ->
 
 def test_features_are_those_valid_at_the_event_time() -> None:
     rng = np.random.default_rng(5)
-    events = random_events(200, 4, 60, seed=5)
-    users, items = (
-        [
+
+    def successive(key: str, prefix: str, count: int, column: str) -> list[Row]:
+        return [
             {key: f"{prefix}{who}", column: value, "valid_from_unix_s": START + int(since)}
             for who in range(count)
             for value, since in enumerate(rng.choice(60, size=3, replace=False))
         ]
-        for key, prefix, column, count in (("user_id", "u", "age", 4), ("item_id", "i", "tags", 30))
-    )
+
+    events = random_events(200, 4, 60, seed=5)
+    users, items = successive("user_id", "u", 4, "age"), successive("item_id", "i", 30, "tags")
     for row in items:
         row["tags"] = [f"t{row['tags']}"]
     spec, settings = declaration(valid_from=True), ExampleSettings(START + 36, 100)
@@ -304,5 +317,7 @@ def test_encoded_examples_hold_the_values_and_nothing_for_a_missing_one(chosen: 
 def test_slices_of_a_table_encode_as_their_own_rows() -> None:
     table = pl.DataFrame({"words": [[f"w{i}"] * (i % 3) for i in range(10)]})
     encoder = example_coder.RecordBatchToExamplesEncoder()
-    sliced = [e for part in table.iter_slices(3) for e in encoder.encode(example_batch(part, {"words": "string"}))]
+    sliced = [
+        e for part in table.iter_slices(3) for e in encoder.encode(example_batch(part, {"words": "string"}))
+    ]
     assert sliced == list(encoder.encode(example_batch(table, {"words": "string"})))

@@ -87,12 +87,12 @@ def test_numeric_user_ids_of_a_parquet_file_become_text(tmp_path: Path) -> None:
         ("users.txt", b"", "holds no user id"),
         ("users.txt", b"\n \n", "holds no user id"),
         ("users.txt", b"u1\nu2\nu1\n", "holds user 'u1' more than once"),
-        ("users.txt", b"\xff\xfeu1", "cannot be read as text"),
+        ("users.txt", b"\xff\xfeu1", "cannot be read"),
         ("users.csv", b"", "is empty; a column 'user_id' was expected"),
         ("users.csv", b"user_id\n", "holds no user id"),
         ("users.csv", b"id,name\n1,a\n", "has no column 'user_id'; it has: id, name"),
         ("users.csv", b"user_id\nu1\nu1\n", "holds user 'u1' more than once"),
-        ("users.parquet", b"user_id\nu1\n", "cannot be read as parquet"),
+        ("users.parquet", b"user_id\nu1\n", "cannot be read"),
     ],
 )
 def test_a_users_file_that_is_wrong_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:

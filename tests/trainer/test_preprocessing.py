@@ -14,12 +14,13 @@ import pytest
 import tensorflow as tf
 import tensorflow_transform as tft
 import tensorflow_transform.beam as tft_beam
-from tensorflow_transform.tf_metadata import dataset_metadata, schema_utils
+from tensorflow_transform.tf_metadata import dataset_metadata, metadata_io
 
 from schema.contract import DatasetSpec
 from trainer import features, raw_inputs
-from trainer.input_pipeline import load_catalogue
+from trainer.input_pipeline import load_catalogue, windows
 from trainer.preprocessing import preprocessing_fn, vocabulary_sizes
+from trainer.tfx_schema import interactions_schema
 
 ROWS = 400
 TRAIN_END = 1_704_067_200 + 30 * 86_400
@@ -34,7 +35,14 @@ SPEC = DatasetSpec.model_validate(
             "files": ["log.csv"],
             "columns": {
                 name: name
-                for name in ("user_id", "item_id", "event_time_unix_s", "surface", "watch_time_s", "search_tokens")
+                for name in (
+                    "user_id",
+                    "item_id",
+                    "event_time_unix_s",
+                    "surface",
+                    "watch_time_s",
+                    "search_tokens",
+                )
             },
             "labels": {"click": "click"},
         },
@@ -125,16 +133,14 @@ def _dense(column: Any) -> np.ndarray:
 @pytest.fixture(scope="module")
 def transformed(tmp_path_factory: pytest.TempPathFactory) -> Transformed:
     folder = tmp_path_factory.mktemp("transform")
-    kinds = {"string": tf.string, "int64": tf.int64, "float32": tf.float32}
-    metadata = dataset_metadata.DatasetMetadata(
-        schema_utils.schema_from_feature_spec({n: tf.io.VarLenFeature(kinds[d]) for n, d in DTYPES.items()})
-    )
+    metadata = dataset_metadata.DatasetMetadata(interactions_schema(SPEC))
     rows = make_rows()
     with tft_beam.Context(temp_dir=str(folder / "tmp"), desired_batch_size=ROWS):
         (data, _), transform_fn = (rows, metadata) | tft_beam.AnalyzeAndTransformDataset(
             lambda inputs: preprocessing_fn(inputs, CUSTOM_CONFIG), output_record_batches=True
         )
         _ = transform_fn | tft_beam.WriteTransformFn(str(folder / "out"))
+    metadata_io.write_metadata(metadata, str(folder / "out" / tft.TFTransformOutput.RAW_METADATA_DIR))
     (batch,) = [batch for batch, _ in data]
     columns = {name: _dense(batch.column(batch.schema.get_field_index(name))) for name in batch.schema.names}
     return Transformed(rows, columns, tft.TFTransformOutput(str(folder / "out")))
@@ -216,14 +222,24 @@ def test_no_continuous_feature_gives_nan_or_leaves_its_range(transformed: Transf
     np.testing.assert_array_equal(bucket == 0, missing)
 
 
-def test_two_values_stay_apart_and_a_constant_stays_one(transformed: Transformed) -> None:
+def test_few_values_get_the_share_of_training_values_at_or_below(transformed: Transformed) -> None:
     raw = np.array(values(transformed, "two_values"))
     bucket, cdf = transformed.columns["two_values_bucket"], transformed.columns["two_values_cdf"]
     (low,), (high,) = set(bucket[raw == 0]), set(bucket[raw == 1])
     assert low < high
-    assert set(cdf[raw == 0]) == {0} and set(cdf[raw == 1]) == {1}
+    np.testing.assert_allclose(cdf, np.where(raw == 0, 0.5, 1.0), atol=1.5 / 32)
     assert len(set(transformed.columns["constant_bucket"])) == 1
-    assert len(set(transformed.columns["constant_cdf"])) == 1
+    np.testing.assert_allclose(transformed.columns["constant_cdf"], 1.0, atol=1.5 / 32)
+
+
+@pytest.mark.parametrize("value", [-1e30, -1.0, 0.0, 0.5, 7.5, 1e30, float("inf")])
+def test_a_value_that_training_never_saw_stays_in_range(transformed: Transformed, value: float) -> None:
+    names = ("never", "constant", "two_values", "age")
+    request = {**_request(TRAIN_END), **{name: tf.constant([value]) for name in names}}
+    query = raw_inputs.transform_query(transformed.output.transform_features_layer(), request, SPEC)
+    for name in names:
+        assert 0 <= query[f"{name}_cdf"].numpy()[0] <= 1
+        assert 0 <= query[f"{name}_bucket"].numpy()[0] <= features.NUM_BUCKETS
 
 
 def test_a_categorical_feature_without_any_value_is_always_missing(transformed: Transformed) -> None:
@@ -338,17 +354,30 @@ def test_a_request_without_a_time_has_no_clock(transformed: Transformed) -> None
     assert query["day_of_week_id"].numpy().tolist() == [0]
 
 
-def _catalogue_file(path: Path, rows: list[Row]) -> str:
+def _write(path: Path, rows: list[Row]) -> str:
     with tf.io.TFRecordWriter(str(path), "GZIP") as writer:
         for row in rows:
-            writer.write(_example({name: row[name] for name in DTYPES}))
+            writer.write(_example(row))
     return str(path)
+
+
+@pytest.mark.parametrize("chunk", [ROWS, 7])
+def test_the_trainers_read_rows_as_beam_transforms_them(
+    transformed: Transformed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr("trainer.input_pipeline._CHUNK_EXAMPLES", chunk)
+    file = _write(tmp_path / "examples.gz", transformed.rows)
+    (window,) = list(windows([file], SPEC, transformed.output))
+    assert sorted(window) == sorted(transformed.columns)
+    for name, column in window.items():
+        assert column.dtype in (tf.int32, tf.float32)
+        _same(column.numpy(), transformed.columns[name])
 
 
 def test_the_catalogue_is_transformed_like_the_candidates(transformed: Transformed, tmp_path: Path) -> None:
     first = {row["item_id"][0]: index for index, row in enumerate(transformed.rows)}
     rows = [transformed.rows[index] for index in first.values()]
-    catalogue = load_catalogue([_catalogue_file(tmp_path / "c.gz", rows)], transformed.output, SPEC)
+    catalogue = load_catalogue([_write(tmp_path / "c.gz", rows)], transformed.output, SPEC)
     assert catalogue.item_ids.tolist() == list(first)
     assert catalogue.upload_time_unix_s is not None
     assert catalogue.upload_time_unix_s.tolist() == [(row["upload_time_unix_s"] or [-1])[0] for row in rows]

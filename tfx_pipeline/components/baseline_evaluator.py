@@ -19,13 +19,13 @@ from trainer.baselines import evaluate_ranking_baselines, evaluate_retrieval_bas
 BASELINES_FILE = "baselines.json"
 
 
-class BaselineMetrics(Artifact):  # type: ignore[misc]
+class BaselineMetrics(Artifact):
     """A folder with baselines.json.
 
     {"retrieval": {name: {key: value}}, "ranking": {task: {name: {key: value}}}}
     """
 
-    TYPE_NAME = "BaselineMetrics"
+    TYPE_NAME = "funnel.BaselineMetrics"
 
 
 @component

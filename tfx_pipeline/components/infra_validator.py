@@ -90,35 +90,50 @@ def validate_serving(
         its answer is empty, holds an excluded item or a number that is not finite.
     """
     stranger = unknown_user_state("funnel-infra-validation-stranger", states[0])
-    recommended: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory(prefix="infra-validation-") as root:
         models = {}
         for name, folder in folders.items():
             models[name] = Path(root) / name
             models[name].mkdir()
             (models[name] / "1").symlink_to(folder.resolve(), target_is_directory=True)
-        with (
-            ModelServerProcess(models) as server,
-            RecommenderClient(server.grpc_target, timeout_s=_TIMEOUT_S) as grpc_client,
-            RecommenderClient(server.rest_target, timeout_s=_TIMEOUT_S) as rest_client,
-        ):
-            for state in (*states, stranger):
-                exclude = state.seen_item_ids[-5:]
-                over_grpc, over_rest = (
-                    client.recommend(state.query, k=_K, exclude_item_ids=exclude, num_candidates=_K)
-                    for client in (grpc_client, rest_client)
+        try:
+            return _ask(models, [*states, stranger], {task.name for task in spec.tasks})
+        except ServingError as error:
+            _LOGGER.info("infra validation: %s", error)
+            # A server that does not start hands back its log, which ends with the error that stopped it. What
+            # it loaded from is gone when this is read: the model's own folder takes its place.
+            text = str(error).rpartition("\nerror: ")[2]
+            for name, folder in folders.items():
+                text = text.replace(str(models[name] / "1"), str(folder)).replace(
+                    str(models[name]), str(folder)
                 )
-                for answer in (over_grpc, over_rest):
-                    _check(answer, state, exclude, {task.name for task in spec.tasks})
-                _check_equal(over_grpc, over_rest, state)
-                recommended.append(
-                    {
-                        "user_id": state.user_id,
-                        "user_is_known": over_grpc.user_is_known,
-                        "history": list(state.query.get(features.HISTORY, ())),
-                        "items": [dataclasses.asdict(item) for item in over_grpc.items],
-                    }
-                )
+            raise ServingError(text) from error
+
+
+def _ask(models: dict[str, Path], states: list[UserState], tasks: set[str]) -> list[dict[str, object]]:
+    recommended: list[dict[str, object]] = []
+    with (
+        ModelServerProcess(models) as server,
+        RecommenderClient(server.grpc_target, timeout_s=_TIMEOUT_S) as grpc_client,
+        RecommenderClient(server.rest_target, timeout_s=_TIMEOUT_S) as rest_client,
+    ):
+        for state in states:
+            exclude = state.seen_item_ids[-5:]
+            over_grpc, over_rest = (
+                client.recommend(state.query, k=_K, exclude_item_ids=exclude, num_candidates=_K)
+                for client in (grpc_client, rest_client)
+            )
+            for answer in (over_grpc, over_rest):
+                _check(answer, state, exclude, tasks)
+            _check_equal(over_grpc, over_rest, state)
+            recommended.append(
+                {
+                    "user_id": state.user_id,
+                    "user_is_known": over_grpc.user_is_known,
+                    "history": list(state.query.get(features.HISTORY, ())),
+                    "items": [dataclasses.asdict(item) for item in over_grpc.items],
+                }
+            )
     return recommended
 
 

@@ -14,11 +14,11 @@ from tfx.utils import proto_utils
 _STAGING = ".staging"
 
 
-class AtomicPusherExecutor(pusher_executor.Executor):  # type: ignore[misc]
+class AtomicPusherExecutor(pusher_executor.Executor):
     """Pushes to a staging folder beside the versions and renames the result into place.
 
-    TFX copies straight into the version folder: a server that polls can then meet half a model, and a crash leave it.
-    A rename is atomic on a disk; on object storage it is a copy, but a short one.
+    TFX copies straight into the version folder, where a server that polls can meet half a model and a crash
+    leaves it. A rename is atomic on a disk; on object storage it is a copy, but a short one.
     """
 
     def Do(self, input_dict: Any, output_dict: Any, exec_properties: dict[str, Any]) -> None:
@@ -50,7 +50,7 @@ def _remove(folder: str) -> None:
         fileio.rmtree(folder)
 
 
-class AtomicPusher(component.Pusher):  # type: ignore[misc]
+class AtomicPusher(component.Pusher):
     """Pusher with AtomicPusherExecutor."""
 
     EXECUTOR_SPEC = executor_spec.ExecutorClassSpec(AtomicPusherExecutor)

@@ -27,10 +27,10 @@ from tfx_pipeline.report.render import write_report
 from trainer.version import __version__
 
 
-class Report(Artifact):  # type: ignore[misc]
+class Report(Artifact):
     """A folder with index.html and metrics.json."""
 
-    TYPE_NAME = "FunnelReport"
+    TYPE_NAME = "funnel.Report"
 
 
 @component
@@ -81,9 +81,13 @@ def ReportWriter(
         )
     )
     write_report(facts, Path(report.uri))
-    destination = Path(report_dir)
+    publish_report(Path(report.uri), Path(report_dir))
+
+
+def publish_report(artifact: Path, destination: Path) -> None:
+    """Copies a Report artifact to where people look for it; each file appears whole or not at all."""
     destination.mkdir(parents=True, exist_ok=True)
-    for file in Path(report.uri).iterdir():
+    for file in artifact.iterdir():
         partial = destination / f".{file.name}.partial"
         shutil.copyfile(file, partial)
         os.replace(partial, destination / file.name)

@@ -26,7 +26,7 @@ _WARMUP_USERS = 3
 _WARMUP_K = 10
 
 
-class ModelTrainerSpec(standard_component_specs.TrainerSpec):  # type: ignore[misc]
+class ModelTrainerSpec(standard_component_specs.TrainerSpec):
     """TrainerSpec with the catalogue and the user states as further inputs."""
 
     INPUTS: ClassVar[dict[str, ChannelParameter]] = {
@@ -36,7 +36,7 @@ class ModelTrainerSpec(standard_component_specs.TrainerSpec):  # type: ignore[mi
     }
 
 
-class ModelTrainerExecutor(trainer_executor.GenericExecutor):  # type: ignore[misc]
+class ModelTrainerExecutor(trainer_executor.GenericExecutor):
     """Hands the file patterns of the further inputs to run_fn through `custom_config`."""
 
     def _GetFnArgs(self, input_dict: Any, output_dict: Any, exec_properties: Any) -> fn_args_utils.FnArgs:
@@ -70,7 +70,7 @@ def _request(model: str, state: UserState, spec: DatasetSpec) -> dict[str, np.nd
     return {**inputs, "candidate_item_ids": padded([state.seen_item_ids[:_WARMUP_K]])}
 
 
-class ModelTrainer(base_component.BaseComponent):  # type: ignore[misc]
+class ModelTrainer(base_component.BaseComponent):
     """Trains and exports one model by a run function in the `trainer` package."""
 
     SPEC_CLASS = ModelTrainerSpec

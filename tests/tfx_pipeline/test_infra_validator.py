@@ -1,0 +1,128 @@
+"""What would be pushed is asked real questions first; whatever is wrong with the answers is told in words."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from schema.contract import DatasetSpec, load_dataset_spec
+from schema.errors import ServingError
+from serving.client import Recommendation, Recommendations
+from tests.serving import models
+from tfx_pipeline.components import infra_validator
+from tfx_pipeline.components.infra_validator import _check, _check_equal, _choose_users, validate_serving
+from tfx_pipeline.user_states import UserState
+
+TASKS = {"click", "watch_time"}
+ITEM = Recommendation("item1", 1, 0.5, "item0", {"click": 0.1, "watch_time": 3.0}, 0.2)
+
+
+def state(user_id: str = "known-u1", history: tuple[str, ...] = ("item0",)) -> UserState:
+    query = {"user_id": user_id, "event_time_unix_s": 1_700_000_000, "history_item_ids": list(history)}
+    return UserState(user_id, query, history, b"")
+
+
+def answer(*items: Recommendation, **changes: Any) -> Recommendations:
+    first = dataclasses.replace(ITEM, **changes)
+    return Recommendations((first, *items), user_is_known=True, history_length=1, model_versions={})
+
+
+def test_a_sound_answer_passes() -> None:
+    _check(answer(), state(), ("item0",), TASKS)
+
+
+def test_an_empty_answer_is_refused() -> None:
+    nothing = Recommendations((), user_is_known=True, history_length=1, model_versions={})
+    with pytest.raises(ServingError, match="user 'known-u1' got no recommendation"):
+        _check(nothing, state(), (), TASKS)
+
+
+def test_an_excluded_item_is_refused_wherever_it_stands() -> None:
+    second = dataclasses.replace(ITEM, item_id="item0", rank=2)
+    with pytest.raises(ServingError, match="got 'item0', which the request excluded"):
+        _check(answer(second), state(), ("item0",), TASKS)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"score": math.nan},
+        {"retrieval_score": math.inf},
+        {"predictions": {"click": math.nan, "watch_time": 1.0}},
+        {"predictions": {"click": 0.1, "watch_time": -math.inf}},
+    ],
+)
+def test_a_number_that_is_not_finite_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ServingError, match="'item1' for user 'known-u1' has a number that is not finite"):
+        _check(answer(**changes), state(), (), TASKS)
+
+
+@pytest.mark.parametrize("predictions", [{"click": 0.1}, {"click": 0.1, "watch_time": 1.0, "like": 0.0}])
+def test_other_tasks_than_declared_are_refused(predictions: dict[str, float]) -> None:
+    with pytest.raises(ServingError, match=r"answered for tasks .*, expected \['click', 'watch_time'\]"):
+        _check(answer(predictions=predictions), state(), (), TASKS)
+
+
+def test_protocols_that_disagree_are_refused() -> None:
+    _check_equal(answer(), answer(score=0.2 + 1e-7), state())
+    with pytest.raises(ServingError, match="score 'item1' differently"):
+        _check_equal(answer(), answer(score=0.21), state())
+    with pytest.raises(ServingError, match="different items"):
+        _check_equal(answer(), answer(item_id="item2"), state())
+    with pytest.raises(ServingError, match="different items"):
+        _check_equal(answer(), answer(ITEM), state())
+
+
+def test_users_with_a_history_to_look_at_are_preferred() -> None:
+    long = tuple(f"item{n}" for n in range(5))
+    states = [state("a", ()), state("b", long), state("c", long[:4]), state("d", long)]
+    assert [s.user_id for s in _choose_users(states)] == ["b", "d"]
+    assert [s.user_id for s in _choose_users(states[:1])] == ["a"]
+
+
+@pytest.fixture(scope="module")
+def spec() -> DatasetSpec:
+    full = load_dataset_spec("simulated")
+    return full.model_copy(update={"tasks": tuple(task for task in full.tasks if task.name in TASKS)})
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, Path]:
+    """Tiny SavedModels with the exported signatures."""
+    retrieval, ranking = tmp_path / "a" / "Format-Serving", tmp_path / "b" / "Format-Serving"
+    for folder in (retrieval, ranking):
+        folder.parent.mkdir()
+    models.save(models.Retrieval(), retrieval)
+    models.save(models.Ranking(), ranking)
+    return {"retrieval": retrieval, "ranking": ranking}
+
+
+def test_a_corrupt_model_is_not_blessed_and_the_reason_is_short(
+    folders: dict[str, Path], spec: DatasetSpec
+) -> None:
+    graph = folders["ranking"] / "saved_model.pb"
+    graph.write_bytes(graph.read_bytes()[: graph.stat().st_size // 2])
+    with pytest.raises(ServingError) as caught:
+        validate_serving(folders, [state()], spec)
+    reason = str(caught.value)
+    assert reason.startswith("model 'ranking': no version")
+    # The file to look at, not the temporary link that the server saw.
+    assert f"{graph} is not a SavedModel; it is damaged or cut short" in reason
+    assert "\n" not in reason and "infra-validation-" not in reason
+
+
+def test_sound_models_answer_for_every_user_and_a_stranger(
+    folders: dict[str, Path], spec: DatasetSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(infra_validator, "_K", models.MAX_K)
+    answers = validate_serving(folders, [state(), state("known-u2", ())], spec)
+    assert [given["user_is_known"] for given in answers] == [True, True, False]
+    assert [given["history"] for given in answers] == [["item0"], [], []]
+
+
+def test_a_folder_without_a_model_is_not_blessed(folders: dict[str, Path], spec: DatasetSpec) -> None:
+    (folders["retrieval"] / "saved_model.pb").unlink()
+    with pytest.raises(ServingError, match="retrieval"):
+        validate_serving(folders, [state()], spec)
