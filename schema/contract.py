@@ -108,7 +108,8 @@ class FeatureSpec(_Model):
     """One declared user or item feature.
 
     `separator` splits a multi-categorical source text; without it the source column must hold lists.
-    `unit` converts a continuous duration to seconds.
+    `unit` converts a continuous duration to seconds. Features that name the same `space` share one vocabulary and one
+    embedding table; `item_id` and `creator_id` are the spaces of those columns. Its own name when not given.
     """
 
     name: Name
@@ -116,6 +117,7 @@ class FeatureSpec(_Model):
     column: str | None = None
     separator: str | None = None
     unit: Literal["s", "ms", "us"] = "s"
+    space: Name | None = None
 
     @property
     def source_column(self) -> str:
@@ -126,6 +128,8 @@ class FeatureSpec(_Model):
     def _separator_fits(self) -> FeatureSpec:
         if self.separator is not None and self.kind is not FeatureKind.MULTI_CATEGORICAL:
             raise ValueError(f"feature {self.name}: only a multi_categorical feature has a separator")
+        if self.space is not None and self.kind is FeatureKind.CONTINUOUS:
+            raise ValueError(f"feature {self.name}: a continuous feature has no vocabulary space")
         return self
 
 
@@ -210,13 +214,6 @@ class DatasetSpec(_Model):
         """Every label a row can have, in a stable order: declared ones, then watch time when it is mapped."""
         watch_time = (WATCH_TIME,) if WATCH_TIME in self.interactions.columns else ()
         return (*self.interactions.labels, *watch_time)
-
-    def task(self, name: str) -> TaskSpec:
-        """The task called `name`. Raises ConfigError when there is none."""
-        for task in self.tasks:
-            if task.name == name:
-                return task
-        raise ConfigError(f"no task {name!r}; declared tasks: {', '.join(t.name for t in self.tasks)}")
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> DatasetSpec:

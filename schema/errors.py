@@ -13,10 +13,6 @@ class DataError(FunnelError):
     """Source data break the event contract."""
 
 
-class SchemaError(FunnelError):
-    """Examples or a TFX schema do not match the declared features."""
-
-
 class ShapeError(FunnelError):
     """A tensor or array has the wrong shape or dtype."""
 

@@ -80,7 +80,7 @@ class RankedItem:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """One recommended item; `rank` starts at 1."""
+    """One recommended item; `rank` starts at 1; `item_is_known` tells whether the ranker's catalogue has it."""
 
     item_id: str
     rank: int
@@ -88,6 +88,7 @@ class Recommendation:
     reason_item_id: str
     predictions: Mapping[str, float]
     score: float
+    item_is_known: bool
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,7 @@ class RecommenderClient:
                 reason_item_id=candidates[item.item_id].reason_item_id,
                 predictions=item.predictions,
                 score=item.score,
+                item_is_known=item.item_is_known,
             )
             for rank, item in enumerate(sorted(ranked, key=lambda item: -item.score)[:k], start=1)
         )
@@ -290,7 +292,7 @@ class RecommenderClient:
             return self._transport.predict(model, inputs, specs, self._remaining(deadline))
         except BadRequestError:
             # A version pushed since the last call may take other features: look once more before giving up.
-            del self._specs[model]
+            self._specs.pop(model, None)  # another thread may have been faster
             newer = self._input_specs(model, deadline)
             if newer == specs:
                 raise

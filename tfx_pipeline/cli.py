@@ -231,7 +231,13 @@ def _print_plan(run_config: RunConfig, paths: RunPaths) -> None:
     from tfx_pipeline.pipeline import PipelineLocations, create_pipeline
 
     placeholder = PipelineLocations(
-        "<tables>", 0, str(paths.pipeline_root), str(paths.serving_models), str(paths.report)
+        "<tables>",
+        0,
+        str(paths.pipeline_root),
+        str(paths.serving_models),
+        str(paths.report),
+        code_version=__version__,
+        released=dict.fromkeys(MODELS, ""),
     )
     pipeline = create_pipeline(run_config, placeholder)
     _CONSOLE.print(

@@ -209,6 +209,11 @@ class RunPaths:
         return self.output_dir / "run.json"
 
     @property
+    def dataset_file(self) -> Path:
+        """Name of the one dataset that the directory is for."""
+        return self.output_dir / "dataset"
+
+    @property
     def lock_file(self) -> Path:
         """Held while a run is going on."""
         return self.output_dir / "run.lock"

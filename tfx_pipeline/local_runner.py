@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,8 +20,9 @@ from tfx_pipeline.config import MODELS, RunConfig, RunPaths
 from tfx_pipeline.datasets.archives import ARCHIVES, prepare_source
 from tfx_pipeline.datasets.simulator import DEFAULT, TINY, simulate
 from tfx_pipeline.run_result import ComponentTiming, RunResult, write_run
+from trainer.version import __version__
 
-# A run writes the tables, the examples twice and a few copies of the models.
+# A run writes the tables, the examples and a few copies of the models.
 _MIN_FREE_BYTES = 2 * 1024**3
 _SIMULATED = "simulated"
 
@@ -69,8 +71,9 @@ def prepare(config: RunConfig, paths: RunPaths, data_dir: Path | None, cache_dir
       The folder of the contract tables, with schema.pbtxt beside them.
 
     Raises:
-      DataError: the disk is too full, or the source breaks the contract.
+      DataError: the directory belongs to another dataset, the disk is too full, or the source breaks the contract.
     """
+    _claim(paths, config.dataset.name)
     free = shutil.disk_usage(paths.output_dir).free
     if free < _MIN_FREE_BYTES:
         raise DataError(
@@ -87,6 +90,18 @@ def prepare(config: RunConfig, paths: RunPaths, data_dir: Path | None, cache_dir
         )
     _write_schema(config, tables_dir)
     return tables_dir
+
+
+def _claim(paths: RunPaths, dataset: str) -> None:
+    """Keeps one output directory to one dataset: its models, metadata and report belong together."""
+    if paths.dataset_file.is_file():
+        owner = paths.dataset_file.read_text(encoding="utf-8").strip()
+        if owner != dataset:
+            raise DataError(
+                f"{paths.output_dir} holds runs of dataset {owner!r}, not {dataset!r}; give another --output-dir"
+            )
+    else:
+        paths.dataset_file.write_text(f"{dataset}\n", encoding="utf-8")
 
 
 def _source_dir(config: RunConfig, paths: RunPaths, data_dir: Path | None, cache_dir: Path) -> Path:
@@ -156,8 +171,19 @@ def run_pipeline(
     return result
 
 
+def code_version() -> str:
+    """The version and a hash of Funnel's sources: whoever edits the code gets new results, not cached ones."""
+    digest = hashlib.sha256()
+    root = Path(__file__).resolve().parent.parent
+    for package in ("schema", "trainer", "serving", "tfx_pipeline"):
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return f"{__version__}+{digest.hexdigest()[:12]}"
+
+
 def locations(paths: RunPaths, tables_dir: Path) -> Any:
     """The PipelineLocations of a local run."""
+    from tfx_pipeline.components.pusher import newest_version
     from tfx_pipeline.pipeline import PipelineLocations
 
     summary: TablesSummary = read_summary(tables_dir)
@@ -167,6 +193,8 @@ def locations(paths: RunPaths, tables_dir: Path) -> Any:
         pipeline_root=str(paths.pipeline_root.resolve()),
         serving_models=str(paths.serving_models.resolve()),
         report_dir=str(paths.report.resolve()),
+        code_version=code_version(),
+        released={model: newest_version(str(paths.serving_models.resolve() / model)) for model in MODELS},
     )
 
 
@@ -185,7 +213,6 @@ def _collect(
         config_json=config.model_dump_json(),
         tables_dir=str(tables_dir.resolve()),
         user_states=f"{outcome.user_states_uri}/Split-user_states/*.gz",
-        catalogue=f"{outcome.catalogue_uri}/Split-catalogue/*.gz",
         blessed={model: outcome.blessed[model] for model in MODELS},
         pushed={model: outcome.pushed[model] for model in MODELS},
         reasons=outcome.reasons,

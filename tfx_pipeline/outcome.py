@@ -18,7 +18,7 @@ class Outcome:
     """The newest run's decisions.
 
     Attributes:
-      user_states_uri, catalogue_uri: Examples artifacts.
+      user_states_uri: Examples artifact.
       report_uri: Report artifact.
       blessed: per model, whether the Evaluator blessed it.
       pushed: per model, the version that was pushed, or None.
@@ -26,7 +26,6 @@ class Outcome:
     """
 
     user_states_uri: str
-    catalogue_uri: str
     report_uri: str
     blessed: dict[str, bool]
     pushed: dict[str, str | None]
@@ -63,7 +62,6 @@ def read_outcome(metadata_path: Path) -> Outcome:
             reasons[model] = f"infra validation: {infra_reason}"
     return Outcome(
         user_states_uri=outputs["UserStateGen", "examples"].uri,
-        catalogue_uri=outputs["CatalogueGen", "examples"].uri,
         report_uri=outputs["ReportWriter", "report"].uri,
         blessed=blessed,
         pushed=pushed,

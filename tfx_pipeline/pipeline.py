@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tfx import v1 as tfx
 from tfx.dsl.components.base.base_node import BaseNode
@@ -18,7 +18,6 @@ from tfx_pipeline.components.trainer import ModelTrainer
 from tfx_pipeline.config import CUTOFFS, RANKING, RETRIEVAL, Gate, RunConfig
 from tfx_pipeline.tfma_metrics import ranking_eval_config, retrieval_eval_config
 from trainer import features
-from trainer.version import __version__
 
 PIPELINE_NAME = "funnel"
 # Beam starts no process of its own: importing TFX in every worker costs more than the work on one machine.
@@ -35,6 +34,9 @@ class PipelineLocations:
       pipeline_root: TFX artifacts.
       serving_models: base folder of the pushed models.
       report_dir: where the report is put.
+      code_version: changes with the code, so that no component reuses what older code made.
+      released: per model, the newest pushed version, "" before the first; a Pusher whose released version is gone or
+        no longer the newest pushes again.
     """
 
     tables_dir: str
@@ -42,6 +44,8 @@ class PipelineLocations:
     pipeline_root: str
     serving_models: str
     report_dir: str
+    code_version: str
+    released: Mapping[str, str]
 
 
 def create_pipeline(
@@ -62,7 +66,13 @@ def create_pipeline(
     dataset = spec.model_dump_json()
 
     def example_gen(kind: ExampleKind) -> BaseNode:
-        return contract_example_gen(kind, locations.tables_dir, spec, config.examples.max_positives_per_user)
+        return contract_example_gen(
+            kind,
+            locations.tables_dir,
+            spec,
+            config.examples.max_positives_per_user,
+            locations.code_version,
+        )
 
     interactions = example_gen(ExampleKind.INTERACTIONS)
     user_states = example_gen(ExampleKind.USER_STATES)
@@ -86,7 +96,7 @@ def create_pipeline(
         custom_config={
             "dataset": dataset,
             "train_end_unix_s": locations.train_end_unix_s,
-            "funnel_version": __version__,
+            "code_version": locations.code_version,
         },
     )
     baselines = BaselineEvaluator(
@@ -94,6 +104,7 @@ def create_pipeline(
         tables_dir=locations.tables_dir,
         dataset=dataset,
         cutoffs=json.dumps(CUTOFFS),
+        code_version=locations.code_version,
     )
     nodes: list[BaseNode] = [
         interactions, user_states, catalogue, statistics, schema, validator, transform, baselines,
@@ -119,7 +130,7 @@ def create_pipeline(
                 "dataset": dataset,
                 "config": getattr(config, model).model_dump_json(),
                 "model_name": model,
-                "funnel_version": __version__,
+                "code_version": locations.code_version,
             },
         ).with_id(f"Trainer.{model}")
         resolver = tfx.dsl.Resolver(
@@ -145,6 +156,7 @@ def create_pipeline(
         ranking_model=trainers[RANKING].outputs["model"],
         user_states=user_states.outputs["examples"],
         dataset=dataset,
+        code_version=locations.code_version,
     )
     nodes.append(infra)
     pushers = {}
@@ -153,6 +165,7 @@ def create_pipeline(
             model=trainers[model].outputs["model"],
             model_blessing=evaluators[model].outputs["blessing"],
             infra_blessing=infra.outputs["blessing"],
+            custom_config={"released": locations.released[model]},
             push_destination=tfx.proto.PushDestination(
                 filesystem=tfx.proto.PushDestination.Filesystem(
                     base_directory=f"{locations.serving_models}/{model}"
@@ -179,6 +192,7 @@ def create_pipeline(
             tables_dir=locations.tables_dir,
             report_dir=locations.report_dir,
             config=config.model_dump_json(),
+            code_version=locations.code_version,
         )
     )
     return tfx.dsl.Pipeline(

@@ -38,7 +38,6 @@ class RunResult:
       config_json: the resolved RunConfig.
       tables_dir: contract tables of the run.
       user_states: file pattern of the user-state examples.
-      catalogue: file pattern of the catalogue examples.
       blessed: per model, whether the Evaluator blessed it.
       pushed: per model, the pushed version, or None when it was not pushed.
       reasons: per model that was not pushed, why, in one line.
@@ -50,7 +49,6 @@ class RunResult:
     config_json: str
     tables_dir: str
     user_states: str
-    catalogue: str
     blessed: dict[str, bool]
     pushed: dict[str, str | None]
     reasons: dict[str, str]

@@ -7,7 +7,8 @@ import tempfile
 from pathlib import Path
 
 from schema.errors import ConfigError
-from tfx_pipeline.config import RunConfig
+from tfx_pipeline.config import MODELS, RunConfig
+from tfx_pipeline.local_runner import code_version
 from tfx_pipeline.pipeline import PipelineLocations, create_pipeline
 
 
@@ -39,6 +40,8 @@ def compile_for_vertex(
         pipeline_root=pipeline_root,
         serving_models=f"{pipeline_root}/serving_models",
         report_dir=f"{pipeline_root}/report",
+        code_version=code_version(),
+        released=dict.fromkeys(MODELS, ""),
     )
     pipeline = create_pipeline(config, locations)
     out.parent.mkdir(parents=True, exist_ok=True)

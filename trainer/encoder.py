@@ -23,6 +23,20 @@ def embedding_width(num_ids: int, largest: int) -> int:
     return min(largest, 4 * math.ceil(math.log2(max(2, num_ids)) / 2))
 
 
+class _ZeroPadding(tf.keras.initializers.RandomUniform):
+    """Uniform, with zeros in the row of a missing value, which columns without gaps never train."""
+
+    def __call__(self, shape: Sequence[int], dtype: tf.DType | None = None, **kwargs: object) -> tf.Tensor:
+        """Makes the initial table."""
+        table = super().__call__(shape, dtype=dtype, **kwargs)
+        return tf.concat([tf.zeros_like(table[:1]), table[1:]], axis=0)
+
+
+def _table(num_ids: int, width: int, name: str) -> tf.keras.layers.Embedding:
+    initializer = _ZeroPadding(-0.05, 0.05)
+    return tf.keras.layers.Embedding(num_ids, width, embeddings_initializer=initializer, name=name)
+
+
 class EmbeddingTables(tf.keras.layers.Layer):
     """One embedding table per vocabulary space; `mean` leaves row 0 (padding) out."""
 
@@ -38,7 +52,7 @@ class EmbeddingTables(tf.keras.layers.Layer):
         """
         super().__init__(**kwargs)
         self.tables = {
-            space: tf.keras.layers.Embedding(vocabulary_sizes[space], width, name=f"embedding_{space}")
+            space: _table(vocabulary_sizes[space], width, f"embedding_{space}")
             for space, width in sorted(widths.items())
         }
 
@@ -88,7 +102,7 @@ class FeatureEncoder(tf.keras.layers.Layer):
         self.encoded = tuple(encoded)
         self.tables = tables
         self.buckets = {
-            f.name: tf.keras.layers.Embedding(features.NUM_BUCKETS + 1, bucket_width, name=f"bucket_{f.name}")
+            f.name: _table(features.NUM_BUCKETS + 1, bucket_width, f"bucket_{f.name}")
             for f in self.encoded
             if not f.is_categorical
         }

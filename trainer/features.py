@@ -130,7 +130,7 @@ def feature_space(spec: DatasetSpec) -> FeatureSpace:
     """Derives the features of a dataset from its declaration."""
     columns = spec.interactions.columns
     query = [Feature(USER_ID, FeatureKind.CATEGORICAL, USER_ID)]
-    query += [Feature(f.name, f.kind, f.name) for f in spec.users.features]
+    query += [Feature(f.name, f.kind, f.space or f.name) for f in spec.users.features]
     query += [Feature(HISTORY, FeatureKind.MULTI_CATEGORICAL, ITEM_SPACE)]
     if SURFACE in columns:
         query.append(Feature(SURFACE, FeatureKind.CATEGORICAL, SURFACE))
@@ -139,7 +139,7 @@ def feature_space(spec: DatasetSpec) -> FeatureSpace:
     query += CLOCK_FEATURES
 
     candidate = [Feature(ITEM_ID, FeatureKind.CATEGORICAL, ITEM_SPACE)]
-    candidate += [Feature(f.name, f.kind, f.name) for f in spec.items.features]
+    candidate += [Feature(f.name, f.kind, f.space or f.name) for f in spec.items.features]
     if CREATOR_ID in spec.items.columns:
         candidate.append(Feature(CREATOR_ID, FeatureKind.CATEGORICAL, CREATOR_ID))
     cross = []

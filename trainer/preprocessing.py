@@ -51,6 +51,7 @@ def preprocessing_fn(
         )
 
     clock = {f.name for f in features.CLOCK_FEATURES}
+    # A space is learnt from its first feature, candidates before queries.
     learnt_spaces: dict[str, str] = {}
     # The candidate side is first: the item vocabulary is learnt from shown items and shared with histories.
     for feature in space.candidate + space.query:

@@ -161,13 +161,6 @@ def test_a_positive_that_is_no_label_names_the_labels(tmp_path: Path) -> None:
         load(tmp_path, (("positive",), "love"))
 
 
-def test_asking_for_an_undeclared_task_names_the_declared_ones(tmp_path: Path) -> None:
-    spec = load(tmp_path)
-    assert spec.task("click").label == "click"
-    with pytest.raises(ConfigError, match=r"no task 'like'.*click, watch_time"):
-        spec.task("like")
-
-
 _TIMES = {"train_until": "2024-01-02T00:00:00+00:00", "eval_until": "2024-01-03T00:00:00+00:00"}
 
 

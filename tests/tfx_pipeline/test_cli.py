@@ -50,7 +50,6 @@ def run_dir(tmp_path: Path) -> Path:
         config_json=load_run_config("simulated").model_dump_json(),
         tables_dir=str(folder / "data"),
         user_states=str(folder / "user_states"),
-        catalogue=str(folder / "catalogue"),
         blessed={"retrieval": False, "ranking": True},
         pushed={"retrieval": None, "ranking": "7"},
         reasons={"retrieval": "recall_at_100 0.0100, required: at least 0.1"},

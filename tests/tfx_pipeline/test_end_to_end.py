@@ -155,6 +155,8 @@ def test_an_identical_run_reuses_all_but_the_judgement_against_the_last_blessed_
     assert again.metrics["model"] == pytest.approx(fresh.metrics["model"], rel=1e-5)
     assert again.metrics["last_blessed"] == pytest.approx(fresh.metrics["model"], rel=1e-5)
     assert again.result.blessed == {"retrieval": True, "ranking": True}
+    # What is released already is not released again.
+    assert again.versions == fresh.versions
 
 
 def test_worse_models_are_not_pushed_and_the_reason_is_told(again: Run, worse: Run) -> None:

@@ -84,7 +84,7 @@ def generate(
 ) -> dict[str, list[list[tf.train.Example]]]:
     """Runs the real executor with about four shards; returns the examples of each file of each split."""
     monkeypatch.setattr(example_gen, "ROWS_PER_SHARD", ROWS // 4)
-    component = contract_example_gen(kind, str(tables_dir), SPEC, max_positives_per_user=2)
+    component = contract_example_gen(kind, str(tables_dir), SPEC, max_positives_per_user=2, code_version="1")
     output = standard_artifacts.Examples()
     output.uri = str(folder)
     properties = {
@@ -197,7 +197,7 @@ def test_partitions_of_a_row_group_hold_its_rows_once(tables_dir: Path, num_shar
 
 
 def test_the_component_names_the_splits_and_carries_the_declaration(tables_dir: Path) -> None:
-    component = contract_example_gen(ExampleKind.INTERACTIONS, str(tables_dir), SPEC, 7)
+    component = contract_example_gen(ExampleKind.INTERACTIONS, str(tables_dir), SPEC, 7, "1")
     assert component.id == "InteractionGen"
     output = example_gen_pb2.Output()
     proto_utils.json_to_proto(component.exec_properties["output_config"], output)

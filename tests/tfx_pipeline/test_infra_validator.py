@@ -16,7 +16,7 @@ from tfx_pipeline.components.infra_validator import _check, _check_equal, _choos
 from tfx_pipeline.user_states import UserState
 
 TASKS = {"click", "watch_time"}
-ITEM = Recommendation("item1", 1, 0.5, "item0", {"click": 0.1, "watch_time": 3.0}, 0.2)
+ITEM = Recommendation("item1", 1, 0.5, "item0", {"click": 0.1, "watch_time": 3.0}, 0.2, True)
 
 
 def state(user_id: str = "known-u1", history: tuple[str, ...] = ("item0",)) -> UserState:
@@ -57,6 +57,11 @@ def test_an_excluded_item_is_refused_wherever_it_stands() -> None:
 def test_a_number_that_is_not_finite_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ServingError, match="'item1' for user 'known-u1' has a number that is not finite"):
         _check(answer(**changes), state(), (), TASKS)
+
+
+def test_an_item_that_the_ranker_does_not_know_is_refused() -> None:
+    with pytest.raises(ServingError, match="recommends 'item1', which is not in the ranker's catalogue"):
+        _check(answer(item_is_known=False), state(), (), TASKS)
 
 
 @pytest.mark.parametrize("predictions", [{"click": 0.1}, {"click": 0.1, "watch_time": 1.0, "like": 0.0}])

@@ -129,6 +129,24 @@ def test_a_push_that_breaks_off_leaves_nothing_and_the_next_one_works(
     assert list(world.version_files().values()) == [FILES]
 
 
+def test_the_model_that_is_the_newest_version_is_not_pushed_again(world: World) -> None:
+    world.push()
+    (version,) = world.version_files()
+    world.pushed.set_string_custom_property("pushed_version", "")
+    world.push()
+    assert list(world.version_files()) == [version]
+    assert world.pushed.get_string_custom_property("pushed_version") == version
+
+
+def test_a_newest_version_of_another_model_does_not_stop_a_push(world: World) -> None:
+    other = world.base / "1600000000"
+    other.mkdir(parents=True)
+    (other / "fingerprint.pb").write_bytes(b"another print")
+    world.push()
+    assert len(world.version_files()) == 2
+    assert world.pushed.get_string_custom_property("pushed_version") != "1600000000"
+
+
 def test_leftovers_of_a_killed_push_never_become_a_version(world: World) -> None:
     leftover = world.base / ".staging" / "1600000000"
     leftover.mkdir(parents=True)

@@ -88,6 +88,8 @@ def locations(tmp_path: Path) -> PipelineLocations:
         str(tmp_path / "root"),
         str(tmp_path / "models"),
         str(tmp_path / "report"),
+        code_version="1",
+        released={"retrieval": "", "ranking": "7"},
     )
 
 

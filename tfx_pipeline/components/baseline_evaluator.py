@@ -35,6 +35,7 @@ def BaselineEvaluator(
     tables_dir: Parameter[str],
     dataset: Parameter[str],
     cutoffs: Parameter[str],
+    code_version: Parameter[str],
 ) -> None:
     """Writes the metrics of the baselines; `examples` only puts it after the check of the interactions."""
     spec = dataset_spec_from_json(dataset)

@@ -58,7 +58,7 @@ class ExampleKind(str, enum.Enum):
 
 
 def contract_example_gen(
-    kind: ExampleKind, tables_dir: str, spec: DatasetSpec, max_positives_per_user: int
+    kind: ExampleKind, tables_dir: str, spec: DatasetSpec, max_positives_per_user: int, code_version: str
 ) -> component.FileBasedExampleGen:
     """The ExampleGen component for one kind of example.
 
@@ -67,6 +67,7 @@ def contract_example_gen(
       tables_dir: folder of contract tables.
       spec: the declaration.
       max_positives_per_user: see ExampleSettings.
+      code_version: changes with the code, so that examples of older code are not reused.
     """
     settings = struct_pb2.Struct()
     settings.update(
@@ -74,6 +75,7 @@ def contract_example_gen(
             "kind": kind.value,
             "dataset": spec.model_dump_json(),
             "max_positives_per_user": max_positives_per_user,
+            "code_version": code_version,
         }
     )
     custom_config = example_gen_pb2.CustomConfig()

@@ -42,6 +42,7 @@ def ServingValidator(
     user_states: InputArtifact[Examples],
     blessing: OutputArtifact[InfraBlessing],
     dataset: Parameter[str],
+    code_version: Parameter[str],
 ) -> None:
     """Blesses both models together, or neither; the reason is beside the blessing in reason.txt."""
     folders = {
@@ -89,6 +90,8 @@ def validate_serving(
       ServingError: the server does not start, does not answer, answers differently over the two protocols, or
         its answer is empty, holds an excluded item or a number that is not finite.
     """
+    if not states:
+        raise ServingError("there are no user states to ask for; the users table is empty")
     stranger = unknown_user_state("funnel-infra-validation-stranger", states[0])
     with tempfile.TemporaryDirectory(prefix="infra-validation-") as root:
         models = {}
@@ -143,6 +146,11 @@ def _check(answer: Recommendations, state: UserState, exclude: tuple[str, ...], 
     for item in answer.items:
         if item.item_id in exclude:
             raise ServingError(f"user {state.user_id!r} got {item.item_id!r}, which the request excluded")
+        if not item.item_is_known:
+            raise ServingError(
+                f"retrieval recommends {item.item_id!r}, which is not in the ranker's catalogue; "
+                "both models must come from one run"
+            )
         if set(item.predictions) != tasks:
             raise ServingError(
                 f"the ranker answered for tasks {sorted(item.predictions)}, expected {sorted(tasks)}"

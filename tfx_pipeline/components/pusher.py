@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from tfx.components.pusher import component
@@ -11,7 +12,10 @@ from tfx.dsl.io import fileio
 from tfx.proto import pusher_pb2
 from tfx.utils import proto_utils
 
+_LOGGER = logging.getLogger(__name__)
+
 _STAGING = ".staging"
+_FINGERPRINT = "fingerprint.pb"
 
 
 class AtomicPusherExecutor(pusher_executor.Executor):
@@ -26,6 +30,12 @@ class AtomicPusherExecutor(pusher_executor.Executor):
         destination = pusher_pb2.PushDestination()
         proto_utils.json_to_proto(exec_properties["push_destination"], destination)
         base = destination.filesystem.base_directory
+        newest = newest_version(base)
+        if newest and self.CheckBlessing(input_dict) and self._is_model(f"{base}/{newest}", input_dict):
+            _LOGGER.info("version %s at %s is this model already", newest, base)
+            (pushed,) = output_dict["pushed_model"]
+            self._MarkPushed(pushed, pushed_destination=f"{base}/{newest}", pushed_version=newest)
+            return
         staging = f"{base}/{_STAGING}"
         _remove(staging)
         destination.filesystem.base_directory = staging
@@ -43,6 +53,20 @@ class AtomicPusherExecutor(pusher_executor.Executor):
             version = pushed.get_string_custom_property("pushed_version")
             if version:
                 pushed.set_string_custom_property("pushed_destination", f"{base}/{version}")
+
+    def _is_model(self, version_dir: str, input_dict: Any) -> bool:
+        """Whether a pushed version is the model to push; every export has a fingerprint of its own."""
+        paths = (f"{version_dir}/{_FINGERPRINT}", f"{self.GetModelPath(input_dict)}/{_FINGERPRINT}")
+        if not all(fileio.exists(path) for path in paths):
+            return False
+        pushed, candidate = (fileio.open(path, "rb").read() for path in paths)
+        return bool(pushed == candidate)
+
+
+def newest_version(base: str) -> str:
+    """The newest version folder below `base`; "" when there is none."""
+    names = (name.rstrip("/") for name in (fileio.listdir(base) if fileio.exists(base) else ()))
+    return max((name for name in names if name.isdigit()), key=int, default="")
 
 
 def _remove(folder: str) -> None:

@@ -53,6 +53,7 @@ def ReportWriter(
     tables_dir: Parameter[str],
     report_dir: Parameter[str],
     config: Parameter[str],
+    code_version: Parameter[str],
 ) -> None:
     """Writes index.html and metrics.json as an artifact and copies them to `report_dir`."""
     infra_reason = Path(infra_blessing.uri) / REASON_FILE
