@@ -108,8 +108,8 @@ class FeatureSpec(_Model):
     """One declared user or item feature.
 
     `separator` splits a multi-categorical source text; without it the source column must hold lists.
-    `unit` converts a continuous duration to seconds. Features that name the same `space` share one vocabulary and one
-    embedding table; `item_id` and `creator_id` are the spaces of those columns. Its own name when not given.
+    `unit` converts a continuous duration to seconds. Features that name the same `space` share one vocabulary
+    and one embedding table; `item_id` and `creator_id` are the spaces of those columns. Default: its own name.
     """
 
     name: Name

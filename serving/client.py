@@ -80,7 +80,7 @@ class RankedItem:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """One recommended item; `rank` starts at 1; `item_is_known` tells whether the ranker's catalogue has it."""
+    """One recommended item; `rank` starts at 1, `item_is_known`: the ranker's catalogue has it."""
 
     item_id: str
     rank: int

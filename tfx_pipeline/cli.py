@@ -87,7 +87,7 @@ def main() -> None:
       funnel doctor
       funnel run --dataset simulated
       funnel serve
-      funnel recommend --user-id u17
+      funnel recommend --user-id u00017
     """
 
 
@@ -305,8 +305,8 @@ def recommend(user_id: str, k: int, target: str, include_seen: bool, output_dir:
 
     \b
     Examples:
-      funnel recommend --user-id u17
-      funnel recommend --user-id u17 --k 5 --target http://127.0.0.1:8501
+      funnel recommend --user-id u00017
+      funnel recommend --user-id u00017 --k 5 --target http://127.0.0.1:8501
     """
     from tfx_pipeline.console import quiet_libraries
     from tfx_pipeline.run_result import read_run

@@ -71,7 +71,7 @@ def prepare(config: RunConfig, paths: RunPaths, data_dir: Path | None, cache_dir
       The folder of the contract tables, with schema.pbtxt beside them.
 
     Raises:
-      DataError: the directory belongs to another dataset, the disk is too full, or the source breaks the contract.
+      DataError: the directory is another dataset's, the disk is too full, the source breaks the contract.
     """
     _claim(paths, config.dataset.name)
     free = shutil.disk_usage(paths.output_dir).free
@@ -98,7 +98,8 @@ def _claim(paths: RunPaths, dataset: str) -> None:
         owner = paths.dataset_file.read_text(encoding="utf-8").strip()
         if owner != dataset:
             raise DataError(
-                f"{paths.output_dir} holds runs of dataset {owner!r}, not {dataset!r}; give another --output-dir"
+                f"{paths.output_dir} holds runs of dataset {owner!r}, not {dataset!r}; "
+                "give another --output-dir"
             )
     else:
         paths.dataset_file.write_text(f"{dataset}\n", encoding="utf-8")
@@ -172,7 +173,7 @@ def run_pipeline(
 
 
 def code_version() -> str:
-    """The version and a hash of Funnel's sources: whoever edits the code gets new results, not cached ones."""
+    """The version and a hash of Funnel's sources: edited code gives new results, not cached ones."""
     digest = hashlib.sha256()
     root = Path(__file__).resolve().parent.parent
     for package in ("schema", "trainer", "serving", "tfx_pipeline"):

@@ -35,8 +35,8 @@ class PipelineLocations:
       serving_models: base folder of the pushed models.
       report_dir: where the report is put.
       code_version: changes with the code, so that no component reuses what older code made.
-      released: per model, the newest pushed version, "" before the first; a Pusher whose released version is gone or
-        no longer the newest pushes again.
+      released: per model, the newest pushed version, "" before the first; a Pusher whose released version
+        is gone or no longer the newest pushes again.
     """
 
     tables_dir: str

@@ -34,8 +34,7 @@ def run_fn(fn_args: Any) -> None:
     `trainer.retrieval.fit`) to `model_run_dir`.
 
     Raises:
-      DataError: there is nothing to train or to validate on.
-      ConfigError: the training diverged.
+      DataError: there is nothing to train or to validate on, or the loss is no longer finite.
       IndexBuildError: the index does not reach the required recall.
     """
     spec = dataset_spec_from_json(fn_args.custom_config["dataset"])
