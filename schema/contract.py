@@ -109,7 +109,7 @@ class FeatureSpec(_Model):
 
     `separator` splits a multi-categorical source text; without it the source column must hold lists.
     `unit` converts a continuous duration to seconds. Features that name the same `space` share one vocabulary
-    and one embedding table; `item_id` and `creator_id` are the spaces of those columns. Default: its own name.
+    and one embedding table; `item_id` and `creator_id` are those columns' spaces. Default: its own name.
     """
 
     name: Name
