@@ -222,7 +222,8 @@ def test_recommend_prints_the_same_readable_table_over_both_protocols(
     assert len(rows) == 5
     # The user's taste: 7 % 4. Titles keep their brackets.
     assert sum("[live] video" in row and "of taste 3" in row.split("│")[2] for row in rows) >= 4
-    assert all("near watched: [live] video" in row for row in rows)
+    assert all("[live] video" in row.split("│")[3] for row in rows)
+    assert "retrieved because: near watched" in shown.output
     assert "score = 1 × click + 2 × like + 0.02 × watch_time" in shown.output
     assert "not in the data" not in shown.output
 
