@@ -159,7 +159,7 @@ def _run(run_config: RunConfig, paths: RunPaths, data_dir: Path | None, cache_di
         _print_summary(tables_dir)
         progress = ComponentProgress(_CONSOLE)
         with _CONSOLE.status("loading TFX …"):
-            import tfx.v1  # noqa: F401
+            import tfx_pipeline.pipeline  # noqa: F401
         quiet_libraries(paths.log_file)
         try:
             result = run_pipeline(run_config, paths, tables_dir, progress.started, progress.finished)

@@ -159,14 +159,14 @@ def run_pipeline(
     Raises:
       ComponentFailedError: a component raised any error.
     """
-    from tfx import v1 as tfx
+    from tfx.orchestration.local.local_dag_runner import LocalDagRunner
 
     from tfx_pipeline.pipeline import create_pipeline
     from tfx_pipeline.progress import timed_components
 
     pipeline = create_pipeline(config, locations(paths, tables_dir), metadata_path=str(paths.metadata))
     with timed_components(on_start, on_finish) as timings:
-        tfx.orchestration.LocalDagRunner().run(pipeline)
+        LocalDagRunner().run(pipeline)
     result = _collect(config, paths, tables_dir, tuple(timings))
     write_run(result, paths.output_dir)
     return result

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 from tfx import types
-from tfx import v1 as tfx
 from tfx.components.trainer import executor as trainer_executor
 from tfx.components.trainer import fn_args_utils
 from tfx.dsl.components.base import base_component, executor_spec
+from tfx.proto import trainer_pb2
 from tfx.types import artifact_utils, standard_artifacts, standard_component_specs
 from tfx.types.component_spec import ChannelParameter
 from tfx.utils import json_utils, path_utils
@@ -100,8 +100,8 @@ class ModelTrainer(base_component.BaseComponent):
             transform_graph=transform_graph,
             catalogue=catalogue,
             user_states=user_states,
-            train_args=tfx.proto.TrainArgs(splits=["train"]),
-            eval_args=tfx.proto.EvalArgs(splits=["eval"]),
+            train_args=trainer_pb2.TrainArgs(splits=["train"]),
+            eval_args=trainer_pb2.EvalArgs(splits=["eval"]),
             run_fn=run_fn,
             custom_config=json_utils.dumps(custom_config),
             model=types.Channel(type=standard_artifacts.Model),
