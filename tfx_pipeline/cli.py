@@ -29,7 +29,7 @@ from tfx_pipeline.config import (
 from trainer.version import __version__
 
 # A pipe or a file has no width of its own; tables need about this much.
-_CONSOLE = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+_CONSOLE = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 _GRPC_PORT = 8500
 _REST_PORT = 8501
 _BUILT_IN = sorted(p.stem for p in BUILT_IN_CONFIGS.glob("*.yaml"))

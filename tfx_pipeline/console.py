@@ -83,16 +83,14 @@ def recommendations_table(
 ) -> Table:
     """Recommendations as people read them: title, why retrieved, score per task, final score."""
     table = Table(title=escape(heading), title_justify="left")
-    table.add_column("#", justify="right", no_wrap=True)
-    table.add_column("item", no_wrap=True)
-    table.add_column("retrieved because: near watched", no_wrap=True)
+    table.add_column("#", justify="right", min_width=2)
+    table.add_column("item")
+    table.add_column("retrieved: near watched")
     for name in ("retrieval", *tasks, "score"):
-        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
+        # Narrow terminals break titles over lines, never numbers.
+        table.add_column(name, justify="right", no_wrap=True, min_width=max(len(name), 6))
     for item in answer.items:
-        if item.reason_item_id:
-            reason = _title(titles, item.reason_item_id)
-        else:
-            reason = "(no history: fits the context)"
+        reason = _title(titles, item.reason_item_id) if item.reason_item_id else "(no history)"
         table.add_row(
             str(item.rank),
             _title(titles, item.item_id),
@@ -104,7 +102,7 @@ def recommendations_table(
     return table
 
 
-def _title(titles: Mapping[str, str], item_id: str, width: int = 30) -> str:
+def _title(titles: Mapping[str, str], item_id: str, width: int = 28) -> str:
     text = titles.get(item_id, item_id)
     # Escaped, because "[live]" in a title would be taken for a style.
     return escape(text if len(text) <= width else text[: width - 1] + "…")

@@ -220,7 +220,7 @@ def test_recommend_prints_the_same_readable_table_over_both_protocols(
     # The user's taste: 7 % 4. Titles keep their brackets.
     assert sum("[live] video" in row and "of taste 3" in row.split("│")[2] for row in rows) >= 4
     assert all("[live] video" in row.split("│")[3] for row in rows)
-    assert "retrieved because: near watched" in shown.output
+    assert "near watched" in shown.output
     assert "score = 1 × click + 2 × like + 0.02 × watch_time" in shown.output
     assert "not in the data" not in shown.output
 
@@ -254,7 +254,7 @@ def test_users_without_training_events_get_recommendations_and_a_note(
     shown = CliRunner(env={"COLUMNS": "160"}).invoke(main, [*args, "--output-dir", str(paths.output_dir)])
     assert shown.exit_code == 0, shown.output
     assert f"user {user_id} {note}" in shown.output
-    assert shown.output.count("fits the user's context; no history") == 5
+    assert shown.output.count("(no history)") == 5
 
 
 def test_the_offline_models_answer_as_the_served_ones(

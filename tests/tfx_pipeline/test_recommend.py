@@ -111,7 +111,7 @@ def test_a_missing_users_file_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def result() -> RunResult:
-    return RunResult("d", "{}", "t", "u", "c", {}, {}, {"retrieval": "too bad"}, "report.html", ())
+    return RunResult("d", "{}", "t", "u", {}, {}, {"retrieval": "too bad"}, "report.html", ())
 
 
 def test_the_newest_version_is_the_largest_number(tmp_path: Path, result: RunResult) -> None:
