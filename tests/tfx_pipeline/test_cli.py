@@ -316,7 +316,7 @@ def _raise(error: BaseException) -> Callable[..., None]:
         # As Arrow and TensorFlow tell it.
         (RuntimeError("UNKNOWN: /x/y; No space left on device"), "the disk is full"),
         (KeyboardInterrupt(), "interrupted; nothing half-written was pushed"),
-        (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/root/run"), "'/root/run'"),
+        (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/srv/run"), "'/srv/run'"),
         (DataError("line one\nline two"), "line one\nline two"),
         (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
     ],
