@@ -47,6 +47,8 @@ RESERVED_NAMES = frozenset(
         "k",
         "score",
         "history_item_ids",
+        "prior_sessions_item_ids",
+        "days_to_train_end",
         "retrieval_weight",
         "item_is_known",
         "item_age_days",
@@ -58,6 +60,8 @@ RESERVED_NAMES = frozenset(
         "eval_item_ids",
         "test_item_ids",
         "seen_item_ids",
+        "cold_test_item_ids",
+        "user_type",
     }
 )
 
@@ -208,6 +212,10 @@ class DatasetSpec(_Model):
     tasks: tuple[TaskSpec, ...] = pydantic.Field(min_length=1)
     split: SplitSpec
     watch_time_cap_durations: float | None = pydantic.Field(default=None, gt=0)
+    # A user's latest positives that make up the history.
+    max_history: int = pydantic.Field(default=50, ge=1, le=500)
+    # A longer pause ends a session. When given, retrieval learns from histories as of the session's start.
+    session_gap_hours: float | None = pydantic.Field(default=None, gt=0)
 
     @property
     def labels(self) -> tuple[str, ...]:

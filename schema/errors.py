@@ -21,5 +21,13 @@ class IndexBuildError(FunnelError):
     """The candidate index cannot be built or does not pass its own checks."""
 
 
+class CheckpointError(FunnelError):
+    """An exported model cannot be rebuilt from its checkpoint by this code."""
+
+
+class CollapsedModelError(FunnelError):
+    """The retrieval model recommends the same to everybody."""
+
+
 class ServingError(FunnelError):
     """A model server or a request to it failed."""

@@ -147,6 +147,27 @@ def prepare_tables(spec: DatasetSpec, source_dir: Path, data_root: Path) -> Path
     return destination
 
 
+def read_items(spec: DatasetSpec, files: Sequence[Path]) -> pl.DataFrame:
+    """Reads and checks an items table by itself, as `prepare_tables` does within a dataset.
+
+    Args:
+      spec: the declaration.
+      files: CSV or Parquet files with the source columns of the declaration's items table.
+
+    Returns:
+      The contract table of the items.
+
+    Raises:
+      DataError: files, columns, types, times or ids break the contract; the text says which.
+    """
+    _check_files({"items": list(files)})
+    warnings: list[str] = []
+    items = _read_entity(list(files), spec.items, "item_id", spec.utc_offset_hours, warnings)
+    for warning in warnings:
+        _LOGGER.warning("%s", warning)
+    return items
+
+
 def _check_files(sources: dict[str, list[Path]]) -> None:
     missing = [f"{table}: {path}" for table, paths in sources.items() for path in paths if not path.is_file()]
     if missing:

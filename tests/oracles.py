@@ -44,8 +44,8 @@ def mrr_at_k(ranked: Sequence[str], positives: Sequence[str], k: int) -> float:
     return 1 / ranks[0] if ranks else 0.0
 
 
-def coverage_at_k(ranked: Sequence[Sequence[str]], catalogue_size: int, k: int) -> float:
-    return len({item for row in ranked for item in row[:k] if item not in PADDING}) / catalogue_size
+def distinct_items_at_k(ranked: Sequence[Sequence[str]], k: int) -> int:
+    return len({item for row in ranked for item in row[:k] if item not in PADDING})
 
 
 def macro_mean(values: Sequence[float]) -> float:
@@ -103,3 +103,48 @@ def ece(labels: Sequence[float], predictions: Sequence[float], num_bins: int) ->
         mean_prediction = sum(predictions[i] for i in rows) / len(rows)
         error += len(rows) / len(labels) * abs(mean_label - mean_prediction)
     return error if bins else math.nan
+
+
+def sampled_softmax(
+    queries: Sequence[Sequence[float]],
+    candidates: Sequence[Sequence[float]],
+    positives: Sequence[int],
+    log_weights: Sequence[float],
+    temperature: float,
+    sample_weights: Sequence[float],
+    hard_negatives: Sequence[Sequence[int]],
+) -> float:
+    total = 0.0
+    for row, query in enumerate(queries):
+        certain = set(hard_negatives[row]) - {positives[row]}
+        logits = []
+        for column, candidate in enumerate(candidates):
+            score = sum(q * c for q, c in zip(query, candidate, strict=True)) / temperature
+            logits.append(score + (0.0 if column in certain else log_weights[column]))
+        top = max(logits)
+        partition = top + math.log(sum(math.exp(logit - top) for logit in logits))
+        total += sample_weights[row] * (partition - logits[positives[row]])
+    return total / sum(sample_weights)
+
+
+def daily_popularity(
+    choices: Sequence[tuple[int, int]], num_ids: int, num_days: int, half_life_days: float
+) -> list[list[float]]:
+    """By item and day; a choice is (item, days before the end), and ids 0 and 1 stand for an average item."""
+    table: list[list[float]] = []
+    for item in range(num_ids):
+        table.append([])
+        for today in range(num_days):
+            # The youngest choice that counts is a day older than today, and weighs 1.
+            ages = [day - today - 1 for chosen, day in choices if chosen == item and day > today]
+            table[item].append(math.fsum(0.5 ** (age / half_life_days) for age in ages))
+    items = range(2, num_ids)
+    for today in range(num_days):
+        mean = math.fsum(table[item][today] for item in items) / len(items)
+        for item in items:
+            table[item][today] = math.log(0.02 + (table[item][today] / mean if mean else 0.0))
+        mean = math.fsum(table[item][today] for item in items) / len(items)
+        for item in items:
+            table[item][today] -= mean
+    deviation = math.sqrt(math.fsum(v * v for item in items for v in table[item]) / (len(items) * num_days))
+    return [[v / deviation if item > 1 else 0.0 for v in row] for item, row in enumerate(table)]

@@ -18,6 +18,7 @@ from trainer import features
 
 # Event times are below 2**33 seconds, so user and time fit one sortable int64 key.
 _TIME_BITS = 33
+_SECONDS_PER_HOUR = 3_600
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ def interaction_columns(
     events = events.sort("_user", features.EVENT_TIME, "row_number")
     is_positive = pl.col(spec.positive).fill_null(0) > 0
     watched = events.filter(is_positive)
-    columns: list[pl.Series | pl.Expr] = [_history(events, watched).alias(features.HISTORY)]
+    columns: list[pl.Series | pl.Expr] = [_history(events, watched, spec.max_history).alias(features.HISTORY)]
     if features.SEARCH_TOKENS in events.columns:
         columns.append(_search_history(events).alias(features.SEARCH_TOKENS))
     # Rank from the latest: 1 is a user's latest train positive.
@@ -66,6 +67,10 @@ def interaction_columns(
     in_cap = (pl.col("split") != "train") | (latest_first <= settings.max_positives_per_user)
     columns.append((is_positive & in_cap).cast(pl.Float32).alias(features.RETRIEVAL_WEIGHT))
     events = events.with_columns(columns)
+    if spec.session_gap_hours is not None:
+        events = events.with_columns(
+            _prior_sessions(events, watched, spec.max_history, spec.session_gap_hours)
+        )
     events = _join_as_of(events, users, "user_id")
     events = _join_as_of(events, items, "item_id")
     return events.sort(features.EVENT_TIME, "row_number").drop("_user")
@@ -77,6 +82,7 @@ def user_state_columns(
     spec: DatasetSpec,
     settings: ExampleSettings,
     default_surface: str | None,
+    train_item_ids: pl.Series,
 ) -> pl.DataFrame:
     """One row per user as of the end of training, with what was held out.
 
@@ -86,11 +92,13 @@ def user_state_columns(
       spec: the declaration.
       settings: see ExampleSettings.
       default_surface: surface of users who have no train event; None when the dataset has no surfaces.
+      train_item_ids: items with an interaction of anybody in the train split.
 
     Returns:
       Query columns as a request at the end of training would give them; `seen_item_ids`, all train positives;
       `eval_item_ids` and `test_item_ids`, the positives of those splits that were not seen in training, in
-      time order.
+      time order; `cold_test_item_ids`, those of the latter that are not in `train_item_ids`; `user_type`,
+      "cold" for a user without a history, else "warm".
     """
     events = events.sort(features.EVENT_TIME, "row_number")
     positives = events.filter(pl.col(spec.positive).fill_null(0) > 0)
@@ -98,7 +106,7 @@ def user_state_columns(
     everyone = pl.concat([users["user_id"], events["user_id"]]).unique(maintain_order=True).to_frame()
     states = everyone.join(
         train.group_by("user_id", maintain_order=True).agg(
-            pl.col("item_id").tail(features.MAX_HISTORY).alias(features.HISTORY),
+            pl.col("item_id").tail(spec.max_history).alias(features.HISTORY),
             pl.col("item_id").unique(maintain_order=True).alias(features.SEEN_ITEMS),
         ),
         on="user_id",
@@ -113,6 +121,14 @@ def user_state_columns(
         states = states.join(
             held_out.agg(pl.col("item_id").unique(maintain_order=True).alias(name)), on="user_id", how="left"
         )
+    is_cold_item = ~pl.element().is_in(train_item_ids.implode())
+    states = states.with_columns(
+        pl.col(features.TEST_ITEMS).list.filter(is_cold_item).alias(features.COLD_TEST_ITEMS),
+        pl.when(pl.col(features.HISTORY).is_null())
+        .then(pl.lit(features.COLD))
+        .otherwise(pl.lit(features.WARM))
+        .alias(features.USER_TYPE),
+    )
     past = events.filter(pl.col("split") == "train")
     if features.SURFACE in events.columns:
         last = past.group_by("user_id").agg(pl.col(features.SURFACE).drop_nulls().last())
@@ -123,7 +139,7 @@ def user_state_columns(
     if features.SEARCH_TOKENS in events.columns:
         tokens = _distinct_searches(past).group_by("user_id", maintain_order=True)
         states = states.join(
-            tokens.agg(pl.col(features.SEARCH_TOKENS).explode().tail(features.MAX_HISTORY)),
+            tokens.agg(pl.col(features.SEARCH_TOKENS).explode().tail(features.MAX_SEARCH_TOKENS)),
             on="user_id",
             how="left",
         )
@@ -131,17 +147,41 @@ def user_state_columns(
     return _join_as_of(states, users, "user_id")
 
 
-def catalogue_columns(items: pl.DataFrame, settings: ExampleSettings) -> pl.DataFrame:
-    """One row per item with its features as of the end of training."""
+def catalogue_inputs(spec: DatasetSpec) -> dict[str, str]:
+    """Feature name to dtype of a catalogue example: what the models read, and the title for people."""
+    return {**{raw.name: raw.dtype for raw in features.raw_candidate_inputs(spec)}, "title": "string"}
+
+
+def catalogue_columns(items: pl.DataFrame, as_of_unix_s: int) -> pl.DataFrame:
+    """One row per item with its features as of a moment."""
     ids = items.select("item_id").unique(maintain_order=True)
-    as_of = ids.with_columns(pl.lit(settings.train_end_unix_s, dtype=pl.Int64).alias(features.EVENT_TIME))
+    as_of = ids.with_columns(pl.lit(as_of_unix_s, dtype=pl.Int64).alias(features.EVENT_TIME))
     return _join_as_of(as_of, items, "item_id").drop(features.EVENT_TIME)
 
 
-def _history(events: pl.DataFrame, watched: pl.DataFrame) -> pl.Series:
-    """Latest watched item ids of each event's user with a time strictly before the event's; oldest first."""
-    start, end = _window(_key(events), _key(watched), events["_user"].to_numpy() << _TIME_BITS)
-    return _gather_lists(watched["item_id"], np.maximum(start, end - features.MAX_HISTORY), end)
+def _history(
+    events: pl.DataFrame, watched: pl.DataFrame, max_history: int, before: str = features.EVENT_TIME
+) -> pl.Series:
+    """Latest watched item ids of each event's user with a time strictly before a column's; oldest first."""
+    start, end = _window(_key(events, before), _key(watched), events["_user"].to_numpy() << _TIME_BITS)
+    return _gather_lists(watched["item_id"], np.maximum(start, end - max_history), end)
+
+
+def _prior_sessions(
+    events: pl.DataFrame, watched: pl.DataFrame, max_history: int, session_gap_hours: float
+) -> pl.Series:
+    """The history as of the start of each event's session, for the positives that retrieval learns from.
+
+    A model that makes lists hours ahead does not know the session that they will be shown in.
+    """
+    pause = pl.col(features.EVENT_TIME).diff().over("_user") > session_gap_hours * _SECONDS_PER_HOUR
+    starts = pl.when(pause.fill_null(True)).then(pl.col(features.EVENT_TIME))
+    events = events.with_columns(starts.forward_fill().over("_user").alias("_session_start"))
+    history = _history(events, watched, max_history, before="_session_start")
+    learnt = (events["split"] == "train") & (events[features.RETRIEVAL_WEIGHT] > 0)
+    frame = pl.DataFrame({"history": history, "learnt": learnt})
+    rolled_back = pl.when("learnt").then("history").otherwise(pl.lit([], dtype=history.dtype))
+    return frame.select(rolled_back.alias(features.PRIOR_SESSIONS))[features.PRIOR_SESSIONS]
 
 
 def _search_history(events: pl.DataFrame) -> pl.Series:
@@ -151,7 +191,9 @@ def _search_history(events: pl.DataFrame) -> pl.Series:
         features.SEARCH_TOKENS
     )
     start, end = _window(_key(events), _key(tokens), events["_user"].to_numpy() << _TIME_BITS)
-    return _gather_lists(tokens[features.SEARCH_TOKENS], np.maximum(start, end - features.MAX_HISTORY), end)
+    return _gather_lists(
+        tokens[features.SEARCH_TOKENS], np.maximum(start, end - features.MAX_SEARCH_TOKENS), end
+    )
 
 
 def _distinct_searches(events: pl.DataFrame) -> pl.DataFrame:
@@ -161,8 +203,8 @@ def _distinct_searches(events: pl.DataFrame) -> pl.DataFrame:
     return searches.filter((joined != joined.shift(1).over("user_id")).fill_null(True))
 
 
-def _key(table: pl.DataFrame) -> np.ndarray:
-    return (table["_user"].to_numpy() << _TIME_BITS) | table[features.EVENT_TIME].to_numpy()
+def _key(table: pl.DataFrame, time: str = features.EVENT_TIME) -> np.ndarray:
+    return (table["_user"].to_numpy() << _TIME_BITS) | table[time].to_numpy()
 
 
 def _window(at: np.ndarray, past: np.ndarray, user_start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pydantic
 
 
@@ -10,13 +12,84 @@ class _Config(pydantic.BaseModel):
 
 
 class IndexConfig(_Config):
-    """The candidate index inside the exported retrieval model; names are those of the ScaNN library.
+    """The candidate index inside the exported retrieval model.
 
     Attributes:
-      min_recall: smallest share of the exact top max_k that ScaNN must find; effort grows until it does.
+      kind: `scann`, or `exact` for exact search with stock TensorFlow operations: the exported model then
+        loads into any model server and runs on GPUs, at the cost of scoring every item.
+      min_recall: smallest share of the exact top k that ScaNN must find, for every k up to max_k; it is tuned
+        to the least work that does, and an index that finds less is not exported.
+      allow_list: categorical or multi-categorical item features that requests may filter by; each adds the
+        request input `allow_<feature>`.
     """
 
-    min_recall: float = pydantic.Field(default=0.95, ge=0, le=1)
+    kind: Literal["scann", "exact"] = "scann"
+    min_recall: float = pydantic.Field(default=0.98, ge=0, le=1)
+    allow_list: tuple[str, ...] = ()
+
+
+class LossConfig(_Config):
+    """The softmax loss of the retrieval model and its negatives; the items of the batch always are negatives.
+
+    Attributes:
+      temperature: divides the scores in the loss.
+      sampling_probability: where the chance of an item to be in a batch comes from: "counted" in the training
+        data, or "streaming", estimated from the batches as they come.
+      streaming_rate: weight of the newest interval in the streaming estimate.
+      uniform_negatives: items drawn uniformly from the catalogue per step, with replacement; "all" for the
+        softmax over the whole catalogue, which is exact and costs as much per step as encoding it.
+      hard_negatives: items per query that the model ranks high and the user is not known to like, at most.
+      hard_negative_skip: ranks above the hard negatives that are passed over, known positives not counted.
+      hard_negative_search: neighbours of a query among which hard negatives are looked for.
+      hard_negative_refresh_steps: steps between rebuilds of the index that hard negatives are found with.
+    """
+
+    temperature: float = pydantic.Field(default=1.0, gt=0)
+    sampling_probability: Literal["counted", "streaming"] = "counted"
+    streaming_rate: float = pydantic.Field(default=0.01, gt=0, le=1)
+    uniform_negatives: pydantic.NonNegativeInt | Literal["all"] = 0
+    hard_negatives: int = pydantic.Field(default=0, ge=0)
+    hard_negative_skip: int = pydantic.Field(default=10, ge=0)
+    hard_negative_search: int = pydantic.Field(default=100, ge=1)
+    hard_negative_refresh_steps: int = pydantic.Field(default=100, ge=1)
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> LossConfig:
+        if self.hard_negative_skip + self.hard_negatives > self.hard_negative_search:
+            raise ValueError(
+                f"hard_negative_search is {self.hard_negative_search}, fewer than hard_negative_skip "
+                f"{self.hard_negative_skip} + hard_negatives {self.hard_negatives}; raise it."
+            )
+        return self
+
+    @property
+    def needs_catalogue(self) -> bool:
+        """Whether some negatives come from the catalogue and not from the batches."""
+        return self.uniform_negatives != 0 or self.hard_negatives > 0
+
+
+class HistoryConfig(_Config):
+    """How the query tower reads the list of watched items.
+
+    Attributes:
+      encoder: "mean"; "attention", a mean weighted by item and recency; "transformer", a causal transformer
+        over the events with a gate between its last state and the mean.
+      interests: query vectors per user, each an attention pooling of its own; an item's score is the best of
+        them. With 1, `encoder` decides.
+      max_events: distinct distances, in events, that attention and transformer tell apart.
+      attention_width: hidden width of the attention pooling.
+      num_blocks: of the transformer.
+      num_heads: of each block; the width of an item's embedding is a multiple of it.
+      dropout_fraction: of the transformer.
+    """
+
+    encoder: Literal["mean", "attention", "transformer"] = "mean"
+    interests: int = pydantic.Field(default=1, ge=1, le=8)
+    max_events: int = pydantic.Field(default=200, ge=1)
+    attention_width: int = pydantic.Field(default=32, ge=1)
+    num_blocks: int = pydantic.Field(default=2, ge=1)
+    num_heads: int = pydantic.Field(default=2, ge=1)
+    dropout_fraction: float = pydantic.Field(default=0.2, ge=0, lt=1)
 
 
 class RetrievalConfig(_Config):
@@ -35,9 +108,22 @@ class RetrievalConfig(_Config):
       max_steps_per_epoch: steps between validations, at most; fewer when the data hold fewer batches.
       max_epochs: upper bound; training stops earlier when validation recall stops growing.
       patience_epochs: epochs without a better validation recall before training stops.
-      temperature: divides the scores in the loss.
+      loss: softmax and negatives.
+      history: how the list of watched items is read.
+      ignored_features: query and candidate features that the towers do not read, by raw name; user_id, which
+        they never read, and item_id, which history and item bias go by, cannot be named.
+      roll_back_to_session: whether an example's history ends where its session began, in datasets with
+        session_gap_hours; else it ends with the event before.
+      first_session_weight: weight of the examples whose history is empty for that reason.
+      item_vectors: what item embeddings start from: "random", or "cooccurrence", the truncated SVD of users
+        × items. In the latter case embeddings are embedding_dim wide and both towers add them to their
+        output, so that the model starts as a matrix factorisation.
+      popularity_half_lives_days: half-lives of the recency-weighted popularities that the item bias reads, as
+        of the day of each example and, at serving, as of the end of training.
       max_validation_users: users on whom recall is measured after each epoch, at most.
       max_k: the largest k that a request may ask for.
+      warm_start: whether training starts from the last blessed model, whose rows are matched by vocabulary
+        value, and not from random weights; the first run starts cold.
       seed: of initial weights and shuffling.
     """
 
@@ -51,11 +137,27 @@ class RetrievalConfig(_Config):
     max_steps_per_epoch: int = pydantic.Field(default=100, ge=1)
     max_epochs: int = pydantic.Field(default=30, ge=1)
     patience_epochs: int = pydantic.Field(default=3, ge=1)
-    temperature: float = pydantic.Field(default=1.0, gt=0)
+    loss: LossConfig = LossConfig()
+    history: HistoryConfig = HistoryConfig()
+    ignored_features: tuple[str, ...] = ()
+    roll_back_to_session: bool = True
+    first_session_weight: float = pydantic.Field(default=1.0, ge=0)
+    item_vectors: Literal["random", "cooccurrence"] = "random"
+    popularity_half_lives_days: tuple[pydantic.PositiveFloat, ...] = ()
     max_validation_users: int = pydantic.Field(default=20_000, ge=1)
     max_k: int = pydantic.Field(default=500, ge=1)
+    warm_start: bool = False
     index: IndexConfig = IndexConfig()
     seed: int = 42
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> RetrievalConfig:
+        if self.history.interests > 1 and self.loss.hard_negatives:
+            raise ValueError(
+                f"history.interests is {self.history.interests}, but loss.hard_negatives are looked for with "
+                "one query vector per user; set one of them to its default"
+            )
+        return self
 
 
 class RankingConfig(_Config):

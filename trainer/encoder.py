@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import tensorflow as tf
 
 from trainer import features
@@ -32,8 +33,10 @@ class _ZeroPadding(tf.keras.initializers.RandomUniform):
         return tf.concat([tf.zeros_like(table[:1]), table[1:]], axis=0)
 
 
-def _table(num_ids: int, width: int, name: str) -> tf.keras.layers.Embedding:
-    initializer = _ZeroPadding(-0.05, 0.05)
+def _table(
+    num_ids: int, width: int, name: str, initial: np.ndarray | None = None
+) -> tf.keras.layers.Embedding:
+    initializer = _ZeroPadding(-0.05, 0.05) if initial is None else tf.keras.initializers.Constant(initial)
     return tf.keras.layers.Embedding(num_ids, width, embeddings_initializer=initializer, name=name)
 
 
@@ -41,18 +44,25 @@ class EmbeddingTables(tf.keras.layers.Layer):
     """One embedding table per vocabulary space; `mean` leaves row 0 (padding) out."""
 
     def __init__(
-        self, vocabulary_sizes: Mapping[str, int], widths: Mapping[str, int], **kwargs: object
+        self,
+        vocabulary_sizes: Mapping[str, int],
+        widths: Mapping[str, int],
+        initial: Mapping[str, np.ndarray] | None = None,
+        **kwargs: object,
     ) -> None:
         """Makes the tables.
 
         Args:
           vocabulary_sizes: ids per space, padding and OOV included.
           widths: embedding width per space; only these spaces get a table.
+          initial: tables to start from, by space; random where absent.
           **kwargs: passed to the Keras layer.
         """
         super().__init__(**kwargs)
+        self.widths = dict(widths)
+        initial = initial or {}
         self.tables = {
-            space: _table(vocabulary_sizes[space], width, f"embedding_{space}")
+            space: _table(vocabulary_sizes[space], width, f"embedding_{space}", initial.get(space))
             for space, width in sorted(widths.items())
         }
 

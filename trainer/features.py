@@ -19,11 +19,21 @@ POSITION = "position"
 SEARCH_TOKENS = "search_tokens"
 HISTORY = "history_item_ids"
 RETRIEVAL_WEIGHT = "retrieval_weight"
+# The history as of the start of the session; only in training positives of datasets with session_gap_hours.
+PRIOR_SESSIONS = "prior_sessions_item_ids"
+PRIOR_SESSIONS_IDS = "prior_sessions_item_ids_ids"
+# Days from the example to the end of training, rounded up; 0 after it.
+DAYS_TO_END = "days_to_train_end"
 
 # Only in user-state examples.
 EVAL_ITEMS = "eval_item_ids"
 TEST_ITEMS = "test_item_ids"
 SEEN_ITEMS = "seen_item_ids"
+# Those of TEST_ITEMS without any interaction in the train split; whether the user has a history by its end.
+COLD_TEST_ITEMS = "cold_test_item_ids"
+USER_TYPE = "user_type"
+COLD = "cold"
+WARM = "warm"
 
 # Made from event_time_unix_s (and upload_time_unix_s) inside the Transform graph.
 HOUR_OF_DAY = "hour_of_day"
@@ -32,7 +42,8 @@ EXAMPLE_AGE = "example_age_days"
 ITEM_AGE = "item_age_days"
 
 SPLITS = ("train", "eval", "test")
-MAX_HISTORY = 50
+# Searches are short: more of their words say little that the latest do not.
+MAX_SEARCH_TOKENS = 50
 
 # Transformed ids: 0 is padding or missing, 1 is any value outside the vocabulary, the vocabulary starts at 2.
 PADDING_ID = 0

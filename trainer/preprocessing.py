@@ -34,7 +34,8 @@ def preprocessing_fn(
 
     Returns:
       For each feature its transformed names (see trainer.features.Feature); for each label and for
-      retrieval_weight a float32 [B] with NaN where absent.
+      retrieval_weight a float32 [B] with NaN where absent; DAYS_TO_END int64 [B]; PRIOR_SESSIONS_IDS, as the
+      history, for datasets with session_gap_hours.
     """
     spec = dataset_spec_from_json(str(custom_config["dataset"]))
     space = features.feature_space(spec)
@@ -68,6 +69,9 @@ def preprocessing_fn(
         ids = _ids(raw, learnt_spaces[feature.space])
         outputs[feature.id_name] = ids if feature.is_list else _scalar(ids, features.PADDING_ID)
 
+    if spec.session_gap_hours is not None:
+        item_vocabulary = learnt_spaces[features.ITEM_SPACE]
+        outputs[features.PRIOR_SESSIONS_IDS] = _ids(inputs[features.PRIOR_SESSIONS], item_vocabulary)
     for label in (*space.labels, features.RETRIEVAL_WEIGHT):
         outputs[label] = _scalar(inputs[label], float("nan"))
     return outputs
@@ -99,13 +103,15 @@ def _clock(event_time: tf.Tensor, spec: DatasetSpec, train_end_unix_s: int) -> d
     hour = (local // _SECONDS_PER_HOUR) % _HOURS
     day = (local // _SECONDS_PER_DAY + _EPOCH_DAY_OF_WEEK) % _DAYS
     known = event_time >= 0
+    seconds_to_end = tf.where(known, tf.maximum(train_end_unix_s - event_time, 0), 0)
     # Zero for every request after training: the model is asked about the end of its window (Covington, 3.3).
-    age = tf.cast(tf.maximum(train_end_unix_s - event_time, 0), tf.float32) / _SECONDS_PER_DAY
+    age = tf.cast(seconds_to_end, tf.float32) / _SECONDS_PER_DAY
     outputs = {
+        features.DAYS_TO_END: (seconds_to_end + _SECONDS_PER_DAY - 1) // _SECONDS_PER_DAY,
         hour_of_day.id_name: tf.where(known, hour + features.FIRST_VOCABULARY_ID, features.PADDING_ID),
         day_of_week.id_name: tf.where(known, day + features.FIRST_VOCABULARY_ID, features.PADDING_ID),
     }
-    outputs.update(_quantile_normalised(tf.where(known, age, 0.0), example_age))
+    outputs.update(_quantile_normalised(age, example_age))
     return outputs
 
 

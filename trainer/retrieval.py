@@ -14,16 +14,23 @@ import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
 from schema.contract import FeatureKind
-from schema.errors import DataError
+from schema.errors import ConfigError, DataError
 from trainer import features
 from trainer.catalogue import Catalogue
+from trainer.collapse import check_not_collapsed
 from trainer.config import RetrievalConfig
 from trainer.encoder import EmbeddingTables, embedding_width
-from trainer.losses import in_batch_softmax_loss, log_sampling_probability
+from trainer.hard_negatives import HardNegativeMiner, RefreshHardNegatives
+from trainer.losses import log_sampling_probability, sampled_softmax_loss
+from trainer.negatives import CandidateSampler, CataloguePool
+from trainer.popularity import append_popularity
 from trainer.retrieval_validation import RECALL, ValidationUsers, validate
+from trainer.sampling_probability import CountedProbability, StreamingProbability
 from trainer.towers import CandidateTower, QueryTower, tower_features
 
 _ITEM_ID = features.Feature(features.ITEM_ID, FeatureKind.CATEGORICAL, features.ITEM_SPACE).id_name
+
+_HISTORY_IDS = features.Feature(features.HISTORY, FeatureKind.MULTI_CATEGORICAL, features.ITEM_SPACE).id_name
 
 # Users or items per call outside of training: bounds memory, costs no quality.
 _ENCODE_BATCH = 1_024
@@ -34,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 class RetrievalModel(tfrs.models.Model):
-    """Query tower and candidate tower, trained with the in-batch softmax."""
+    """Query tower and candidate tower, trained with a sampled softmax."""
 
     def __init__(
         self,
@@ -42,6 +49,9 @@ class RetrievalModel(tfrs.models.Model):
         space: features.FeatureSpace,
         vocabulary_sizes: Mapping[str, int],
         log_q: np.ndarray,
+        popularity: np.ndarray | None = None,
+        item_vectors: np.ndarray | None = None,
+        embedding_widths: Mapping[str, int] | None = None,
     ) -> None:
         """Makes the model.
 
@@ -50,32 +60,64 @@ class RetrievalModel(tfrs.models.Model):
           space: the dataset's features.
           vocabulary_sizes: ids per vocabulary space, padding and OOV included.
           log_q: float32 [vocabulary_sizes[ITEM_SPACE]], from `item_log_q`.
+          popularity: float32 [ids, T, P], from `trainer.popularity.daily_popularity`; None is no popularity.
+          item_vectors: float32 [ids, embedding_dim] that item embeddings start from; None is random.
+          embedding_widths: by vocabulary space; by default they grow with the vocabulary. A warm start keeps
+            those of the model that it starts from.
         """
         super().__init__()
-        widths = {
+        query_features = tower_features(space.query, config.ignored_features)
+        candidate_features = tower_features(space.candidate, config.ignored_features)
+        widths = dict(embedding_widths or {}) or {
             f.space: embedding_width(vocabulary_sizes[f.space], config.max_embedding_width)
-            for f in (*tower_features(space.query), *space.candidate)
+            for f in (*query_features, *candidate_features)
             if f.is_categorical
         }
-        tables = EmbeddingTables(vocabulary_sizes, widths)
+        initial = {}
+        if config.item_vectors == "cooccurrence":
+            widths[features.ITEM_SPACE] = config.embedding_dim
+            initial = {} if item_vectors is None else {features.ITEM_SPACE: item_vectors}
+        self.embedding_widths = widths
+        tables = EmbeddingTables(vocabulary_sizes, widths, initial)
         # The corrected softmax learns log p(item | query), so the bias starts at log p(item): the popularity
         # ranking before the first step. Centred, which changes no order and keeps the scores small.
-        bias = config.temperature * (log_q - np.mean(log_q[features.OOV_ID :]))
-        self.query_tower = QueryTower(
-            space.query, tables, config.hidden_layers, config.embedding_dim, config.query_dropout_fraction
-        )
+        self.initial_bias = config.loss.temperature * (log_q - np.mean(log_q[features.OOV_ID :]))
+        if popularity is None:
+            popularity = np.zeros((len(log_q), 1, 0), np.float32)
+        self.query_tower = QueryTower(query_features, tables, config)
         self.candidate_tower = CandidateTower(
-            space.candidate,
-            tables,
-            config.hidden_layers,
-            config.embedding_dim,
-            config.item_id_dropout_fraction,
-            initial_bias=bias,
+            candidate_features, tables, config, self.initial_bias, popularity[:, 0]
         )
-        self.log_q = tf.constant(log_q, tf.float32)
-        self.temperature = config.temperature
+        self.popularity = tf.constant(popularity) if popularity.shape[2] else None
+        self.config = config
+        self.num_item_ids = len(log_q)
+        self.sampling_probability = (
+            CountedProbability(log_q)
+            if config.loss.sampling_probability == "counted"
+            else StreamingProbability(len(log_q), config.batch_size, config.loss.streaming_rate)
+        )
+        self.candidate_names = tuple(name for f in candidate_features for name in f.transformed_names)
+        # Training only, and so none of the model's variables.
+        self.sampler = (
+            None
+            if config.loss.needs_catalogue
+            else CandidateSampler(self.candidate_names, self.sampling_probability)
+        )
         # What TFRS logs as "loss" is that of an epoch's last batch.
         self.mean_loss = tf.keras.metrics.Mean("mean_loss")
+
+    def use_catalogue(self, catalogue: Catalogue, miner: HardNegativeMiner | None = None) -> None:
+        """Gives the loss what uniform and hard negatives come from.
+
+        Args:
+          catalogue: every item.
+          miner: of hard negatives; none are used when absent.
+
+        Raises:
+          ConfigError: no item of the catalogue occurs in the training data.
+        """
+        pool = CataloguePool(catalogue, self.num_item_ids, self.config.loss.uniform_negatives)
+        self.sampler = CandidateSampler(self.candidate_names, self.sampling_probability, pool, miner)
 
     # Nothing here branches on a tensor; AutoGraph would spend half a minute on converting Keras' own code.
     train_step = tf.autograph.experimental.do_not_convert(tfrs.models.Model.train_step)
@@ -89,18 +131,52 @@ class RetrievalModel(tfrs.models.Model):
 
         Returns:
           float32 scalar.
+
+        Raises:
+          ConfigError: the loss needs the catalogue and has not got it.
         """
+        if self.sampler is None:
+            raise ConfigError("uniform and hard negatives need the catalogue; call use_catalogue first.")
+        inputs, weights = self._rolled_back(inputs)
         queries = self.query_tower(inputs, training=training)
-        candidates = self.candidate_tower(inputs, training=training)
-        loss = in_batch_softmax_loss(
-            tf.matmul(queries, candidates, transpose_b=True),
-            inputs[_ITEM_ID],
-            tf.gather(self.log_q, inputs[_ITEM_ID]),
-            self.temperature,
-            inputs[features.RETRIEVAL_WEIGHT],
+        candidates = self.sampler.sample(
+            inputs,
+            queries,
+            lambda items: self.candidate_tower(items, training=training, with_popularity=False),
+            training,
+        )
+        vectors = candidates.vectors
+        if queries.shape.rank == 3:
+            queries = _nearest_interest(queries, tf.gather(vectors, candidates.positives))
+        if self.popularity is not None:
+            queries, vectors = append_popularity(
+                queries,
+                vectors,
+                inputs[features.DAYS_TO_END],
+                tf.gather(self.popularity, candidates.item_ids),
+                self.candidate_tower.popularity_weights,
+            )
+        loss = sampled_softmax_loss(
+            queries,
+            vectors,
+            candidates.positives,
+            candidates.log_weights,
+            self.config.loss.temperature,
+            weights,
+            candidates.hard_negatives,
         )
         self.mean_loss.update_state(loss)
         return loss
+
+    def _rolled_back(self, inputs: Mapping[str, tf.Tensor]) -> tuple[Mapping[str, tf.Tensor], tf.Tensor]:
+        """Inputs with the history as of the start of the session, and the weights of the examples [B]."""
+        weights = inputs[features.RETRIEVAL_WEIGHT]
+        if features.PRIOR_SESSIONS_IDS not in inputs or not self.config.roll_back_to_session:
+            return inputs, weights
+        history = inputs[features.PRIOR_SESSIONS_IDS]
+        is_first = tf.reduce_all(history == features.PADDING_ID, axis=1)
+        weights = tf.where(is_first, self.config.first_session_weight * weights, weights)
+        return {**inputs, _HISTORY_IDS: history}, weights
 
     def encode_users(self, users: Mapping[str, np.ndarray]) -> np.ndarray:
         """Transformed query features [U] -> query vectors float32 [U, embedding_dim + 1]."""
@@ -109,6 +185,15 @@ class RetrievalModel(tfrs.models.Model):
     def encode_catalogue(self, catalogue: Catalogue) -> np.ndarray:
         """Candidate vectors of every item, float32 [I, embedding_dim + 1], in the order of the catalogue."""
         return _in_batches(self.candidate_tower, catalogue.transformed)
+
+
+def _nearest_interest(queries: tf.Tensor, positives: tf.Tensor) -> tf.Tensor:
+    """The interest that scores the positive highest, float32 [B, D] of [B, M, D].
+
+    Source: Cen et al., KDD 2020, section 3.3 (ComiRec).
+    """
+    best = tf.argmax(tf.einsum("bmd,bd->bm", queries, positives), axis=1, output_type=tf.int32)
+    return tf.gather(queries, best, batch_dims=1)
 
 
 def _in_batches(
@@ -172,6 +257,7 @@ def fit(
     users: ValidationUsers,
     config: RetrievalConfig,
     log_file: Path,
+    known_positives: np.ndarray | None = None,
 ) -> list[dict[str, float]]:
     """Trains until validation recall stops growing and leaves the weights of the best epoch in the model.
 
@@ -183,24 +269,36 @@ def fit(
       users: for validation.
       config: optimiser and stopping settings.
       log_file: JSON list with one entry per epoch, rewritten after each.
+      known_positives: from `trainer.hard_negatives.known_positives`; needed for hard negatives.
 
     Returns:
       One dict per epoch: epoch, loss (mean over its steps), RECALL, NDCG, train_s, validation_s.
 
     Raises:
+      ConfigError: the loss has hard negatives, and `known_positives` is absent.
       DataError: the loss is no longer finite.
+      CollapsedModelError: the best epoch's model says the same to everybody.
     """
+    validation = _Validation(catalogue, users, config.patience_epochs, log_file)
+    callbacks: list[tf.keras.callbacks.Callback] = [validation]
+    miner = None
+    if config.loss.hard_negatives:
+        if known_positives is None:
+            raise ConfigError("loss.hard_negatives is above 0; pass known_positives to tell false ones by.")
+        miner = HardNegativeMiner(config.loss, catalogue, known_positives)
+        callbacks.append(RefreshHardNegatives(miner, lambda: model.encode_catalogue(catalogue)))
+    if config.loss.needs_catalogue:
+        model.use_catalogue(catalogue, miner)
     # The update of Adagrad touches only the embedding rows of the batch; that of Adam decays every row.
     optimizer = tf.keras.optimizers.legacy.Adagrad(
         config.learning_rate, initial_accumulator_value=_INITIAL_ACCUMULATOR
     )
     model.compile(optimizer=optimizer)
-    validation = _Validation(catalogue, users, config.patience_epochs, log_file)
     model.fit(
         batches.repeat(),
         steps_per_epoch=min(config.max_steps_per_epoch, max(1, num_positives // config.batch_size)),
         epochs=config.max_epochs,
-        callbacks=[validation],
+        callbacks=callbacks,
         verbose=0,
     )
     return validation.epochs
@@ -245,3 +343,4 @@ class _Validation(tf.keras.callbacks.Callback):
         self.model.set_weights(self.best_weights)
         best = self.epochs[self.best_epoch]
         logger.info("retrieval best_epoch=%d %s=%.4f", self.best_epoch + 1, RECALL, best[RECALL])
+        check_not_collapsed(best, len(self.users), len(self.catalogue))

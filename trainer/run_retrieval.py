@@ -1,26 +1,43 @@
-"""The retrieval model's `run_fn` for the TFX Trainer component: config, data, model, fit, index, export."""
+"""The retrieval model's `run_fn` for the TFX Trainer component: config, data, model, fit, index, export.
+
+And the same export without training, over another catalogue.
+"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 import tensorflow_transform as tft
 
-from schema.contract import dataset_spec_from_json
+from schema.contract import DatasetSpec, dataset_spec_from_json
+from schema.errors import ConfigError
 from trainer import features
+from trainer.allow_lists import check_attributes
+from trainer.catalogue import Catalogue
+from trainer.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from trainer.config import RetrievalConfig
-from trainer.index import build_index
-from trainer.input_pipeline import load_catalogue, shuffled_batches, windows
+from trainer.hard_negatives import known_positives
+from trainer.index_build import IndexFacts, build_index, item_slices
+from trainer.input_pipeline import expand, load_catalogue, shuffled_batches, windows
+from trainer.item_vectors import cooccurrence_vectors
+from trainer.popularity import daily_popularity
 from trainer.preprocessing import vocabulary_sizes
+from trainer.raw_inputs import parse_candidate_examples
 from trainer.retrieval import RetrievalModel, count_positives, fit, is_positive, item_log_q
 from trainer.retrieval_export import ServedRetrieval, export
 from trainer.retrieval_validation import load_validation_users
+from trainer.warm_start import towers, vocabularies, warm_start
 
 TRAINING_LOG = "training_log.json"
 # Queries on which ScaNN is compared with exact search: enough for a mean to within a percent.
 _SAMPLE_QUERIES = 256
+
+_logger = logging.getLogger(__name__)
 
 
 def run_fn(fn_args: Any) -> None:
@@ -28,34 +45,191 @@ def run_fn(fn_args: Any) -> None:
 
     Args:
       fn_args: TFX's FnArgs; `custom_config` holds `dataset` and `config` as JSON, `catalogue` and
-        `user_states` as file patterns.
+        `user_states` as file patterns; `base_model` is the exported model to start from, or None.
 
-    Writes the SavedModel to `serving_model_dir`, and `training_log.json` (a list of one record per epoch, see
-    `trainer.retrieval.fit`) to `model_run_dir`.
+    Writes the SavedModel with its checkpoint to `serving_model_dir`, and `training_log.json` (a list of one
+    record per epoch, see `trainer.retrieval.fit`) to `model_run_dir`.
 
     Raises:
       DataError: there is nothing to train or to validate on, or the loss is no longer finite.
+      CollapsedModelError: the model says the same to everybody.
       IndexBuildError: the index does not reach the required recall.
+      CheckpointError, ConfigError: the base model does not fit the code, or this run's model.
     """
     spec = dataset_spec_from_json(fn_args.custom_config["dataset"])
     config = RetrievalConfig.model_validate_json(fn_args.custom_config["config"])
     transform_output = tft.TFTransformOutput(fn_args.transform_output)
     layer = transform_output.transform_features_layer()
     sizes = vocabulary_sizes(transform_output, spec)
-    catalogue = load_catalogue(fn_args.custom_config["catalogue"], transform_output, spec)
+    catalogue_files = fn_args.custom_config["catalogue"]
+    catalogue = load_catalogue(catalogue_files, transform_output, spec)
     user_states = fn_args.custom_config["user_states"]
     users = load_validation_users(user_states, layer, catalogue, spec, config.max_validation_users)
     train_windows = windows(fn_args.train_files, spec, transform_output)
 
     tf.keras.utils.set_random_seed(config.seed)
     counts = count_positives(train_windows, sizes[features.ITEM_SPACE])
-    model = RetrievalModel(config, features.feature_space(spec), sizes, item_log_q(counts, catalogue))
+    log_q = item_log_q(counts, catalogue)
+    popularity = daily_popularity(
+        train_windows, sizes[features.ITEM_SPACE], spec.positive, config.popularity_half_lives_days
+    )
+    probe = next(iter(train_windows))
+    if config.warm_start and fn_args.base_model:
+        model = _started_from(fn_args.base_model, config, spec, transform_output, log_q, popularity, probe)
+    else:
+        _logger.info("phase=start kind=cold warm_start=%s", config.warm_start)
+        item_vectors = _item_vectors(train_windows, sizes[features.ITEM_SPACE], spec, config)
+        model = RetrievalModel(config, features.feature_space(spec), sizes, log_q, popularity, item_vectors)
     batches = shuffled_batches(train_windows, config.batch_size, config.seed, keep=is_positive)
     log_file = Path(fn_args.model_run_dir) / TRAINING_LOG
-    fit(model, batches, int(counts.sum()), catalogue, users, config, log_file)
+    known = known_positives(train_windows) if config.loss.hard_negatives else None
+    fit(model, batches, int(counts.sum()), catalogue, users, config, log_file, known)
 
-    sample_queries = model.encode_users(users.query)[:_SAMPLE_QUERIES]
-    vectors = model.encode_catalogue(catalogue)
-    index, facts = build_index(catalogue.item_ids, vectors, sample_queries, config.index, config.max_k)
-    served = ServedRetrieval(model, index, layer, catalogue, spec, config.max_k)
-    export(served, facts, fn_args.serving_model_dir)
+    arrays = {
+        "log_q": log_q,
+        "popularity": popularity[:, :1],
+        "num_positives": counts,
+        "sample_queries": model.encode_users(users.query)[:_SAMPLE_QUERIES],
+    }
+    _export(model, layer, catalogue, catalogue_files, spec, config, arrays, fn_args.serving_model_dir)
+    write_checkpoint(
+        fn_args.serving_model_dir,
+        towers(model),
+        probe,
+        spec=spec,
+        config=config,
+        transform_output=transform_output,
+        catalogue=catalogue_files,
+        settings={"embedding_widths": dict(model.embedding_widths)},
+        arrays=arrays,
+    )
+
+
+def refresh(model_dir: Path, catalogue: Sequence[str], target: Path) -> IndexFacts:
+    """Exports a trained model over another catalogue, without training.
+
+    Items outside the training vocabulary get their vectors from their content.
+
+    Args:
+      model_dir: exported or pushed retrieval model.
+      catalogue: gzipped TFRecord files of the new catalogue's examples.
+      target: local folder of the new SavedModel; absent or empty.
+
+    Returns:
+      What was built.
+
+    Raises:
+      CheckpointError: the model has no checkpoint, or one that does not fit the code.
+      DataError: the catalogue is empty, or its ids are.
+      IndexBuildError: the index does not reach the required recall.
+    """
+    checkpoint = read_checkpoint(model_dir)
+    model = restore(checkpoint)
+    layer = checkpoint.transform_output.transform_features_layer()
+    items = load_catalogue(catalogue, checkpoint.transform_output, checkpoint.spec)
+    config = checkpoint.read_config(RetrievalConfig)
+    facts = _export(model, layer, items, catalogue, checkpoint.spec, config, checkpoint.arrays, str(target))
+    checkpoint.copy_to(target, catalogue)
+    return facts
+
+
+def restore(checkpoint: Checkpoint) -> RetrievalModel:
+    """The trained model of a checkpoint. Raises CheckpointError when it does not fit the code."""
+    model = RetrievalModel(
+        checkpoint.read_config(RetrievalConfig),
+        features.feature_space(checkpoint.spec),
+        vocabulary_sizes(checkpoint.transform_output, checkpoint.spec),
+        checkpoint.arrays["log_q"],
+        checkpoint.arrays["popularity"],
+        embedding_widths=checkpoint.settings["embedding_widths"],
+    )
+    checkpoint.restore(towers(model))
+    return model
+
+
+def _started_from(
+    base_dir: str,
+    config: RetrievalConfig,
+    spec: DatasetSpec,
+    transform_output: tft.TFTransformOutput,
+    log_q: np.ndarray,
+    popularity: np.ndarray,
+    probe: Mapping[str, tf.Tensor],
+) -> RetrievalModel:
+    """A new model with the weights of an exported one."""
+    checkpoint = read_checkpoint(base_dir)
+    space, base_space = features.feature_space(spec), features.feature_space(checkpoint.spec)
+    if (space.query, space.candidate) != (base_space.query, base_space.candidate):
+        changed = {*space.all} ^ {*base_space.all}
+        raise ConfigError(
+            "retrieval.warm_start: the features of the dataset are not those of the last blessed model "
+            f"({', '.join(sorted({f.name for f in changed})) or 'another order'}); start anew with "
+            "--set retrieval.warm_start=false"
+        )
+    base = restore(checkpoint)
+    sizes = vocabulary_sizes(transform_output, spec)
+    model = RetrievalModel(config, space, sizes, log_q, popularity, embedding_widths=base.embedding_widths)
+    towers(model).answer({name: column[:1] for name, column in probe.items()})
+    values = vocabularies(transform_output, spec)
+    kept = warm_start(model, base, values, vocabularies(checkpoint.transform_output, checkpoint.spec))
+    _logger.info(
+        "phase=start kind=warm base=%s kept=%s",
+        base_dir,
+        " ".join(f"{name}:{count}/{len(values[name])}" for name, count in kept.items()),
+    )
+    return model
+
+
+def _item_vectors(
+    windows: tf.data.Dataset, num_ids: int, spec: DatasetSpec, config: RetrievalConfig
+) -> np.ndarray | None:
+    """What item embeddings start from; None is random."""
+    if config.item_vectors == "random":
+        return None
+    space = features.feature_space(spec)
+    user_id, item_id = (space.find(name).id_name for name in (features.USER_ID, features.ITEM_ID))
+    users, items = [], []
+    for window in windows:
+        positive = window[spec.positive].numpy() > 0
+        users.append(window[user_id].numpy()[positive])
+        items.append(window[item_id].numpy()[positive])
+    return cooccurrence_vectors(
+        np.concatenate(users), np.concatenate(items), num_ids, config.embedding_dim, config.seed
+    )
+
+
+def _export(
+    model: RetrievalModel,
+    layer: Any,
+    catalogue: Catalogue,
+    catalogue_files: Sequence[str],
+    spec: DatasetSpec,
+    config: RetrievalConfig,
+    arrays: Mapping[str, np.ndarray],
+    model_dir: str,
+) -> IndexFacts:
+    """Builds the index and exports it with the model; `arrays` are those of the checkpoint."""
+    ids = catalogue.transformed[features.feature_space(spec).find(features.ITEM_ID).id_name]
+    index, facts = build_index(
+        catalogue.item_ids,
+        model.encode_catalogue(catalogue),
+        arrays["sample_queries"],
+        config.index,
+        config.max_k,
+        slices=item_slices(arrays["num_positives"][ids], ids > features.OOV_ID),
+        attributes=_attributes(catalogue_files, spec, config.index.allow_list),
+    )
+    export(ServedRetrieval(model, index, layer, catalogue, spec, config.max_k), facts, model_dir)
+    return facts
+
+
+def _attributes(
+    catalogue_files: Sequence[str], spec: DatasetSpec, names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Raw values of all items by attribute: str [I], or [I, W] where an item has any number of them."""
+    if not names:
+        return {}
+    check_attributes(names, spec)
+    records = tf.data.TFRecordDataset(expand(catalogue_files), compression_type="GZIP")
+    raw = parse_candidate_examples(tf.constant(list(records.as_numpy_iterator())), spec)
+    return {name: np.char.decode(raw[name].numpy().astype(bytes), "utf-8") for name in names}

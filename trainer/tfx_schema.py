@@ -35,6 +35,9 @@ def interactions_schema(spec: DatasetSpec) -> schema_pb2.Schema:
             feature.float_domain.min = 0.0
     if features.POSITION in spec.interactions.columns:
         schema.feature.add(name=features.POSITION, type=schema_pb2.INT, not_in_environment=[SERVING])
+    if spec.session_gap_hours is not None:
+        prior = schema.feature.add(name=features.PRIOR_SESSIONS, type=schema_pb2.BYTES)
+        prior.not_in_environment.append(SERVING)
     return schema
 
 

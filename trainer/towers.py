@@ -7,8 +7,18 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import tensorflow as tf
 
+from schema.contract import FeatureKind
+from schema.errors import ConfigError
 from trainer import features
+from trainer.config import RetrievalConfig
 from trainer.encoder import EmbeddingTables, FeatureEncoder
+from trainer.history import history_layer
+
+_ITEM_ID = features.Feature(features.ITEM_ID, FeatureKind.CATEGORICAL, features.ITEM_SPACE)
+_HISTORY = features.Feature(features.HISTORY, FeatureKind.MULTI_CATEGORICAL, features.ITEM_SPACE)
+# Of the history in the query vector, when item vectors start from co-occurrence: likeness to the history
+# and popularity then weigh about the same before the first step.
+_HISTORY_WEIGHT = 2.0
 
 
 class QueryTower(tf.keras.layers.Layer):
@@ -22,32 +32,57 @@ class QueryTower(tf.keras.layers.Layer):
         self,
         query_features: Sequence[features.Feature],
         tables: EmbeddingTables,
-        hidden_layers: Sequence[int],
-        embedding_dim: int,
-        dropout_fraction: float,
+        config: RetrievalConfig,
         **kwargs: object,
     ) -> None:
         """Makes the tower.
 
         Args:
-          query_features: the dataset's query features.
+          query_features: what the tower reads, see `tower_features`.
           tables: embedding tables; the history shares the table of the candidates' item ids.
-          hidden_layers: widths of the hidden layers.
-          embedding_dim: width of the vector without the constant.
-          dropout_fraction: share of ids that are hidden in training.
+          config: of the model.
           **kwargs: passed to the Keras layer.
+
+        Raises:
+          ConfigError: there is no feature to read, or the width of the items' embeddings does not fit the
+            settings of the history.
         """
         super().__init__(**kwargs)
-        self.encoder = FeatureEncoder(tower_features(query_features), tables)
-        self.mlp = _mlp(hidden_layers, embedding_dim)
-        self.dropout_fraction = dropout_fraction
+        if not query_features:
+            raise ConfigError("retrieval.ignored_features leaves the query tower nothing to read; name fewer")
+        self.encoded = tuple(query_features)
+        self.dropout_fraction = config.query_dropout_fraction
+        self.encoder = FeatureEncoder([f for f in self.encoded if f != _HISTORY], tables)
+        self.history: tf.keras.layers.Layer | None = None
+        self.history_weight: tf.Variable | None = None
+        if _HISTORY in self.encoded:
+            self.history = history_layer(config.history, tables.widths[features.ITEM_SPACE])
+            if config.item_vectors == "cooccurrence":
+                self.history_weight = self.add_weight(
+                    "history_weight", [], initializer=tf.keras.initializers.Constant(_HISTORY_WEIGHT)
+                )
+        self.mlp = _mlp(config.hidden_layers, config.embedding_dim)
 
     def call(self, inputs: Mapping[str, tf.Tensor], training: bool = False) -> tf.Tensor:
-        """Encodes transformed query features [B] into float32 [B, embedding_dim + 1]."""
+        """Encodes transformed query features [B] into float32 [B, embedding_dim + 1].
+
+        With several interests, [B, interests, embedding_dim + 1].
+        """
         if training:
-            inputs = hide_ids(inputs, self.encoder.encoded, self.dropout_fraction)
-        vectors = self.mlp(self.encoder(inputs))
-        return tf.concat([vectors, tf.ones_like(vectors[:, :1])], axis=-1)
+            inputs = hide_ids(inputs, self.encoded, self.dropout_fraction)
+        parts = [self.encoder(inputs)] if self.encoder.encoded else []
+        if self.history is None:
+            vectors = self.mlp(parts[0])
+        else:
+            ids = inputs[_HISTORY.id_name]
+            watched = self.encoder.tables(features.ITEM_SPACE, ids)
+            history = self.history(watched, tf.not_equal(ids, features.PADDING_ID), training=training)
+            if history.shape.rank == 3:
+                parts = [tf.repeat(part[:, tf.newaxis, :], history.shape[1], axis=1) for part in parts]
+            vectors = self.mlp(tf.concat([*parts, history], axis=-1))
+            if self.history_weight is not None:
+                vectors += self.history_weight * history
+        return tf.concat([vectors, tf.ones_like(vectors[..., :1])], axis=-1)
 
 
 class CandidateTower(tf.keras.layers.Layer):
@@ -61,46 +96,71 @@ class CandidateTower(tf.keras.layers.Layer):
         self,
         candidate_features: Sequence[features.Feature],
         tables: EmbeddingTables,
-        hidden_layers: Sequence[int],
-        embedding_dim: int,
-        id_dropout_fraction: float,
+        config: RetrievalConfig,
         initial_bias: np.ndarray,
+        popularity: np.ndarray,
         **kwargs: object,
     ) -> None:
         """Makes the tower.
 
         Args:
-          candidate_features: the dataset's candidate features.
+          candidate_features: what the tower reads, see `tower_features`.
           tables: embedding tables, shared with the query tower.
-          hidden_layers: widths of the hidden layers.
-          embedding_dim: width of the vector without the bias.
-          id_dropout_fraction: share of item ids that are hidden in training.
+          config: of the model.
           initial_bias: float [ids of the item vocabulary, padding and OOV included].
+          popularity: float [ids, P], recency-weighted popularities at serving time; P may be 0.
           **kwargs: passed to the Keras layer.
         """
         super().__init__(**kwargs)
         self.encoder = FeatureEncoder(candidate_features, tables)
-        self.mlp = _mlp(hidden_layers, embedding_dim)
-        self.item_id = next(f for f in candidate_features if f.name == features.ITEM_ID)
-        self.id_dropout_fraction = id_dropout_fraction
+        self.mlp = _mlp(config.hidden_layers, config.embedding_dim)
+        self.item_id = _ITEM_ID
+        self.adds_item_vector = config.item_vectors == "cooccurrence"
+        self.id_dropout_fraction = config.item_id_dropout_fraction
         self.bias = tf.keras.layers.Embedding(
             len(initial_bias),
             1,
             embeddings_initializer=tf.keras.initializers.Constant(np.reshape(initial_bias, [-1, 1])),
             name="item_bias",
         )
+        # A constant, as it comes from the data: training finds out how much each popularity counts.
+        self.popularity = tf.constant(popularity, tf.float32)
+        self.popularity_weights = self.add_weight(
+            "popularity_weights",
+            [popularity.shape[1]],
+            initializer="zeros",
+            trainable=popularity.shape[1] > 0,  # Keras warns of trained weights that no loss depends on
+        )
 
-    def call(self, inputs: Mapping[str, tf.Tensor], training: bool = False) -> tf.Tensor:
-        """Encodes transformed candidate features [B] into float32 [B, embedding_dim + 1]."""
+    def call(
+        self, inputs: Mapping[str, tf.Tensor], training: bool = False, with_popularity: bool = True
+    ) -> tf.Tensor:
+        """Encodes transformed candidate features [B] into float32 [B, embedding_dim + 1].
+
+        Args:
+          inputs: transformed candidate features.
+          training: whether ids are hidden.
+          with_popularity: whether the bias counts the popularity at serving time; the loss counts that of the
+            example's day instead.
+        """
         if training:
             inputs = hide_ids(inputs, [self.item_id], self.id_dropout_fraction)
+        ids = inputs[self.item_id.id_name]
         vectors = self.mlp(self.encoder(inputs))
-        return tf.concat([vectors, self.bias(inputs[self.item_id.id_name])], axis=-1)
+        if self.adds_item_vector:
+            vectors += self.encoder.tables(features.ITEM_SPACE, ids)
+        bias = self.bias(ids)
+        if with_popularity:
+            bias += tf.linalg.matvec(tf.gather(self.popularity, ids), self.popularity_weights)[:, tf.newaxis]
+        return tf.concat([vectors, bias], axis=-1)
 
 
-def tower_features(query_features: Iterable[features.Feature]) -> list[features.Feature]:
-    """The query features that the query tower reads: all but the user id."""
-    return [f for f in query_features if f.name != features.USER_ID]
+def tower_features(
+    candidates: Iterable[features.Feature], ignored: Iterable[str] = ()
+) -> list[features.Feature]:
+    """What a tower reads of the query or candidate features: all but the user id and those ignored."""
+    unread = {features.USER_ID, *ignored}
+    return [f for f in candidates if f.name not in unread]
 
 
 def hide_ids(

@@ -32,6 +32,7 @@ from schema.tables import INTERACTIONS, ITEMS, USERS, read_summary
 from tfx_pipeline.examples import (
     ExampleSettings,
     catalogue_columns,
+    catalogue_inputs,
     example_batch,
     interaction_columns,
     user_state_columns,
@@ -216,14 +217,23 @@ class _BuildShard(beam.DoFn):
                 tables[name].append(pl.read_ipc(io.BytesIO(data)))
         query, candidate, labels = (_inputs(self._spec, group) for group in ("query", "candidate", "labels"))
         if self._kind is ExampleKind.CATALOGUE:
-            self._write(index, self._kind.value, catalogue_columns(self._items, self._settings), candidate)
+            catalogue = catalogue_columns(self._items, self._settings.train_end_unix_s)
+            self._write(index, self._kind.value, catalogue, catalogue_inputs(self._spec))
             return
         events = pl.concat(tables[INTERACTIONS]) if tables[INTERACTIONS] else self._empty(INTERACTIONS)
         users = pl.concat(tables[USERS]) if tables[USERS] else self._empty(USERS)
         if self._kind is ExampleKind.USER_STATES:
-            states = user_state_columns(events, users, self._spec, self._settings, self._default_surface())
+            surface, train_items = self._default_surface(), self._train_item_ids()
+            states = user_state_columns(events, users, self._spec, self._settings, surface, train_items)
             held_out = dict.fromkeys(
-                (features.EVAL_ITEMS, features.TEST_ITEMS, features.SEEN_ITEMS), "string"
+                (
+                    features.EVAL_ITEMS,
+                    features.TEST_ITEMS,
+                    features.COLD_TEST_ITEMS,
+                    features.SEEN_ITEMS,
+                    features.USER_TYPE,
+                ),
+                "string",
             )
             self._write(index, self._kind.value, states, {**query, **held_out})
             return
@@ -235,6 +245,10 @@ class _BuildShard(beam.DoFn):
 
     def _empty(self, name: str) -> pl.DataFrame:
         return pl.read_parquet(self._tables_dir / name, n_rows=0)
+
+    def _train_item_ids(self) -> pl.Series:
+        interactions = pl.scan_parquet(self._tables_dir / INTERACTIONS).filter(pl.col("split") == "train")
+        return interactions.select(pl.col(features.ITEM_ID).unique()).collect()[features.ITEM_ID]
 
     def _default_surface(self) -> str | None:
         if features.SURFACE not in self._spec.interactions.columns:
@@ -265,4 +279,6 @@ def _inputs(spec: DatasetSpec, group: str) -> dict[str, str]:
     labels = dict.fromkeys([*features.feature_space(spec).labels, features.RETRIEVAL_WEIGHT], "float32")
     if features.POSITION in spec.interactions.columns:
         labels[features.POSITION] = "int64"
+    if spec.session_gap_hours is not None:
+        labels[features.PRIOR_SESSIONS] = "string"
     return labels
