@@ -8,6 +8,7 @@ with RecommenderClient("http://127.0.0.1:8501") as client:
 from __future__ import annotations
 
 import difflib
+import logging
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,7 +43,10 @@ __all__ = [
     "ServerUnavailableError",
 ]
 
+_LOGGER = logging.getLogger(__name__)
 _RETRIEVAL_ONLY_INPUTS: Final = frozenset({"k", "exclude_item_ids"})
+# Inputs of the retrieval model that hold an allow-list: this, and the name of the attribute.
+_ALLOW: Final = "allow_"
 _RANKING_ONLY_INPUTS: Final = frozenset({"candidate_item_ids"})
 _MISSING: Final[dict[Kind, object]] = {"string": "", "float": math.nan, "integer": -1}
 _TYPES: Final[Mapping[Kind, Any]] = {"string": str, "integer": int, "float": (int, float)}
@@ -60,12 +64,17 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Candidates, best first. `model_version` is None over REST, whose answers do not tell it."""
+    """Candidates, best first, and what is known about the user and the search.
+
+    `exact_fallback`: approximate search found too few, so that every item was scored. `model_version` is None
+    over REST, whose answers do not tell it.
+    """
 
     candidates: tuple[Candidate, ...]
     user_is_known: bool
     history_length: int
     model_version: int | None
+    exact_fallback: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,16 +102,17 @@ class Recommendation:
 
 @dataclass(frozen=True)
 class Recommendations:
-    """Recommended items, best first, and what is known about the user.
+    """Recommended items, best first, and what is known about the user and the search.
 
     `model_versions` maps model name to the version that answered; it is empty over REST, whose answers do not
-    tell it.
+    tell it. `exact_fallback`: see Retrieval.
     """
 
     items: tuple[Recommendation, ...]
     user_is_known: bool
     history_length: int
     model_versions: Mapping[str, int]
+    exact_fallback: bool = False
 
 
 class RecommenderClient:
@@ -161,6 +171,7 @@ class RecommenderClient:
         k: int = 20,
         *,
         exclude_item_ids: Iterable[str] = (),
+        allow: Mapping[str, Iterable[str]] | None = None,
         num_candidates: int = 100,
     ) -> Recommendations:
         """Retrieves candidates and returns the `k` that rank best.
@@ -169,6 +180,8 @@ class RecommenderClient:
           query: feature values of one user and moment.
           k: items to return, at least 1; fewer come back when the catalogue has no more.
           exclude_item_ids: items never to return.
+          allow: item attribute to values; only items with one of the values are returned, an empty list
+            allows all. The attributes are those of `index.allow_list` when the model was exported.
           num_candidates: items to retrieve and rank, at least `k`, at most what the model was exported with.
         """
         if not 1 <= k <= num_candidates:
@@ -180,7 +193,7 @@ class RecommenderClient:
             self._ranking_model, deadline
         )
         _check_names(query, known)
-        retrieval = self._retrieve(query, num_candidates, exclude_item_ids, deadline)
+        retrieval = self._retrieve(query, num_candidates, exclude_item_ids, allow or {}, deadline)
         versions = {self._retrieval_model: retrieval.model_version}
         candidates = {candidate.item_id: candidate for candidate in retrieval.candidates}
         ranked: list[RankedItem] = []
@@ -203,15 +216,21 @@ class RecommenderClient:
             user_is_known=retrieval.user_is_known,
             history_length=retrieval.history_length,
             model_versions={name: version for name, version in versions.items() if version is not None},
+            exact_fallback=retrieval.exact_fallback,
         )
 
     def retrieve(
-        self, query: Mapping[str, Any], k: int, *, exclude_item_ids: Iterable[str] = ()
+        self,
+        query: Mapping[str, Any],
+        k: int,
+        *,
+        exclude_item_ids: Iterable[str] = (),
+        allow: Mapping[str, Iterable[str]] | None = None,
     ) -> Retrieval:
-        """Returns the `k` nearest items of the catalogue, best first."""
+        """Returns the `k` nearest items of the catalogue, best first; arguments as in `recommend`."""
         deadline = self._deadline()
         _check_names(query, self._query_names(self._retrieval_model, deadline))
-        return self._retrieve(query, k, exclude_item_ids, deadline)
+        return self._retrieve(query, k, exclude_item_ids, allow or {}, deadline)
 
     def rank(self, query: Mapping[str, Any], item_ids: Sequence[str]) -> list[RankedItem]:
         """Scores items for one query, in the order given."""
@@ -243,16 +262,34 @@ class RecommenderClient:
                 time.sleep(_RETRY_WAIT_S)
 
     def _retrieve(
-        self, query: Mapping[str, Any], k: int, exclude_item_ids: Iterable[str], deadline: float
+        self,
+        query: Mapping[str, Any],
+        k: int,
+        exclude_item_ids: Iterable[str],
+        allow: Mapping[str, Iterable[str]],
+        deadline: float,
     ) -> Retrieval:
-        if isinstance(exclude_item_ids, str):
-            raise BadRequestError(
-                f"exclude_item_ids must be a list of ids, got the text {exclude_item_ids!r}"
-            )
-        extra = {"k": k, "exclude_item_ids": list(exclude_item_ids)}
+        lists = {"exclude_item_ids": exclude_item_ids}
+        lists |= {_ALLOW + attribute: values for attribute, values in allow.items()}
+        for name, values in lists.items():
+            if isinstance(values, str):
+                raise BadRequestError(f"{name} must be a list, got the text {values!r}")
+        inputs = self._input_specs(self._retrieval_model, deadline)
+        attributes = sorted(name.removeprefix(_ALLOW) for name in inputs if name.startswith(_ALLOW))
+        for attribute in allow:
+            if attribute not in attributes:
+                raise BadRequestError(
+                    f"the model cannot filter by {attribute!r}, only by: "
+                    f"{', '.join(attributes) or 'nothing'}; "
+                    "see index.allow_list in its configuration"
+                )
+        extra = {"k": k, **{name: list(values) for name, values in lists.items()}}
         answer = self._predict(self._retrieval_model, query, extra, deadline)
         item_ids = self._row(answer, "item_ids")
         scores, reasons = self._row(answer, "scores"), self._row(answer, "reason_item_ids")
+        exact_fallback = bool(self._row(answer, "exact_fallback"))
+        if exact_fallback:
+            _LOGGER.info("exact_fallback=1 k=%d: approximate search found too few allowed items", k)
         if not len(item_ids) == len(scores) == len(reasons):
             raise ServingError(f"{self._target}: outputs of {self._retrieval_model!r} differ in length")
         return Retrieval(
@@ -264,6 +301,7 @@ class RecommenderClient:
             user_is_known=bool(self._row(answer, "user_is_known")),
             history_length=int(self._row(answer, "history_length")),
             model_version=answer.version,
+            exact_fallback=exact_fallback,
         )
 
     def _rank(
@@ -315,9 +353,9 @@ class RecommenderClient:
 
     def _query_names(self, model: str, deadline: float) -> set[str]:
         specs = self._input_specs(model, deadline)
-        return set(specs) - (
-            _RETRIEVAL_ONLY_INPUTS if model == self._retrieval_model else _RANKING_ONLY_INPUTS
-        )
+        if model == self._ranking_model:
+            return set(specs) - _RANKING_ONLY_INPUTS
+        return {name for name in specs if not name.startswith(_ALLOW)} - _RETRIEVAL_ONLY_INPUTS
 
     def _deadline(self) -> float:
         return time.monotonic() + self._timeout_s

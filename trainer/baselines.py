@@ -16,6 +16,10 @@ from trainer.metrics import FloatArray, IntArray
 SECONDS_PER_DAY = 86_400
 # Bounds the memory of a chunk of users times items to some tens of megabytes.
 _CELLS_PER_CHUNK = 8_000_000
+_RECALL, _COLD_ITEM_RECALL, _DISTINCT_ITEMS = (
+    metrics.metric_key("retrieval", name) + "_at_{}"
+    for name in ("recall", "cold_item_recall", "distinct_items")
+)
 
 
 def popularity(item_codes: IntArray, num_items: int) -> FloatArray:
@@ -101,10 +105,15 @@ def evaluate_retrieval_baselines(
     catalogue_item_ids: Sequence[str],
     seen_item_ids: Sequence[Sequence[str]],
     positive_item_ids: Sequence[Sequence[str]],
+    cold_positive_item_ids: Sequence[Sequence[str]],
     ks: Sequence[int],
+    upload_time_unix_s: npt.ArrayLike | None = None,
     window_days: float = 7.0,
 ) -> dict[str, dict[str, float]]:
-    """Judges popularity and recent popularity on the users that the retrieval model is judged on.
+    """Judges the simple rankings on the users that the retrieval model is judged on.
+
+    Popularity finds no cold item but by its place in the catalogue, among the items that nobody chose: cold
+    items are measured against the newest items and a random order.
 
     Args:
       train_item_ids: [n], the item of each training positive; items outside the catalogue are ignored.
@@ -113,12 +122,16 @@ def evaluate_retrieval_baselines(
       seen_item_ids: for each of U users, the items never to recommend (the user's training positives).
       positive_item_ids: for each of the same users, the held-out positives; users without any are not
         counted, positives outside the catalogue count as missed.
+      cold_positive_item_ids: for each of the same users, those of the positives that had no interaction in
+        training; cold_item_recall counts these alone, and users without any are not counted in it.
       ks: cut-offs, each 1 or more; users with fewer unseen items get a short list.
+      upload_time_unix_s: int [I], seconds, negative where unknown; None when the dataset has none.
       window_days: length of the window of recent popularity, in days.
 
     Returns:
-      `popularity` and `recent_popularity`, each metric key -> macro mean over users, for instance
-      {"popularity": {"retrieval/recall_at_100": 0.219, ...}, ...}; coverage included.
+      `popularity`, `recent_popularity`, `newest` (by upload time, where there is one) and `random` (what a
+      random order finds on average; recall only), each metric key -> macro mean over users, for instance
+      {"popularity": {"retrieval/recall_at_100": 0.219, ...}, ...}.
 
     Raises:
       ShapeError: arrays that belong together differ in length.
@@ -128,10 +141,10 @@ def evaluate_retrieval_baselines(
     times = np.asarray(train_event_time_unix_s, dtype=np.int64)
     if times.shape != (len(train_item_ids),):
         raise ShapeError(f"{len(train_item_ids)} training items but event times of shape {times.shape}.")
-    if len(seen_item_ids) != len(positive_item_ids):
+    if not len(seen_item_ids) == len(positive_item_ids) == len(cold_positive_item_ids):
         raise ShapeError(
-            f"seen items of {len(seen_item_ids)} users but positives of {len(positive_item_ids)}; "
-            "expected one list of each per user, in the same order."
+            f"seen items of {len(seen_item_ids)} users, positives of {len(positive_item_ids)}, cold ones of "
+            f"{len(cold_positive_item_ids)}; expected one list of each per user, in the same order."
         )
     if not ks:
         raise ConfigError("no cut-off given; expected at least one k.")
@@ -153,14 +166,17 @@ def evaluate_retrieval_baselines(
     item_codes, times = item_codes[known], times[known]
     seen = [_encode(ids, code_of) for ids in seen_item_ids]
     positives = [_encode(ids, code_of).tolist() for ids in positive_item_ids]
+    cold = [_encode(ids, code_of).tolist() for ids in cold_positive_item_ids]
     scores = {
         "popularity": popularity(item_codes, num_items),
         "recent_popularity": recent_popularity(item_codes, times, num_items, window_days),
     }
-    return {
-        name: _judge(recommend(values, seen, max(ks)), positives, num_items, ks)
-        for name, values in scores.items()
+    if upload_time_unix_s is not None:
+        scores["newest"] = np.asarray(upload_time_unix_s, dtype=np.float64)
+    judged = {
+        name: _judge(recommend(values, seen, max(ks)), positives, cold, ks) for name, values in scores.items()
     }
+    return {**judged, "random": _expected_recall(seen, positives, cold, num_items, ks)}
 
 
 def item_mean(
@@ -264,15 +280,38 @@ def evaluate_ranking_baselines(
 
 
 def _judge(
-    ranked: IntArray, positives: Sequence[Sequence[int]], num_items: int, ks: Sequence[int]
+    ranked: IntArray, positives: Sequence[Sequence[int]], cold: Sequence[Sequence[int]], ks: Sequence[int]
 ) -> dict[str, float]:
     hits, num_positives = metrics.match_positives(ranked, positives)
     values = metrics.retrieval_metrics(hits, num_positives, ks)
     result = {
         metrics.metric_key("retrieval", name): metrics.macro_mean(value) for name, value in values.items()
     }
+    cold_hits, num_cold = metrics.match_positives(ranked, cold)
     for k in ks:
-        result[metrics.metric_key("retrieval", "coverage", k=k)] = metrics.coverage_at_k(ranked, num_items, k)
+        result[_COLD_ITEM_RECALL.format(k)] = metrics.macro_mean(metrics.recall_at_k(cold_hits, num_cold, k))
+        result[_DISTINCT_ITEMS.format(k)] = float(metrics.distinct_items_at_k(ranked, k))
+    return result
+
+
+def _expected_recall(
+    seen: Sequence[IntArray],
+    positives: Sequence[Sequence[int]],
+    cold: Sequence[Sequence[int]],
+    num_items: int,
+    ks: Sequence[int],
+) -> dict[str, float]:
+    """Mean recall of all orders: a positive in the catalogue is found with chance k / unseen items."""
+    unseen = num_items - np.array([np.count_nonzero(np.unique(codes) < num_items) for codes in seen])
+    result = {}
+    for key, wanted in ((_RECALL, positives), (_COLD_ITEM_RECALL, cold)):
+        distinct = [set(codes) for codes in wanted]
+        findable = np.array([sum(code < num_items for code in codes) for codes in distinct], dtype=np.float64)
+        counts = np.array([len(codes) for codes in distinct])
+        share = np.full(len(counts), np.nan)
+        np.divide(findable, counts, out=share, where=counts > 0)
+        for k in ks:
+            result[key.format(k)] = metrics.macro_mean(share * np.minimum(1.0, k / np.maximum(unseen, 1)))
     return result
 
 

@@ -1,299 +1,397 @@
-"""The candidate index: ScaNN for serving, exact search for checks, one interface for both.
+"""Search for the best items: ScaNN and exact search behind one interface, with restrictions per request.
 
-Letters: B = queries, D = width of a vector, I = items, K = results per query.
+Letters: B = queries, M = vectors of a query, D = width of a vector, I = items, N = items found per query.
+
+A query is one vector, [B, D], or several, [B, M, D] (Cen et al., KDD 2020, ComiRec): an item's score is its
+largest dot product with any of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 import scann
 import tensorflow as tf
 
-from schema.errors import IndexBuildError
-from trainer.config import IndexConfig
+from trainer.allow_lists import AllowLists
 
-# Below this many items scoring all of them costs less than partitioning and loses nothing.
-_MIN_ITEMS_TO_PARTITION = 1_000
 # Padding among catalogue rows: no item found, or nothing to exclude.
 NO_ROW = -1
-
-logger = logging.getLogger(__name__)
+# Items scored at a time by exact search, and how many scores of a batch may exist at a time.
+_CHUNK_ITEMS = 65_536
+_MAX_CHUNK_SCORES = 1 << 24
+_MIN_CHUNK_ITEMS = 4_096
+# At the same budget 0.2 finds more of the best than the library's default (off); Guo et al., ICML 2020.
+_ANISOTROPIC_THRESHOLD = 0.2
+# For the same recall 1 compares twice as many codes, and 4 reorders over twice as many candidates: 2 cost
+# least at recall 0.95 to 0.98 of the top 100 among 200,000 vectors of width 128.
+DIMENSIONS_PER_BLOCK = 2
+# How much more than the wanted items ScaNN is asked for, at most, before a restricted request is searched
+# exactly.
+_MAX_OVERFETCH = 10
 
 
 class Index(Protocol):
     """What both indexes can do."""
 
+    @property
+    def num_items(self) -> int:
+        """Items that are indexed."""
+        ...
+
     def search(self, queries: tf.Tensor, num_neighbors: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Finds the items with the largest dot products.
+        """Finds the items with the largest scores.
 
         Args:
-          queries: float32 [B, D].
+          queries: float32 [B, D] or [B, M, D].
           num_neighbors: int32 scalar, at least 1; more than there are items means all items.
 
         Returns:
-          Catalogue rows int32 [B, N] (NO_ROW where fewer were found) and scores float32 [B, N], best
-          first, N <= num_neighbors.
+          Distinct catalogue rows int32 [B, N] (NO_ROW where fewer were found) and scores float32 [B, N], best
+          first, NO_ROW last; N <= num_neighbors.
         """
         ...
 
 
 class ExactIndex(tf.Module):
-    """Scores every item with a matrix product."""
+    """Scores every item, with stock TensorFlow operations on any device.
 
-    def __init__(self, vectors: np.ndarray) -> None:
+    A chunk of the items is scored at a time and only its best are kept, so that memory does not grow with the
+    catalogue.
+    """
+
+    def __init__(self, vectors: np.ndarray | tf.Variable) -> None:
         """Makes the index.
 
         Args:
-          vectors: float32 [I, D], one row per item.
+          vectors: float32 [I, D], one row per item; a variable is shared, not copied.
         """
         super().__init__()
-        self.vectors = tf.Variable(vectors, trainable=False, dtype=tf.float32)
+        shared = isinstance(vectors, tf.Variable)
+        self.vectors = vectors if shared else tf.Variable(vectors, trainable=False, dtype=tf.float32)
 
-    def search(self, queries: tf.Tensor, num_neighbors: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """See `Index.search`."""
-        scores = tf.matmul(queries, self.vectors, transpose_b=True)
-        best, rows = tf.math.top_k(scores, tf.minimum(num_neighbors, tf.shape(scores)[1]))
-        return rows, best
+    @property
+    def num_items(self) -> int:
+        """See `Index.num_items`."""
+        return int(self.vectors.shape[0])
+
+    def search(
+        self,
+        queries: tf.Tensor,
+        num_neighbors: tf.Tensor,
+        is_allowed: Callable[[tf.Tensor], tf.Tensor] | None = None,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """See `Index.search`.
+
+        Args:
+          queries: float32 [B, D] or [B, M, D].
+          num_neighbors: int32 scalar.
+          is_allowed: catalogue rows int32 [C] -> bool [B, C], the items that may be found; all by default.
+        """
+        num_queries = tf.shape(queries)[0]
+        wanted = tf.minimum(num_neighbors, self.num_items)
+        affordable = _MAX_CHUNK_SCORES // tf.maximum(1, tf.size(queries) // self.vectors.shape[1])
+        chunk_items = tf.clip_by_value(affordable, _MIN_CHUNK_ITEMS, _CHUNK_ITEMS)
+
+        def merge_chunk(
+            start: tf.Tensor, rows: tf.Tensor, best: tf.Tensor
+        ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            stop = tf.minimum(start + chunk_items, self.num_items)
+            scores = _score(queries, self.vectors[start:stop])
+            if is_allowed is not None:
+                scores = tf.where(is_allowed(tf.range(start, stop)), scores, -math.inf)
+            chunk_best, chunk_rows = tf.math.top_k(scores, tf.minimum(wanted, stop - start))
+            best = tf.concat([best, chunk_best], axis=1)
+            rows = tf.concat([rows, chunk_rows + start], axis=1)
+            # top_k is stable: of equal scores the item that comes first in the catalogue stays first.
+            best, order = tf.math.top_k(best, tf.minimum(wanted, tf.shape(best)[1]))
+            return stop, tf.gather(rows, order, batch_dims=1), best
+
+        nothing = (tf.constant(0), tf.zeros([num_queries, 0], tf.int32), tf.zeros([num_queries, 0]))
+        _, rows, best = tf.while_loop(
+            lambda start, rows, best: start < self.num_items,
+            merge_chunk,
+            nothing,
+            shape_invariants=(tf.TensorShape([]), tf.TensorShape([None, None]), tf.TensorShape([None, None])),
+            parallel_iterations=1,
+        )
+        return tf.where(tf.math.is_finite(best), rows, NO_ROW), best
+
+
+def _score(queries: tf.Tensor, vectors: tf.Tensor) -> tf.Tensor:
+    """Largest dot product of each query, [B, D] or [B, M, D], with each of the vectors [C, D]: [B, C]."""
+    if len(queries.shape) == 2:
+        return tf.matmul(queries, vectors, transpose_b=True)
+    return tf.reduce_max(tf.einsum("bmd,cd->bmc", queries, vectors), axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
-class ScannSettings:
-    """How hard ScaNN searches for max_k neighbours; names are those of the library.
+class Effort:
+    """How hard ScaNN searches for up to k neighbours; names are those of the library."""
 
-    With `num_leaves` 0 there is no partition: every item is scored exactly.
-    """
-
-    num_leaves: int
+    k: int
     num_leaves_to_search: int
     num_reordering_candidates: int
 
 
 class ScannIndex(tf.Module):
-    """Approximate search by ScaNN's TensorFlow operations, which run on the CPU only."""
+    """Approximate search by ScaNN's TensorFlow operations, which run on the CPU only.
 
-    def __init__(self, vectors: np.ndarray, settings: ScannSettings, max_k: int) -> None:
-        """Builds the index.
+    Attributes:
+      num_leaves: parts that the items are divided into; 0 = none: every item is scored exactly.
+      efforts: by ascending k. A search takes the first whose k is enough; beyond the last k the effort grows
+        in proportion.
+    """
+
+    def __init__(self, vectors: np.ndarray, num_leaves: int) -> None:
+        """Builds the index; `efforts` must be set before `search`.
 
         Args:
           vectors: float32 [I, D], one row per item.
-          settings: search effort; may be replaced after the build, except for `num_leaves`.
-          max_k: number of neighbours that the settings are meant for.
+          num_leaves: see above.
         """
         super().__init__()
-        builder = scann.scann_ops.builder(vectors, max_k, "dot_product")
-        if settings.num_leaves == 0:
+        # The ones stand for defaults that are never used: every search passes its own numbers.
+        builder = scann.scann_ops.builder(vectors, 1, "dot_product")
+        if num_leaves == 0:
             builder = builder.score_brute_force()
         else:
             builder = (
-                builder.tree(settings.num_leaves, settings.num_leaves_to_search)
-                # At the same budget 0.2 finds more of the best than the library's default (off).
-                .score_ah(2, anisotropic_quantization_threshold=0.2)
-                .reorder(settings.num_reordering_candidates)
+                builder.tree(num_leaves, 1)
+                .score_ah(DIMENSIONS_PER_BLOCK, anisotropic_quantization_threshold=_ANISOTROPIC_THRESHOLD)
+                .reorder(1)
             )
         self.state = builder.build().serialize_to_module()
-        self.settings = settings
-        self.max_k = max_k
+        self.num_leaves = num_leaves
+        self.efforts: Sequence[Effort] = ()
+
+    @property
+    def vectors(self) -> tf.Variable:
+        """The item vectors float32 [I, D] that reordering reads."""
+        return self.state.dataset
+
+    @property
+    def num_items(self) -> int:
+        """See `Index.num_items`."""
+        return int(self.vectors.shape[0])
 
     def search(self, queries: tf.Tensor, num_neighbors: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """See `Index.search`. Beyond max_k neighbours the effort grows in proportion."""
-        effort = tf.maximum(1.0, tf.cast(num_neighbors, tf.float32) / self.max_k)
+        """See `Index.search`."""
+        ks, leaves, candidates = (
+            tf.constant(column) for column in zip(*map(dataclasses.astuple, self.efforts), strict=True)
+        )
+        level = tf.reduce_sum(tf.cast(ks[:-1] < num_neighbors, tf.int32))
+        growth = tf.maximum(1.0, tf.cast(num_neighbors, tf.float32) / tf.cast(ks[-1], tf.float32))
 
-        def scaled(base: int) -> tf.Tensor:
-            return tf.cast(tf.math.ceil(base * effort), tf.int32)
+        def grown(values: tf.Tensor, largest: int) -> tf.Tensor:
+            effort = tf.math.ceil(tf.cast(values[level], tf.float32) * growth)
+            return tf.minimum(tf.cast(effort, tf.int32), largest)
 
+        return self.search_with(
+            queries, num_neighbors, grown(leaves, self.num_leaves), grown(candidates, self.num_items)
+        )
+
+    def search_with(
+        self,
+        queries: tf.Tensor,
+        num_neighbors: tf.Tensor,
+        num_leaves_to_search: tf.Tensor,
+        num_reordering_candidates: tf.Tensor,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """`search` with an effort given in int32 scalars."""
+        # One thread per batch: a server fills its cores with requests, and spreading one costs more in all.
         rows, scores = scann.scann_ops.searcher_from_module(self.state).search_batched(
-            queries,
+            tf.reshape(queries, [-1, self.vectors.shape[1]]),
             final_num_neighbors=num_neighbors,
-            pre_reorder_num_neighbors=scaled(self.settings.num_reordering_candidates),
-            leaves_to_search=scaled(self.settings.num_leaves_to_search),
+            pre_reorder_num_neighbors=num_reordering_candidates,
+            leaves_to_search=num_leaves_to_search,
         )
         # ScaNN fills the rest of a short result with row 0 and score NaN.
-        return tf.where(tf.math.is_nan(scores), NO_ROW, rows), scores
+        found = ~tf.math.is_nan(scores)
+        rows, scores = tf.where(found, rows, NO_ROW), tf.where(found, scores, -math.inf)
+        if len(queries.shape) == 2:
+            return rows, scores
+        return _merge_interests(rows, scores, tf.shape(queries)[0], num_neighbors)
 
 
-def search_excluding(
-    index: Index, queries: tf.Tensor, k: tf.Tensor, excluded_rows: tf.Tensor
+def _merge_interests(
+    rows: tf.Tensor, scores: tf.Tensor, num_queries: tf.Tensor, num_neighbors: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Finds each query's best items outside its exclusion list.
-
-    Args:
-      index: where to search.
-      queries: float32 [B, D], at least one.
-      k: int32 [B], items wanted per query, at least 1.
-      excluded_rows: int32 [B, E], catalogue rows, NO_ROW as padding; repeats count once.
-
-    Returns:
-      Rows int32 [B, K] and scores float32 [B, K], best first, K = max(k). Beyond a query's own k, and where
-      fewer items are left or found, row NO_ROW and score 0.
-    """
-    width = tf.reduce_max(k)
-    # The extra column makes an empty list searchable, and lets NO_ROW results count as excluded.
-    excluded = tf.sort(tf.pad(excluded_rows, [[0, 0], [1, 0]], constant_values=NO_ROW), axis=1)
-    rows, scores = index.search(queries, width + tf.reduce_max(_num_excluded(excluded_rows)))
-    place = tf.minimum(tf.searchsorted(excluded, rows), tf.shape(excluded)[1] - 1)
-    is_excluded = tf.equal(tf.gather(excluded, place, batch_dims=1), rows)
-    # top_k is stable, so the order of equal scores stays that of the index.
+    """Joins the results of each query's vectors, [B * M, N] each, to at most num_neighbors distinct items."""
+    rows, scores = tf.reshape(rows, [num_queries, -1]), tf.reshape(scores, [num_queries, -1])
+    # By item, and each item's best score first, since the second sort is stable.
+    by_score = tf.argsort(scores, axis=1, direction="DESCENDING", stable=True)
+    by_item = tf.argsort(tf.gather(rows, by_score, batch_dims=1), axis=1, stable=True)
+    order = tf.gather(by_score, by_item, batch_dims=1)
+    rows, scores = tf.gather(rows, order, batch_dims=1), tf.gather(scores, order, batch_dims=1)
+    repeats = tf.pad(rows[:, 1:] == rows[:, :-1], [[0, 0], [1, 0]])
     best, order = tf.math.top_k(
-        tf.where(is_excluded, -math.inf, scores), tf.minimum(width, tf.shape(rows)[1])
+        tf.where(repeats, -math.inf, scores), tf.minimum(num_neighbors, tf.shape(scores)[1])
     )
-    rows = tf.gather(rows, order, batch_dims=1)
+    return tf.where(tf.math.is_finite(best), tf.gather(rows, order, batch_dims=1), NO_ROW), best
+
+
+@dataclasses.dataclass(frozen=True)
+class Restriction:
+    """What requests may not get.
+
+    Attributes:
+      excluded_rows: int32 [B, E], catalogue rows, NO_ROW as padding; repeats count once.
+      allowed_values: of each attribute with an allow-list, see `AllowLists.allowed_values`.
+    """
+
+    excluded_rows: tf.Tensor
+    allowed_values: tuple[tf.Tensor, ...] = ()
+
+    def of(self, requests: tf.Tensor) -> Restriction:
+        """The restriction of some requests, int32 [R], of the batch."""
+        return Restriction(
+            tf.gather(self.excluded_rows, requests),
+            tuple(tf.gather(values, requests) for values in self.allowed_values),
+        )
+
+    def excludes(self, rows: tf.Tensor) -> tf.Tensor:
+        """Whether each result, int32 [B, N], is NO_ROW or on its query's exclusion list: bool [B, N]."""
+        # The extra column makes an empty list searchable, and NO_ROW excluded.
+        excluded = _sorted_with_no_row(self.excluded_rows)
+        place = tf.minimum(tf.searchsorted(excluded, rows), tf.shape(excluded)[1] - 1)
+        return tf.equal(tf.gather(excluded, place, batch_dims=1), rows)
+
+    def num_excluded(self) -> tf.Tensor:
+        """Distinct rows of each exclusion list: int32 [B]."""
+        ordered = _sorted_with_no_row(self.excluded_rows)
+        return tf.math.count_nonzero(ordered[:, 1:] != ordered[:, :-1], axis=1, dtype=tf.int32)
+
+
+def _sorted_with_no_row(rows: tf.Tensor) -> tf.Tensor:
+    return tf.sort(tf.pad(rows, [[0, 0], [1, 0]], constant_values=NO_ROW), axis=1)
+
+
+def _best(
+    rows: tf.Tensor, scores: tf.Tensor, is_refused: tf.Tensor, width: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """The best `width` results that are not refused; refused ones come last, with score -inf."""
+    # top_k is stable, so the order of equal scores stays that of the index.
+    best, order = tf.math.top_k(tf.where(is_refused, -math.inf, scores), tf.minimum(width, tf.shape(rows)[1]))
+    return tf.gather(rows, order, batch_dims=1), best
+
+
+def _cut(rows: tf.Tensor, scores: tf.Tensor, k: tf.Tensor, width: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Cuts each list at its own k and pads all to `width`, with NO_ROW and 0."""
     missing = [[0, 0], [0, width - tf.shape(rows)[1]]]
-    rows, best = tf.pad(rows, missing), tf.pad(best, missing, constant_values=-math.inf)
-    is_result = tf.math.is_finite(best) & (tf.range(width)[tf.newaxis, :] < k[:, tf.newaxis])
-    return tf.where(is_result, rows, NO_ROW), tf.where(is_result, best, 0.0)
+    rows, scores = tf.pad(rows, missing), tf.pad(scores, missing, constant_values=-math.inf)
+    is_result = tf.math.is_finite(scores) & (tf.range(width)[tf.newaxis, :] < k[:, tf.newaxis])
+    return tf.where(is_result, rows, NO_ROW), tf.where(is_result, scores, 0.0)
 
 
-def _num_excluded(excluded_rows: tf.Tensor) -> tf.Tensor:
-    """Distinct rows of each exclusion list: int32 [B]."""
-    ordered = tf.sort(tf.pad(excluded_rows, [[0, 0], [1, 0]], constant_values=NO_ROW), axis=1)
-    return tf.math.count_nonzero(ordered[:, 1:] != ordered[:, :-1], axis=1, dtype=tf.int32)
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Results of a search.
+
+    Attributes:
+      rows: int32 [B, K], catalogue rows, best first, K = max(k); NO_ROW beyond a query's own k and where
+        fewer items are left.
+      scores: float32 [B, K], 0 for NO_ROW.
+      exact_fallback: bool [B], whether approximate search found too few, so that exact search answered.
+    """
+
+    rows: tf.Tensor
+    scores: tf.Tensor
+    exact_fallback: tf.Tensor
 
 
 class CandidateIndex(tf.Module):
     """ScaNN and its exact twin over the same vectors; what the exported model asks."""
 
-    def __init__(self, exact: ExactIndex, approximate: ScannIndex) -> None:
+    def __init__(
+        self, exact: ExactIndex, approximate: ScannIndex | None, allow_lists: AllowLists | None = None
+    ) -> None:
         """Joins the two.
 
         Args:
           exact: exact index.
-          approximate: ScaNN over the same vectors in the same order.
+          approximate: ScaNN over the same vectors in the same order; None = every search is exact, and the
+            exported model needs stock operations only.
+          allow_lists: attributes that requests may filter by; none by default.
         """
         super().__init__()
         self.exact = exact
         self.approximate = approximate
+        self.allow_lists = allow_lists or AllowLists({})
 
-    def search_exact(
-        self, queries: tf.Tensor, k: tf.Tensor, excluded_rows: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        """As `search_excluding`, by exact search."""
-        return search_excluding(self.exact, queries, k, excluded_rows)
+    def search_exact(self, queries: tf.Tensor, k: tf.Tensor, restriction: Restriction) -> Found:
+        """As `search`, by exact search."""
+        rows, scores = self._search_exact(queries, k, restriction, tf.reduce_max(k))
+        return Found(rows, scores, tf.zeros_like(k, tf.bool))
 
-    def search(
-        self, queries: tf.Tensor, k: tf.Tensor, excluded_rows: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        """As `search_excluding`, by ScaNN.
+    def search(self, queries: tf.Tensor, k: tf.Tensor, restriction: Restriction) -> Found:
+        """Finds each query's best items that its request may get, by ScaNN.
 
-        When the searched leaves hold too few items for some query, which happens with long exclusion lists in
-        small catalogues, the batch is searched exactly: a request gets k items whenever k are left.
+        A query for which ScaNN finds too few items, which happens with allow-lists that few items pass and
+        with long exclusion lists in small catalogues, is searched exactly: a request gets k items whenever k
+        are left.
+
+        Args:
+          queries: float32 [B, D] or [B, M, D], at least one.
+          k: int32 [B], items wanted per query, at least 1.
+          restriction: what the requests may not get.
         """
-        rows, scores = search_excluding(self.approximate, queries, k, excluded_rows)
+        approximate = self.approximate
+        if approximate is None:
+            return self.search_exact(queries, k, restriction)
+        width = tf.reduce_max(k)
+
+        def unrestricted() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            rows, scores = _cut(*approximate.search(queries, width), k, width)
+            return rows, scores, tf.minimum(k, self.exact.num_items)
+
+        def restricted() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            num_excluded = restriction.num_excluded()
+            shares = self.allow_lists.shares(restriction.allowed_values, tf.shape(k)[0])
+            overfetch = tf.minimum(1.0 / shares, _MAX_OVERFETCH)
+            enough = tf.cast(tf.math.ceil(tf.cast(k, tf.float32) * overfetch), tf.int32) + num_excluded
+            rows, scores = approximate.search(queries, tf.reduce_max(enough))
+            passes = self.allow_lists.passes(restriction.allowed_values, tf.maximum(rows, 0))
+            refused = restriction.excludes(rows) | ~passes
+            rows, scores = _cut(*_best(rows, scores, refused, width), k, width)
+            # How many items pass an allow-list is not known: whoever gets less than k is searched exactly.
+            left = tf.where(shares < 1.0, k, self.exact.num_items - num_excluded)
+            return rows, scores, tf.minimum(k, left)
+
+        is_restricted = tf.reduce_any(restriction.excluded_rows != NO_ROW)
+        for values in restriction.allowed_values:
+            is_restricted |= ~tf.reduce_all(values)
+        rows, scores, wanted = tf.cond(is_restricted, restricted, unrestricted)
         found = tf.math.count_nonzero(rows != NO_ROW, axis=1, dtype=tf.int32)
-        left = tf.shape(self.exact.vectors)[0] - _num_excluded(excluded_rows)
-        return tf.cond(
-            tf.reduce_any(found < tf.minimum(k, left)),
-            lambda: self.search_exact(queries, k, excluded_rows),
-            lambda: (rows, scores),
+        is_short = found < wanted
+
+        def fill() -> tuple[tf.Tensor, tf.Tensor]:
+            short = tf.cast(tf.where(is_short), tf.int32)
+            requests = short[:, 0]
+            exact_rows, exact_scores = self._search_exact(
+                tf.gather(queries, requests), tf.gather(k, requests), restriction.of(requests), width
+            )
+            return (
+                tf.tensor_scatter_nd_update(rows, short, exact_rows),
+                tf.tensor_scatter_nd_update(scores, short, exact_scores),
+            )
+
+        rows, scores = tf.cond(tf.reduce_any(is_short), fill, lambda: (rows, scores))
+        return Found(rows, scores, is_short)
+
+    def _search_exact(
+        self, queries: tf.Tensor, k: tf.Tensor, restriction: Restriction, width: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        def is_allowed(rows: tf.Tensor) -> tf.Tensor:
+            return self.allow_lists.passes(restriction.allowed_values, rows)
+
+        rows, scores = self.exact.search(
+            queries,
+            width + tf.reduce_max(restriction.num_excluded()),
+            is_allowed if restriction.allowed_values else None,
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class IndexFacts:
-    """What was built, for reports.
-
-    Attributes:
-      num_items: catalogue rows, all of which are indexed.
-      vector_width: width of a vector, the item bias included.
-      settings: ScaNN settings; num_leaves 0 = no partition.
-      k: neighbours per query in the comparison with exact search.
-      recall: share of the exact top k that ScaNN found, mean over the sample queries, 0 to 1.
-      build_s: seconds for building and tuning.
-    """
-
-    num_items: int
-    vector_width: int
-    settings: ScannSettings
-    k: int
-    recall: float
-    build_s: float
-
-
-def build_index(
-    item_ids: Sequence[str] | np.ndarray,
-    vectors: np.ndarray,
-    sample_queries: np.ndarray,
-    config: IndexConfig,
-    max_k: int,
-) -> tuple[CandidateIndex, IndexFacts]:
-    """Builds ScaNN over the catalogue and raises its effort until it finds enough of the exact results.
-
-    Args:
-      item_ids: [I] str, the id of each row.
-      vectors: float32 [I, D].
-      sample_queries: float32 [S, D], real query vectors to measure recall on.
-      config: required recall.
-      max_k: the largest k of a request.
-
-    Raises:
-      IndexBuildError: ids are repeated, empty or not one per vector; a vector is not finite; there is no
-        sample query; the required recall is not reached although everything is searched.
-    """
-    started = time.monotonic()
-    _check_catalogue(item_ids, vectors)
-    if len(sample_queries) == 0:
-        raise IndexBuildError("no sample query to measure recall on; pass query vectors of some users.")
-    num_items = len(vectors)
-    k = min(max_k, num_items)
-    queries = tf.constant(sample_queries, tf.float32)
-    exact = ExactIndex(vectors)
-    exact_rows = exact.search(queries, tf.constant(k))[0].numpy()
-
-    efforts = _efforts(num_items, k)
-    approximate = ScannIndex(np.asarray(vectors, np.float32), efforts[0], k)
-    for settings in efforts:
-        approximate.settings = settings
-        found = approximate.search(queries, tf.constant(k))[0].numpy()
-        recall = float(
-            np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(found, exact_rows, strict=True)])
-        )
-        logger.info("index num_items=%d recall_at_%d=%.4f %s", num_items, k, recall, settings)
-        if recall >= config.min_recall:
-            break
-    else:
-        raise IndexBuildError(
-            f"ScaNN finds {recall:.4f} of the exact top {k} of {num_items:,} items with {settings}, less "
-            f"than min_recall {config.min_recall}; check the item vectors for duplicates, or lower "
-            "index.min_recall."
-        )
-    facts = IndexFacts(num_items, vectors.shape[1], settings, k, recall, time.monotonic() - started)
-    return CandidateIndex(exact, approximate), facts
-
-
-def _efforts(num_items: int, k: int) -> list[ScannSettings]:
-    """Settings from cheap to complete, over one partition into about the square root of num_items leaves."""
-    if num_items < _MIN_ITEMS_TO_PARTITION:
-        return [ScannSettings(0, 0, num_items)]
-    num_leaves = round(math.sqrt(num_items))
-    efforts = [
-        ScannSettings(num_leaves, math.ceil(share * num_leaves), min(num_items, multiple * k))
-        for share, multiple in ((0.05, 2), (0.1, 2), (0.2, 3), (0.3, 4), (0.5, 4), (0.7, 6))
-    ]
-    return [*efforts, ScannSettings(num_leaves, num_leaves, num_items)]
-
-
-def _check_catalogue(item_ids: Sequence[str] | np.ndarray, vectors: np.ndarray) -> None:
-    if len(item_ids) == 0 or vectors.ndim != 2 or len(item_ids) != len(vectors):
-        raise IndexBuildError(
-            f"{len(item_ids):,} item ids for item vectors of shape {vectors.shape}; expected at least one id "
-            "and one row per id. Check the catalogue."
-        )
-    values, counts = np.unique(np.asarray(item_ids, dtype=str), return_counts=True)
-    if "" in values or counts.max() > 1:
-        culprit = "" if "" in values else values[counts.argmax()]
-        raise IndexBuildError(
-            f"item id {culprit!r} stands in {counts[values == culprit][0]} catalogue rows; ids must be "
-            "unique and not empty. Check the items table."
-        )
-    finite = np.isfinite(vectors).all(axis=1)
-    if not finite.all():
-        raise IndexBuildError(
-            f"{np.sum(~finite):,} of {len(vectors):,} item vectors are not finite, the first is that of item "
-            f"{item_ids[int(np.argmin(finite))]!r}; the training diverged: lower learning_rate."
-        )
+        return _cut(*_best(rows, scores, restriction.excludes(rows), width), k, width)

@@ -157,33 +157,25 @@ def mrr_at_k(hits: BoolArray, num_positives: IntArray, k: int) -> FloatArray:
     return _per_query(np.where(top.any(axis=1), 1.0 / (top.argmax(axis=1) + 1.0), 0.0), num_positives)
 
 
-def coverage_at_k(ranked: npt.ArrayLike, catalogue_size: int, k: int) -> float:
-    """Share of the catalogue that is recommended to somebody among the first k.
+def distinct_items_at_k(ranked: npt.ArrayLike, k: int) -> int:
+    """Number of items that are recommended to somebody among the first k.
 
-    Formula: distinct ids in the first k columns / catalogue size. Range 0 to 1. No queries or only padding:
-    0.
-    Source: Ge, Delgado-Battenfeld and Jannach, RecSys 2010, doi:10.1145/1864708.1864761.
+    Range 0 (no query, or only padding) to min(Q k, size of the catalogue); k = the same k items to everybody.
+    Its share of the catalogue is the coverage of Ge, Delgado-Battenfeld and Jannach, RecSys 2010,
+    doi:10.1145/1864708.1864761.
 
     Args:
       ranked: as in `match_positives`.
-      catalogue_size: number of items that could have been recommended, at least 1.
       k: 1 to K.
 
     Raises:
       ShapeError: k is not in 1..K.
-      DataError: the lists hold more distinct ids than the catalogue.
 
-    >>> coverage_at_k([["a", "b"], ["a", "c"], ["d", ""]], catalogue_size=8, k=2)
-    0.5
+    >>> distinct_items_at_k([["a", "b", "x"], ["a", "c", "y"], ["d", "", ""]], k=2)
+    4
     """
     ids = np.unique(_first(_as_ids(ranked), k))
-    num_distinct = int(np.count_nonzero(~_is_padding(ids)))
-    if catalogue_size < max(num_distinct, 1):
-        raise DataError(
-            f"{num_distinct} distinct items recommended out of a catalogue of {catalogue_size}; "
-            "count the catalogue that the lists were drawn from."
-        )
-    return num_distinct / catalogue_size
+    return int(np.count_nonzero(~_is_padding(ids)))
 
 
 def retrieval_metrics(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,8 @@ from schema.errors import DataError
 from trainer import features as ft
 from trainer import metrics, raw_inputs
 from trainer.catalogue import Catalogue
-from trainer.index import NO_ROW, ExactIndex, search_excluding
+from trainer.collapse import collapse_metrics
+from trainer.index import NO_ROW
 from trainer.input_pipeline import expand
 
 VALIDATION_K = 100
@@ -24,6 +27,9 @@ NDCG = metrics.metric_key("retrieval", "ndcg", k=VALIDATION_K)
 _BATCH = 1_024
 # Scores held at a time, in numbers: bounds the memory of exact search over a large catalogue.
 _MAX_SCORES = 1 << 26
+_PROGRESS_INTERVAL_S = 5.0
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +55,7 @@ class ValidationUsers:
 def load_validation_users(
     patterns: Sequence[str], layer: Any, catalogue: Catalogue, spec: DatasetSpec, max_users: int
 ) -> ValidationUsers:
-    """Reads the users who have positives in the eval split.
+    """Reads the users who have a history and positives in the eval split.
 
     Args:
       patterns: gzipped TFRecord files of user-state examples.
@@ -59,7 +65,7 @@ def load_validation_users(
       max_users: stops after this many.
 
     Raises:
-      DataError: no files, or no user with a positive in the eval split.
+      DataError: no files, or no user with a history and a positive in the eval split.
     """
     row_of = {item_id: row for row, item_id in enumerate(catalogue.item_ids)}
 
@@ -74,7 +80,10 @@ def load_validation_users(
     for serialized in tf.data.TFRecordDataset(expand(patterns), compression_type="GZIP").batch(_BATCH):
         raw = raw_inputs.parse_user_state_examples(serialized, spec)
         positive_rows = [rows(ids) for ids in raw[ft.EVAL_ITEMS].numpy()]
-        users = [u for u, found in enumerate(positive_rows) if found][: max_users - len(positives)]
+        # Users without a history get the popular items whatever the epoch: they would only blur the choice.
+        has_history = tf.reduce_any(raw[ft.HISTORY] != "", axis=1).numpy()
+        users = [u for u, found in enumerate(positive_rows) if found and has_history[u]]
+        users = users[: max_users - len(positives)]
         positives += [positive_rows[u] for u in users]
         seen += [rows(ids) for ids in tf.gather(raw[ft.SEEN_ITEMS], users).numpy()]
         query = transform({name: raw[name] for name in raw_inputs.query_signature(spec)})
@@ -83,8 +92,8 @@ def load_validation_users(
             break
     if not positives:
         raise DataError(
-            f"no user in {', '.join(patterns)} has a positive in the eval split that is in the catalogue; "
-            "check the split times and the 'positive' label of the dataset."
+            f"no user in {', '.join(patterns)} has a history and a positive in the eval split that is in the "
+            "catalogue; check the split times and the 'positive' label of the dataset."
         )
     query = {name: pad_rows([row for part in queries for row in part[name]]) for name in queries[0]}
     return ValidationUsers(query, positives, pad_rows(seen, NO_ROW).astype(np.int32))
@@ -103,25 +112,61 @@ def pad_rows(rows: Sequence[Any], padding: int = ft.PADDING_ID) -> np.ndarray:
 def validate(
     query_vectors: np.ndarray, candidate_vectors: np.ndarray, users: ValidationUsers
 ) -> dict[str, float]:
-    """Recall and NDCG at 100 by exact search over the whole catalogue, mean over users.
+    """Recall and NDCG at 100 by exact search over the whole catalogue, mean over users; signs of a collapse.
 
     Args:
-      query_vectors: float32 [U, D].
+      query_vectors: float32 [U, D], or [U, M, D] where a user has several, of which the best counts.
       candidate_vectors: float32 [I, D].
       users: what they had seen, and what they went on to choose.
 
     Returns:
-      RECALL and NDCG, 0 to 1.
+      RECALL and NDCG, 0 to 1, and the figures of `trainer.collapse.collapse_metrics`.
     """
-    index = ExactIndex(candidate_vectors)
-    batch = max(1, min(_BATCH, _MAX_SCORES // len(candidate_vectors)))
-    ranked = []
-    for start in range(0, len(users), batch):
-        queries, seen = query_vectors[start : start + batch], users.seen_rows[start : start + batch]
-        k = tf.fill([len(queries)], VALIDATION_K)
-        ranked.append(search_excluding(index, tf.constant(queries), k, tf.constant(seen))[0].numpy())
-    hits, num_positives = metrics.match_positives(np.concatenate(ranked), users.positive_rows)
+    scores_per_user = len(candidate_vectors) * int(np.prod(query_vectors.shape[1:-1]))
+    batch = max(1, min(_BATCH, _MAX_SCORES // scores_per_user))
+    candidates = tf.constant(candidate_vectors)
+    ranked = np.concatenate(
+        [
+            _rank_unseen(
+                tf.constant(query_vectors[start : start + batch]),
+                candidates,
+                tf.constant(users.seen_rows[start : start + batch]),
+            ).numpy()
+            for start in _with_progress(range(0, len(users), batch))
+        ]
+    )
+    hits, num_positives = metrics.match_positives(ranked, users.positive_rows)
     return {
         RECALL: metrics.macro_mean(metrics.recall_at_k(hits, num_positives, VALIDATION_K)),
         NDCG: metrics.macro_mean(metrics.ndcg_at_k(hits, num_positives, VALIDATION_K)),
+        **collapse_metrics(query_vectors, candidate_vectors, ranked),
     }
+
+
+@tf.function(autograph=False)
+def _rank_unseen(queries: tf.Tensor, candidates: tf.Tensor, seen_rows: tf.Tensor) -> tf.Tensor:
+    """The VALIDATION_K best rows for each query without those seen: int32 [B, VALIDATION_K], NO_ROW pads.
+
+    The lists of a served request are made by `trainer.index`, from more neighbours than are wanted. Here all
+    scores are at hand, and taking seen items out of them first leaves fewer to sort.
+    """
+    scores = tf.tensordot(queries, candidates, [[-1], [-1]])
+    if scores.shape.rank == 3:
+        scores = tf.reduce_max(scores, axis=1)
+    is_seen = seen_rows != NO_ROW
+    users = tf.cast(tf.where(is_seen)[:, 0], tf.int32)
+    seen = tf.stack([users, tf.boolean_mask(seen_rows, is_seen)], axis=1)
+    scores = tf.tensor_scatter_nd_update(scores, seen, tf.fill([tf.shape(seen)[0]], -np.inf))
+    best, rows = tf.math.top_k(scores, tf.minimum(VALIDATION_K, tf.shape(scores)[1]))
+    rows = tf.where(tf.math.is_finite(best), rows, NO_ROW)
+    return tf.pad(rows, [[0, 0], [0, VALIDATION_K - tf.shape(rows)[1]]], constant_values=NO_ROW)
+
+
+def _with_progress(starts: range) -> Iterator[int]:
+    """The same numbers; logs how far a search that takes long has come."""
+    logged_s = time.monotonic()
+    for done, start in enumerate(starts):
+        if time.monotonic() - logged_s > _PROGRESS_INTERVAL_S:
+            logged_s = time.monotonic()
+            logger.info("validation %.0f %%", 100 * done / len(starts))
+        yield start

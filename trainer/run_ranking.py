@@ -1,9 +1,14 @@
-"""The ranking model's `run_fn` for the TFX Trainer component: read, count, build, train, export."""
+"""The ranking model's `run_fn` for the TFX Trainer component: read, count, build, train, export.
+
+And the same export without training, over another catalogue.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +16,13 @@ import tensorflow as tf
 import tensorflow_transform as tft
 
 from schema.contract import dataset_spec_from_json
+from trainer.checkpoint import Network, read_checkpoint, write_checkpoint
 from trainer.config import RankingConfig
 from trainer.input_pipeline import load_catalogue, ordered_batches, shuffled_batches, windows
 from trainer.preprocessing import vocabulary_sizes
 from trainer.ranking import RankingModel, train
 from trainer.ranking_export import export
-from trainer.ranking_losses import label_statistics
+from trainer.ranking_losses import LabelStatistics, label_statistics
 
 TRAINING_LOG = "training_log.json"
 
@@ -28,8 +34,8 @@ def run_fn(fn_args: Any) -> None:
       fn_args: TFX's FnArgs; `custom_config` holds `dataset` and `config` as JSON, `catalogue` as file
       patterns.
 
-    Writes the SavedModel to `serving_model_dir`, and `training_log.json` (a list of one record per epoch, see
-    `trainer.ranking.train`; undefined metrics are null) to `model_run_dir`.
+    Writes the SavedModel with its checkpoint to `serving_model_dir`, and `training_log.json` (a list of one
+    record per epoch, see `trainer.ranking.train`; undefined metrics are null) to `model_run_dir`.
 
     Raises:
       DataError: a task cannot be learnt from its training labels, the eval split is empty, or the loss
@@ -38,7 +44,8 @@ def run_fn(fn_args: Any) -> None:
     spec = dataset_spec_from_json(fn_args.custom_config["dataset"])
     config = RankingConfig.model_validate_json(fn_args.custom_config["config"])
     transform_output = tft.TFTransformOutput(fn_args.transform_output)
-    catalogue = load_catalogue(fn_args.custom_config["catalogue"], transform_output, spec)
+    catalogue_files = fn_args.custom_config["catalogue"]
+    catalogue = load_catalogue(catalogue_files, transform_output, spec)
     train_windows = windows(fn_args.train_files, spec, transform_output)
     eval_windows = windows(fn_args.eval_files, spec, transform_output)
 
@@ -53,6 +60,43 @@ def run_fn(fn_args: Any) -> None:
     )
     _write_log(log, Path(fn_args.model_run_dir))
     export(model, transform_output.transform_features_layer(), catalogue, spec, fn_args.serving_model_dir)
+    write_checkpoint(
+        fn_args.serving_model_dir,
+        _network(model),
+        next(iter(train_windows)),
+        spec=spec,
+        config=config,
+        transform_output=transform_output,
+        catalogue=catalogue_files,
+        settings={"statistics": {name: dataclasses.asdict(value) for name, value in statistics.items()}},
+    )
+
+
+def refresh(model_dir: Path, catalogue: Sequence[str], target: Path) -> None:
+    """Exports a trained ranker over another catalogue, without training.
+
+    Args:
+      model_dir: exported or pushed ranking model.
+      catalogue: gzipped TFRecord files of the new catalogue's examples.
+      target: local folder of the new SavedModel; absent or empty.
+
+    Raises:
+      CheckpointError: the model has no checkpoint, or one that does not fit the code.
+      DataError: the catalogue is empty, or its ids are.
+    """
+    checkpoint = read_checkpoint(model_dir)
+    spec, transform_output = checkpoint.spec, checkpoint.transform_output
+    statistics = {name: LabelStatistics(**v) for name, v in checkpoint.settings["statistics"].items()}
+    config = checkpoint.read_config(RankingConfig)
+    model = RankingModel(spec, vocabulary_sizes(transform_output, spec), statistics, config)
+    checkpoint.restore(_network(model))
+    items = load_catalogue(catalogue, transform_output, spec)
+    export(model, transform_output.transform_features_layer(), items, spec, str(target))
+    checkpoint.copy_to(target, catalogue)
+
+
+def _network(model: RankingModel) -> Network:
+    return Network(model, [model], model)
 
 
 def _write_log(log: list[dict[str, float]], folder: Path) -> None:

@@ -25,7 +25,8 @@ QUERY = (
 class Retrieval(tf.Module):
     """Returns the catalogue in order, without excluded items; scores 8, 7, 6, ... by place in the catalogue.
 
-    The reason is the newest watched item. A user is known when the id starts with "known".
+    The reason is the newest watched item. A user is known when the id starts with "known". The parity of an
+    item is "even" or "odd"; a search fell back to an exact one when it allows only one of them.
     """
 
     def __init__(self) -> None:
@@ -33,15 +34,23 @@ class Retrieval(tf.Module):
         self.item_ids = tf.constant(ITEM_IDS)
 
     @tf.function(
-        input_signature=[*QUERY, tf.TensorSpec([None], tf.int32, name="k"), _text(2, "exclude_item_ids")]
+        input_signature=[
+            *QUERY,
+            tf.TensorSpec([None], tf.int32, name="k"),
+            _text(2, "exclude_item_ids"),
+            _text(2, "allow_parity"),
+        ]
     )
-    def serve(self, user_id, age, event_time_unix_s, history_item_ids, k, exclude_item_ids):
+    def serve(self, user_id, age, event_time_unix_s, history_item_ids, k, exclude_item_ids, allow_parity):
         within = tf.debugging.assert_less_equal(k, MAX_K, message="k above the exported maximum")
         with tf.control_dependencies([within]):  # otherwise top_k may fail first, with a text of its own
             max_k = tf.reduce_max(k)
         scores = tf.range(len(ITEM_IDS), 0.0, -1.0)
         excluded = tf.reduce_any(self.item_ids[None, :, None] == exclude_item_ids[:, None, :], axis=2)
-        kept = tf.where(excluded, -1.0, scores[None, :])
+        parity = tf.constant(["even", "odd"] * (len(ITEM_IDS) // 2))
+        free = tf.reduce_all(allow_parity == "", axis=1)
+        allowed = tf.reduce_any(parity[None, :, None] == allow_parity[:, None, :], axis=2) | free[:, None]
+        kept = tf.where(excluded | ~allowed, -1.0, scores[None, :])
         top_scores, top = tf.math.top_k(kept, max_k)
         is_item = (top_scores > 0) & (tf.range(max_k)[None, :] < k[:, None])
         length = tf.reduce_sum(tf.cast(history_item_ids != "", tf.int64), axis=1)
@@ -52,6 +61,7 @@ class Retrieval(tf.Module):
             "reason_item_ids": tf.where(is_item, newest[:, None], ""),
             "user_is_known": tf.cast(tf.strings.substr(user_id, 0, 5) == "known", tf.int64),
             "history_length": length,
+            "exact_fallback": tf.cast(~tf.reduce_all(allowed, axis=1), tf.int64),
         }
 
 

@@ -84,6 +84,26 @@ def test_retrieve_and_rank_can_be_called_alone(client):
     assert client.rank(QUERY, []) == []
 
 
+def test_only_allowed_items_come_back_and_a_fallback_is_told(client, caplog):
+    caplog.set_level("INFO", logger="serving.client")
+    odd = client.retrieve(QUERY, k=8, allow={"parity": ["odd"]}, exclude_item_ids=["item3"])
+    assert [item.item_id for item in odd.candidates] == ["item1", "item5", "item7"]
+    assert odd.exact_fallback and "exact_fallback=1" in caplog.text
+    answer = client.recommend(QUERY, k=2, allow={"parity": ["odd", "even"]}, num_candidates=3)
+    assert [item.item_id for item in answer.items] == ["item2", "item1"] and not answer.exact_fallback
+    assert client.recommend(QUERY, k=1, allow={"parity": ("even",)}, num_candidates=3).exact_fallback
+    assert len(client.retrieve(QUERY, k=8, allow={"parity": []}).candidates) == 8
+
+
+def test_an_allow_list_that_the_model_does_not_have_is_refused(client):
+    with pytest.raises(BadRequestError, match="cannot filter by 'language', only by: parity"):
+        client.retrieve(QUERY, k=1, allow={"language": ["en"]})
+    with pytest.raises(BadRequestError, match="allow_parity must be a list, got the text 'odd'"):
+        client.retrieve(QUERY, k=1, allow={"parity": "odd"})
+    with pytest.raises(BadRequestError, match="unknown query feature 'allow_parity'"):
+        client.retrieve({**QUERY, "allow_parity": ["odd"]}, k=1)
+
+
 def test_nothing_left_to_recommend_is_an_empty_answer(client):
     answer = client.recommend(QUERY, k=2, exclude_item_ids=models.ITEM_IDS, num_candidates=8)
     assert answer.items == ()
@@ -121,7 +141,7 @@ def test_k_must_lie_between_one_and_the_number_of_candidates(client, k, num_cand
 
 
 def test_excluded_ids_given_as_one_text_are_refused(client):
-    with pytest.raises(BadRequestError, match="must be a list of ids"):
+    with pytest.raises(BadRequestError, match="exclude_item_ids must be a list, got the text 'item1'"):
         client.retrieve(QUERY, k=1, exclude_item_ids="item1")
 
 
@@ -237,7 +257,7 @@ class StubTransport:
             raise BadRequestError("Missing: age")
         self.inputs = inputs
         outputs = {"item_ids": [["a"]], "scores": [[1.0]], "reason_item_ids": [[""]]}
-        return Prediction({**outputs, "user_is_known": [0], "history_length": [0]}, 2)
+        return Prediction({**outputs, "user_is_known": [0], "history_length": [0], "exact_fallback": [0]}, 2)
 
     def close(self):
         pass

@@ -100,6 +100,7 @@ def test_grpc_rest_and_in_process_give_the_same_answer(channel, http, base_paths
         "history_item_ids": [[b"item2", b"item5"], [b"", b""]],
         "k": np.array([3, 2], np.int32),
         "exclude_item_ids": [[b"item0"], [b""]],
+        "allow_parity": [[b""], [b""]],
     }
     loaded = tf.saved_model.load(str(base_paths["retrieval"] / "1"))
     in_process = loaded.signatures["serving_default"](**{n: tf.constant(v) for n, v in inputs.items()})
@@ -227,6 +228,7 @@ def test_an_error_of_the_graph_keeps_its_code_and_text(channel, http):
         "history_item_ids": [[""]],
         "k": [models.MAX_K + 1],
         "exclude_item_ids": [[""]],
+        "allow_parity": [[""]],
     }
     answer = http.post("/v1/models/retrieval:predict", json={"inputs": inputs})
     assert answer.status_code == 400

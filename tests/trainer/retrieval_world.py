@@ -18,6 +18,7 @@ NUM_USERS = 300
 NUM_ITEMS = 600
 NUM_SEGMENTS = 6
 HISTORY_LENGTH = 5
+NUM_DAYS = 10
 
 SPEC = DatasetSpec.model_validate(
     {
@@ -97,6 +98,7 @@ def training_window(num_examples: int = 20_000, seed: int = 0) -> dict[str, tf.T
     rows = draw_items(users, rng)
     window = query_columns(users, history) | {n: c[rows] for n, c in catalogue().transformed.items()}
     window["retrieval_weight"] = np.ones(num_examples, np.float32)
+    window["days_to_train_end"] = rng.integers(1, NUM_DAYS, num_examples)
     return {name: tf.constant(column) for name, column in window.items()}
 
 

@@ -63,6 +63,7 @@ def test_retrieval_baselines_worked_by_hand():
         catalogue_item_ids=["d", "c", "b", "a"],
         seen_item_ids=[["a"], []],
         positive_item_ids=[["c", "z"], []],
+        cold_positive_item_ids=[["z"], []],
         ks=(1, 2),
     )
     popular, recent = result["popularity"], result["recent_popularity"]
@@ -70,9 +71,35 @@ def test_retrieval_baselines_worked_by_hand():
     assert popular["retrieval/recall_at_2"] == 0.5
     assert popular["retrieval/mrr_at_2"] == 0.5
     assert popular["retrieval/ndcg_at_2"] == pytest.approx((1 / math.log2(3)) / (1 + 1 / math.log2(3)))
-    assert popular["retrieval/coverage_at_2"] == 0.75  # b, c for u and a, b for v
+    assert popular["retrieval/distinct_items_at_2"] == 3  # b, c for u and a, b for v
+    assert popular["retrieval/cold_item_recall_at_2"] == 0.0
     assert recent["retrieval/recall_at_1"] == 0.5
     assert recent["retrieval/hit_rate_at_1"] == 1.0
+    assert result.keys() == {"popularity", "recent_popularity", "random"}
+
+
+def test_cold_items_are_found_by_upload_time_and_by_chance() -> None:
+    # Of a, b (trained on) and new, newer (not), u has seen a and wants b and new; v wants newer, w only b.
+    # Newest first, all get [newer, new]. By chance u finds each of 3 unseen items among 2 with 2 / 3, v and w
+    # each of 4 with 2 / 4.
+    result = baselines.evaluate_retrieval_baselines(
+        train_item_ids=["a", "a", "b"],
+        train_event_time_unix_s=[0, 1, 2],
+        catalogue_item_ids=["a", "b", "new", "newer"],
+        upload_time_unix_s=[5, -1, 7, 9],
+        seen_item_ids=[["a"], [], []],
+        positive_item_ids=[["b", "new"], ["newer"], ["b"]],
+        cold_positive_item_ids=[["new"], ["newer"], []],
+        ks=(1, 2),
+    )
+    newest, random = result["newest"], result["random"]
+    assert newest["retrieval/cold_item_recall_at_1"] == 0.5
+    assert newest["retrieval/cold_item_recall_at_2"] == 1.0
+    assert newest["retrieval/recall_at_2"] == pytest.approx((0.5 + 1 + 0) / 3)
+    assert random["retrieval/cold_item_recall_at_2"] == pytest.approx((2 / 3 + 2 / 4) / 2)
+    assert random["retrieval/recall_at_2"] == pytest.approx((2 / 3 + 2 / 4 + 2 / 4) / 3)
+    # The one unseen item for u that anybody chose is b.
+    assert result["popularity"]["retrieval/cold_item_recall_at_1"] == 0.0
 
 
 def test_retrieval_cut_off_beyond_the_catalogue_is_judged_on_short_lists():
@@ -82,9 +109,11 @@ def test_retrieval_cut_off_beyond_the_catalogue_is_judged_on_short_lists():
         catalogue_item_ids=["a", "b"],
         seen_item_ids=[[]],
         positive_item_ids=[["b"]],
+        cold_positive_item_ids=[["b"]],
         ks=(100,),
     )
-    assert result["popularity"]["retrieval/recall_at_100"] == 1.0
+    for name in ("popularity", "random"):
+        assert result[name]["retrieval/recall_at_100"] == 1.0
 
 
 def test_item_mean_is_pulled_towards_the_global_mean_by_the_prior():
@@ -135,6 +164,7 @@ RETRIEVAL_INPUT = {
     "catalogue_item_ids": ["a", "b"],
     "seen_item_ids": [[]],
     "positive_item_ids": [["b"]],
+    "cold_positive_item_ids": [[]],
     "ks": (1,),
 }
 
@@ -195,13 +225,16 @@ def test_popularity_on_movielens_reproduces_the_anchor_figures(shared_dir):
         catalogue_item_ids=movies,
         seen_item_ids=users["seen"].to_list(),
         positive_item_ids=users["positives"].to_list(),
+        cold_positive_item_ids=[[] for _ in range(len(users))],
         ks=(10, 100),
     )
     figures = {
         name: [
-            round(values[f"retrieval/{metric}_at_{k}"], 3) for metric in ("recall", "ndcg") for k in (10, 100)
+            round(result[name][f"retrieval/{metric}_at_{k}"], 3)
+            for metric in ("recall", "ndcg")
+            for k in (10, 100)
         ]
-        for name, values in result.items()
+        for name in ("popularity", "recent_popularity")
     }
     # Measured by others with other code: recall@10, recall@100, NDCG@10, NDCG@100.
     assert figures == {

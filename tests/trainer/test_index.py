@@ -1,16 +1,25 @@
-"""The candidate index: ScaNN against exact search, exclusions, short catalogues, and bad input."""
+"""Search: ScaNN against exact search, restrictions of requests, several query vectors, short catalogues."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from schema.errors import IndexBuildError
-from trainer.config import IndexConfig
-from trainer.index import NO_ROW, CandidateIndex, IndexFacts, ScannIndex, ScannSettings, build_index
+from trainer import index as index_module
+from trainer.allow_lists import AllowLists
+from trainer.index import (
+    NO_ROW,
+    CandidateIndex,
+    Effort,
+    ExactIndex,
+    Restriction,
+    ScannIndex,
+)
 
 SMALL, LARGE = 40, 2_500
+LANGUAGES = ("de", "en", "fi")
 
 
 def _vectors(num_items: int, dim: int = 8, seed: int = 0) -> np.ndarray:
@@ -21,109 +30,257 @@ def _queries(num_queries: int = 32, dim: int = 8) -> np.ndarray:
     return _vectors(num_queries, dim, seed=1)
 
 
-def _build(num_items: int, max_k: int = 20, min_recall: float = 0.95) -> tuple[CandidateIndex, IndexFacts]:
-    ids = [f"i{row}" for row in range(num_items)]
-    config = IndexConfig(min_recall=min_recall)
-    return build_index(ids, _vectors(num_items), _queries(), config, max_k)
+def _language(row: int) -> str:
+    """Item 0 has no language, the others take turns; one item in 500 is in Swedish."""
+    return "" if row == 0 else "sv" if row % 500 == 7 else LANGUAGES[row % 3]
+
+
+def _regions(row: int) -> list[str]:
+    """Even items are for everybody in the north, every fourth item for the south too."""
+    return [*(["north"] if row % 2 == 0 else []), *(["south"] if row % 4 == 0 else [])]
+
+
+def _build(num_items: int) -> CandidateIndex:
+    vectors = _vectors(num_items)
+    regions = [_regions(row) for row in range(num_items)]
+    allow_lists = AllowLists(
+        {
+            "language": np.array([_language(row) for row in range(num_items)]),
+            "region": np.array([[*values, "", ""][:2] for values in regions]),
+        }
+    )
+    approximate = ScannIndex(vectors, 50 if num_items == LARGE else 0)
+    approximate.efforts = [Effort(5, 20, 40), Effort(20, 35, 100)]
+    return CandidateIndex(ExactIndex(approximate.vectors), approximate, allow_lists)
 
 
 @pytest.fixture(scope="module")
 def small() -> CandidateIndex:
-    return _build(SMALL)[0]
+    return _build(SMALL)
 
 
 @pytest.fixture(scope="module")
 def large() -> CandidateIndex:
-    return _build(LARGE)[0]
+    return _build(LARGE)
 
 
-def _excluded(*lists: list[int]) -> tf.Tensor:
-    width = max(len(rows) for rows in lists)
+@pytest.fixture(params=[SMALL, LARGE])
+def index(request: pytest.FixtureRequest) -> CandidateIndex:
+    return request.getfixturevalue("small" if request.param == SMALL else "large")
+
+
+def _texts(lists: list[list[str]]) -> tf.Tensor:
+    width = max(map(len, lists))
     return tf.constant(
-        [rows + [NO_ROW] * (width - len(rows)) for rows in lists], tf.int32, [len(lists), width]
+        [values + [""] * (width - len(values)) for values in lists], tf.string, [len(lists), width]
     )
 
 
-def _best(query: np.ndarray, num_items: int, excluded: list[int], k: int) -> list[int]:
-    """Slow oracle: sort everything, leave out the excluded."""
-    order = np.argsort(-(_vectors(num_items) @ query), kind="stable")
-    return [int(row) for row in order if row not in set(excluded)][:k]
+def _restriction(
+    index: CandidateIndex, excluded: list[list[int]], allowed: Mapping[str, list[list[str]]] | None = None
+) -> Restriction:
+    width = max(len(rows) for rows in excluded)
+    rows = [rows + [NO_ROW] * (width - len(rows)) for rows in excluded]
+    lists = {
+        f"allow_{name}": _texts((allowed or {}).get(name, [[]] * len(excluded)))
+        for name in ("language", "region")
+    }
+    return Restriction(
+        tf.constant(rows, tf.int32, [len(rows), width]), index.allow_lists.allowed_values(lists)
+    )
+
+
+def _best(query: np.ndarray, candidates: list[int], num_items: int, k: int) -> list[int]:
+    """Slow oracle: sorts every item by its best score, and keeps the candidates."""
+    scores = (_vectors(num_items) @ np.atleast_2d(query).T).max(axis=1)
+    return [int(row) for row in np.argsort(-scores, kind="stable") if row in set(candidates)][:k]
+
+
+def _all_but(excluded: list[int], num_items: int) -> list[int]:
+    return [row for row in range(num_items) if row not in set(excluded)]
 
 
 def test_exact_search_equals_sorting_with_exclusions(large: CandidateIndex) -> None:
     queries = _queries(3)
-    excluded = [_best(queries[0], LARGE, [], 7), [], [5, 5, 6]]
-    rows, scores = large.search_exact(queries, tf.constant([4, 2, 6]), _excluded(*excluded))
-    assert rows.shape == (3, 6) and rows.dtype == tf.int32 and scores.dtype == tf.float32
+    excluded = [_best(queries[0], _all_but([], LARGE), LARGE, 7), [], [5, 5, 6]]
+    found = large.search_exact(queries, tf.constant([4, 2, 6]), _restriction(large, excluded))
+    assert found.rows.shape == (3, 6) and found.rows.dtype == tf.int32
+    assert found.scores.dtype == tf.float32
     for b, k in enumerate((4, 2, 6)):
-        query, found, score = queries[b], rows.numpy()[b], scores.numpy()[b]
-        expected = _best(query, LARGE, excluded[b], k)
-        assert list(found[:k]) == expected
-        assert (found[k:] == NO_ROW).all() and (score[k:] == 0).all()
-        np.testing.assert_allclose(score[:k], _vectors(LARGE)[expected] @ query, rtol=1e-5)
+        rows, scores = found.rows.numpy()[b], found.scores.numpy()[b]
+        expected = _best(queries[b], _all_but(excluded[b], LARGE), LARGE, k)
+        assert list(rows[:k]) == expected
+        assert (rows[k:] == NO_ROW).all() and (scores[k:] == 0).all()
+        np.testing.assert_allclose(scores[:k], _vectors(LARGE)[expected] @ queries[b], rtol=1e-5)
+    assert not found.exact_fallback.numpy().any()
 
 
-def test_scann_reaches_the_required_recall_and_says_so() -> None:
-    index, facts = _build(LARGE, min_recall=0.9)
-    assert facts.num_items == LARGE and facts.k == 20 and facts.recall >= 0.9
-    assert facts.settings.num_leaves == 50
-    queries = _queries()
-    k, nothing = tf.fill([len(queries)], 20), tf.zeros([len(queries), 0], tf.int32)
-    rows, scores = index.search(queries, k, nothing)
-    exact = index.search_exact(queries, k, nothing)[0]
-    recall = np.mean([len(set(a) & set(b)) / 20 for a, b in zip(rows.numpy(), exact.numpy(), strict=True)])
-    assert recall == pytest.approx(facts.recall)
-    # Reordering computes true dot products.
-    np.testing.assert_allclose(
-        scores, np.einsum("bkd,bd->bk", _vectors(LARGE)[rows.numpy()], queries), rtol=1e-4, atol=1e-4
-    )
+@pytest.mark.parametrize("dim", [2, 3], ids=["one vector", "several vectors"])
+def test_exact_search_in_chunks_equals_exact_search_at_once(
+    dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries = _queries(6) if dim == 2 else _queries(6).reshape(2, 3, 8)
+    # Equal vectors in different chunks: the item that comes first in the catalogue wins.
+    vectors = np.tile(_vectors(100), (7, 1))
+    whole = ExactIndex(vectors).search(tf.constant(queries), tf.constant(150))
+    monkeypatch.setattr(index_module, "_CHUNK_ITEMS", 90)
+    monkeypatch.setattr(index_module, "_MIN_CHUNK_ITEMS", 90)
+    chunked = ExactIndex(vectors).search(tf.constant(queries), tf.constant(150))
+    np.testing.assert_array_equal(whole[0], chunked[0])
+    np.testing.assert_array_equal(whole[1], chunked[1])
+    assert (np.diff(whole[0].numpy()[:, :7], axis=1) == 100).all()
 
 
 def test_recall_grows_with_effort_and_searching_everything_is_exact() -> None:
     queries = _queries()
+    index = ScannIndex(_vectors(LARGE), 50)
+    exact = [set(_best(query, _all_but([], LARGE), LARGE, 20)) for query in queries]
     recalls = []
-    index = ScannIndex(_vectors(LARGE), ScannSettings(50, 1, 20), 20)
-    exact = [set(_best(query, LARGE, [], 20)) for query in queries]
-    for settings in (ScannSettings(50, 1, 20), ScannSettings(50, 10, 60), ScannSettings(50, 50, LARGE)):
-        index.settings = settings
+    for effort in (Effort(20, 1, 20), Effort(20, 10, 60), Effort(20, 50, LARGE)):
+        index.efforts = [effort]
         rows = index.search(tf.constant(queries), tf.constant(20))[0].numpy()
         recalls.append(np.mean([len(set(row) & best) / 20 for row, best in zip(rows, exact, strict=True)]))
     assert recalls[0] < recalls[1] < recalls[2] == 1.0
 
 
-@pytest.mark.parametrize("num_items", [SMALL, LARGE])
-def test_excluded_items_are_never_returned(num_items: int, request: pytest.FixtureRequest) -> None:
-    index = request.getfixturevalue("small" if num_items == SMALL else "large")
+def test_scann_scores_are_dot_products_best_first(large: CandidateIndex) -> None:
+    rows, scores = large.approximate.search(tf.constant(_queries()), tf.constant(20))
+    np.testing.assert_allclose(
+        scores, np.einsum("bkd,bd->bk", _vectors(LARGE)[rows.numpy()], _queries()), rtol=1e-4, atol=1e-4
+    )
+    assert (np.diff(scores.numpy(), axis=1) <= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("k", "leaves", "candidates"),
+    [(1, 20, 40), (5, 20, 40), (6, 35, 100), (20, 35, 100), (30, 50, 150), (600, 50, LARGE)],
+)
+def test_a_search_takes_the_effort_that_its_k_needs(
+    k: int, leaves: int, candidates: int, large: CandidateIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def search_with(queries: tf.Tensor, *numbers: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        asked.extend(int(number) for number in numbers)
+        return tf.zeros([1, 1], tf.int32), tf.zeros([1, 1])
+
+    monkeypatch.setattr(large.approximate, "search_with", search_with)
+    large.approximate.search(tf.constant(_queries(1)), tf.constant(k))
+    assert asked == [k, leaves, candidates]
+
+
+def test_excluded_items_are_never_returned(index: CandidateIndex) -> None:
+    num_items = index.exact.num_items
     queries = _queries(2)
-    excluded = [_best(query, num_items, [], num_items // 2) for query in queries]
-    rows, _ = index.search(queries, tf.constant([20, 20]), _excluded(*excluded))
-    for query, out, found in zip(queries, excluded, rows.numpy(), strict=True):
-        assert not set(found) & set(out) and len(set(found) - {NO_ROW}) == 20
+    excluded = [_best(query, _all_but([], num_items), num_items, num_items // 2) for query in queries]
+    found = index.search(queries, tf.constant([20, 20]), _restriction(index, excluded))
+    for query, out, rows in zip(queries, excluded, found.rows.numpy(), strict=True):
+        assert not set(rows) & set(out) and len(set(rows) - {NO_ROW}) == 20
         if num_items == SMALL:
-            assert list(found) == _best(query, num_items, out, 20)
+            assert list(rows) == _best(query, _all_but(out, num_items), num_items, 20)
 
 
-def test_all_but_a_few_excluded_gives_these_few(large: CandidateIndex) -> None:
+def test_all_but_a_few_excluded_gives_these_few_and_says_that_search_was_exact(large: CandidateIndex) -> None:
     left = [3, 700, 2_400]
-    excluded = [row for row in range(LARGE) if row not in left]
-    rows, scores = large.search(_queries(1), tf.constant([10]), _excluded(excluded))
-    assert set(rows.numpy()[0, :3]) == set(left)
-    assert (rows.numpy()[0, 3:] == NO_ROW).all() and (scores.numpy()[0, 3:] == 0).all()
+    restriction = _restriction(large, [_all_but(left, LARGE), [], [9]])
+    # One leaf holds too little for the first request only.
+    large.approximate.efforts, before = [Effort(LARGE * 10, 1, LARGE)], large.approximate.efforts
+    found = large.search(_queries(3), tf.constant([10, 10, 2]), restriction)
+    large.approximate.efforts = before
+    assert list(found.rows.numpy()[0, :3]) == _best(_queries(3)[0], left, LARGE, 3)
+    assert (found.rows.numpy()[0, 3:] == NO_ROW).all() and (found.scores.numpy()[0, 3:] == 0).all()
+    assert found.exact_fallback.numpy().tolist() == [True, False, False]
+    assert (found.rows.numpy()[1] != NO_ROW).all() and (found.rows.numpy()[2, :2] != NO_ROW).all()
 
 
-def test_everything_excluded_gives_nothing(small: CandidateIndex) -> None:
-    rows, scores = small.search(_queries(2), tf.constant([5, 1]), _excluded(list(range(SMALL)), []))
-    assert (rows.numpy()[0] == NO_ROW).all() and (scores.numpy()[0] == 0).all()
-    assert (rows.numpy()[1] != NO_ROW).tolist() == [True, False, False, False, False]
+def test_everything_excluded_gives_nothing(index: CandidateIndex) -> None:
+    everything = list(range(index.exact.num_items))
+    found = index.search(_queries(2), tf.constant([5, 1]), _restriction(index, [everything, []]))
+    assert (found.rows.numpy()[0] == NO_ROW).all() and (found.scores.numpy()[0] == 0).all()
+    assert (found.rows.numpy()[1] != NO_ROW).tolist() == [True, False, False, False, False]
 
 
-@pytest.mark.parametrize("num_items", [1, 3, 999, 1_000])
-def test_catalogues_smaller_than_k_and_around_the_partition_limit(num_items: int) -> None:
-    index, facts = _build(num_items, max_k=1_200)
-    assert facts.k == num_items and facts.recall >= 0.95
-    rows, _ = index.search(_queries(2), tf.constant([1_200, 1]), tf.zeros([2, 0], tf.int32))
-    assert rows.shape == (2, 1_200)
-    assert set(rows.numpy()[0]) - {NO_ROW} == set(range(num_items))
+@pytest.mark.parametrize("k", [3, 200])
+def test_more_wanted_than_there_are_gives_all(k: int) -> None:
+    vectors = _vectors(3)
+    approximate = ScannIndex(vectors, 0)
+    approximate.efforts = [Effort(200, 0, 3)]
+    found = CandidateIndex(ExactIndex(vectors), approximate).search(
+        _queries(2), tf.constant([k, 1]), Restriction(tf.zeros([2, 0], tf.int32))
+    )
+    assert found.rows.shape == (2, k) and set(found.rows.numpy()[0]) - {NO_ROW} == {0, 1, 2}
+    assert not found.exact_fallback.numpy().any()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_only_items_with_an_allowed_value_of_every_attribute_are_returned(
+    exact: bool, index: CandidateIndex
+) -> None:
+    num_items = index.exact.num_items
+    allowed = {
+        "language": [["en"], ["en", "fi", "martian"], [], ["de"], []],
+        "region": [[], ["south"], ["north", "south"], ["south"], []],
+    }
+    excluded = [[1, 4], [], [2], [], []]
+    search = index.search_exact if exact else index.search
+    found = search(_queries(5), tf.fill([5], 10), _restriction(index, excluded, allowed))
+    for b in range(5):
+        passing = [
+            row
+            for row in _all_but(excluded[b], num_items)
+            if (not allowed["language"][b] or _language(row) in allowed["language"][b])
+            and (not allowed["region"][b] or set(_regions(row)) & set(allowed["region"][b]))
+        ]
+        rows = [row for row in found.rows.numpy()[b] if row != NO_ROW]
+        assert set(rows) <= set(passing) and len(rows) == min(10, len(passing))
+        if exact or found.exact_fallback.numpy()[b] or num_items == SMALL:
+            assert rows == _best(_queries(5)[b], passing, num_items, 10)
+
+
+def test_rare_values_are_found_by_exact_search_and_unknown_ones_give_nothing(large: CandidateIndex) -> None:
+    restriction = _restriction(large, [[], [], []], {"language": [["sv"], ["martian"], []]})
+    found = large.search(_queries(3), tf.fill([3], 20), restriction)
+    swedish = [row for row in range(LARGE) if _language(row) == "sv"]
+    assert list(found.rows.numpy()[0, :5]) == _best(_queries(3)[0], swedish, LARGE, 5)
+    assert (found.rows.numpy()[0, 5:] == NO_ROW).all() and (found.rows.numpy()[1] == NO_ROW).all()
+    assert found.exact_fallback.numpy().tolist() == [True, True, False]
+
+
+def test_shares_estimate_how_many_items_pass(small: CandidateIndex) -> None:
+    allowed = {"language": [["de"], ["en", "fi"], []], "region": [["north"], ["north", "south"], []]}
+    restriction = _restriction(small, [[], [], []], allowed)
+    count = {name: sum(_language(row) == name for row in range(SMALL)) / SMALL for name in LANGUAGES}
+    expected = [count["de"] * 0.5, (count["en"] + count["fi"]) * 0.75, 1.0]
+    shares = small.allow_lists.shares(restriction.allowed_values, tf.constant(3))
+    np.testing.assert_allclose(shares, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_several_query_vectors_give_each_item_its_best_score_once(exact: bool, index: CandidateIndex) -> None:
+    num_items = index.exact.num_items
+    queries = _queries(12).reshape(4, 3, 8)
+    # A user whose interests are nearly the same finds the same items with each of them.
+    queries[0, 1:] = queries[0, 0] * [[1.01], [0.99]]
+    excluded = [[], _best(queries[1], _all_but([], num_items), num_items, 5), [], []]
+    if not exact:
+        index.approximate.efforts, before = [Effort(10, 50, num_items)], index.approximate.efforts
+    search = index.search_exact if exact else index.search
+    found = search(queries, tf.fill([4], 10), _restriction(index, excluded))
+    if not exact:
+        index.approximate.efforts = before
+    for b in range(4):
+        expected = _best(queries[b], _all_but(excluded[b], num_items), num_items, 10)
+        assert list(found.rows.numpy()[b]) == expected
+        scores = (_vectors(num_items)[expected] @ queries[b].T).max(axis=1)
+        np.testing.assert_allclose(found.scores.numpy()[b], scores, rtol=1e-4)
+
+
+def test_one_vector_of_several_is_one_vector(large: CandidateIndex) -> None:
+    restriction = _restriction(large, [[1], [], [3]])
+    k = tf.constant([3, 9, 20])
+    one = large.search(_queries(3), k, restriction)
+    several = large.search(_queries(3)[:, np.newaxis, :], k, restriction)
+    np.testing.assert_array_equal(one.rows, several.rows)
 
 
 def test_saved_index_answers_the_same(large: CandidateIndex, tmp_path: Path) -> None:
@@ -135,38 +292,13 @@ def test_saved_index_answers_the_same(large: CandidateIndex, tmp_path: Path) -> 
         ]
     )
     def search(queries: tf.Tensor, k: tf.Tensor, excluded: tf.Tensor) -> dict[str, tf.Tensor]:
-        rows, scores = large.search(queries, k, excluded)
-        return {"rows": rows, "scores": scores}
+        everything = large.allow_lists.allowed_values(large.allow_lists.empty_lists(tf.size(k)))
+        found = large.search(queries, k, Restriction(excluded, everything))
+        return {"rows": found.rows, "exact_fallback": found.exact_fallback}
 
     options = tf.saved_model.SaveOptions(namespace_whitelist=["Scann"])
     tf.saved_model.save(large, str(tmp_path), signatures={"search": search}, options=options)
-    arguments = {"queries": tf.constant(_queries(4)), "k": tf.constant([3, 9, 1, 5])}
-    arguments["excluded"] = _excluded([1, 2], [], [3], [4, 4])
+    excluded = tf.constant([[1, 2], [NO_ROW, NO_ROW], [3, NO_ROW], [4, 4]])
+    arguments = {"queries": tf.constant(_queries(4)), "k": tf.constant([3, 9, 1, 5]), "excluded": excluded}
     saved = tf.saved_model.load(str(tmp_path)).signatures["search"](**arguments)
     np.testing.assert_array_equal(saved["rows"], search(*arguments.values())["rows"])
-
-
-def test_bad_catalogues_are_refused() -> None:
-    config, vectors = IndexConfig(), _vectors(3)
-    with pytest.raises(IndexBuildError, match=r"'a' stands in 2 catalogue rows"):
-        build_index(["a", "b", "a"], vectors, _queries(), config, 2)
-    with pytest.raises(IndexBuildError, match=r"'' stands in 1 catalogue rows"):
-        build_index(["a", "b", ""], vectors, _queries(), config, 2)
-    with pytest.raises(IndexBuildError, match=r"2 item ids for item vectors of shape \(3, 8\)"):
-        build_index(["a", "b"], vectors, _queries(), config, 2)
-    with pytest.raises(IndexBuildError, match=r"0 item ids"):
-        build_index([], vectors[:0], _queries(), config, 2)
-    with pytest.raises(IndexBuildError, match=r"1 of 3 item vectors are not finite, .* item 'b'"):
-        build_index(
-            ["a", "b", "c"], np.where(np.arange(3)[:, None] == 1, np.nan, vectors), _queries(), config, 2
-        )
-    with pytest.raises(IndexBuildError, match=r"no sample query"):
-        build_index(["a", "b", "c"], vectors, _queries(0), config, 2)
-
-
-def test_recall_below_the_required_one_is_refused_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.index._efforts", lambda *_: [ScannSettings(50, 1, 20)])
-    with pytest.raises(
-        IndexBuildError, match=r"finds 0\.\d+ of the exact top 20 of 2,500 items .* min_recall 0\.95"
-    ):
-        _build(LARGE)

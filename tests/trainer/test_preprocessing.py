@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -69,12 +70,17 @@ SPEC = DatasetSpec.model_validate(
             {"name": "watch", "label": "watch_time_s", "kind": "watch_time"},
         ],
         "split": {"fractions": [0.8, 0.1, 0.1]},
+        "session_gap_hours": 24,
     }
 )
 CUSTOM_CONFIG = {"dataset": SPEC.model_dump_json(), "train_end_unix_s": TRAIN_END}
 RAW = (*features.raw_query_inputs(SPEC), *features.raw_candidate_inputs(SPEC))
 LABELS = ("click", "watch_time_s", "retrieval_weight")
-DTYPES = {**{r.name: r.dtype for r in RAW}, **dict.fromkeys(LABELS, "float32")}
+DTYPES = {
+    **{r.name: r.dtype for r in RAW},
+    **dict.fromkeys(LABELS, "float32"),
+    "prior_sessions_item_ids": "string",
+}
 TITLES = ["The Cat, the DOG", "cat & mouse!", "Ünder ÉTÉ", "", "2001: a mouse"]
 
 
@@ -94,6 +100,7 @@ def make_rows() -> list[Row]:
                 "surface": [["home"], ["watch"], []][rng.choice(3, p=[0.6, 0.3, 0.1])],
                 "search_tokens": [["jazz", "piano"], [], ["jazz"]][row % 3],
                 "history_item_ids": [["i0", "never shown", "i1"], [], ["i2"]][row % 3],
+                "prior_sessions_item_ids": [["i1", "never shown"], [], ["i0"], []][row % 4],
                 "age": [float(np.float32(rng.lognormal(3, 1)))] if row % 10 else [],
                 "constant": [7.5],
                 "two_values": [float(row % 2)],
@@ -159,7 +166,8 @@ def lists(table: Transformed, name: str) -> list[list[int]]:
 def test_the_output_is_what_the_feature_space_names(transformed: Transformed) -> None:
     space = features.feature_space(SPEC)
     names = [n for f in space.all for n in f.transformed_names]
-    assert sorted(transformed.columns) == sorted([*names, *LABELS])
+    training_only = ["days_to_train_end", "prior_sessions_item_ids_ids"]
+    assert sorted(transformed.columns) == sorted([*names, *LABELS, *training_only])
 
 
 @pytest.mark.parametrize("name", ["user_id", "item_id", "surface", "creator_id"])
@@ -175,10 +183,11 @@ def test_ids_are_by_frequency_from_2_and_a_missing_value_is_0(transformed: Trans
     assert vocabulary_sizes(transformed.output, SPEC)[name] == len(counts) + 2
 
 
-def test_the_history_is_in_the_id_space_of_the_candidates(transformed: Transformed) -> None:
+@pytest.mark.parametrize("name", ["history_item_ids", "prior_sessions_item_ids"])
+def test_histories_are_in_the_id_space_of_the_candidates(transformed: Transformed, name: str) -> None:
     id_of = dict(zip(values(transformed, "item_id"), transformed.columns["item_id_id"], strict=True))
-    expected = [[id_of.get(item, 1) for item in row["history_item_ids"]] for row in transformed.rows]
-    assert lists(transformed, "history_item_ids_ids") == expected
+    expected = [[id_of.get(item, 1) for item in row[name]] for row in transformed.rows]
+    assert lists(transformed, f"{name}_ids") == expected
     assert 1 in expected[0]
 
 
@@ -267,6 +276,13 @@ def test_example_age_falls_to_its_least_at_the_end_of_training(transformed: Tran
         transformed.output.transform_features_layer(), _request(TRAIN_END + 10**8), SPEC
     )
     assert later["example_age_days_cdf"].numpy()[0] == cdf.min()
+
+
+def test_days_to_the_end_of_training_are_rounded_up(transformed: Transformed) -> None:
+    times = values(transformed, "event_time_unix_s")
+    expected = [max(0, math.ceil((TRAIN_END - time) / 86_400)) for time in times]
+    assert transformed.columns["days_to_train_end"].tolist() == expected
+    assert 0 in expected and max(expected) == 30
 
 
 def test_item_age_needs_an_upload_time_and_grows(transformed: Transformed) -> None:

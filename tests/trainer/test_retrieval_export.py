@@ -12,11 +12,13 @@ import pytest
 import scann  # noqa: F401 - registers the operations of the index
 import tensorflow as tf
 
+from schema.errors import ConfigError, IndexBuildError
 from tests.trainer import retrieval_world as world
 from trainer.config import IndexConfig, RetrievalConfig
-from trainer.index import build_index
+from trainer.index_build import build_index
 from trainer.retrieval import RetrievalModel
-from trainer.retrieval_export import ServedRetrieval, example_request, export
+from trainer.retrieval_export import ServedRetrieval, export
+from trainer.served_index import ServedIndex
 
 MAX_K = 50
 ALL_ITEMS = [f"i{row}" for row in range(world.NUM_ITEMS)]
@@ -30,15 +32,21 @@ def model() -> RetrievalModel:
     return RetrievalModel(config, world.SPACE, world.VOCABULARY_SIZES, log_q)
 
 
-@pytest.fixture(scope="module")
-def model_dir(model: RetrievalModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def _served(model: RetrievalModel, config: IndexConfig) -> tuple[ServedRetrieval, Any]:
     catalogue = world.catalogue()
     queries = model.encode_users(world.validation_users().query)
     vectors = model.encode_catalogue(catalogue)
-    index, facts = build_index(catalogue.item_ids, vectors, queries, IndexConfig(), MAX_K)
-    served = ServedRetrieval(model, index, world.FakeTransform(), catalogue, world.SPEC, MAX_K)
+    genres = np.array([[f"g{row % world.NUM_SEGMENTS}", "popular" if row < 10 else ""] for row in range(600)])
+    index, facts = build_index(
+        catalogue.item_ids, vectors, queries, config, MAX_K, attributes={"genres": genres}
+    )
+    return ServedRetrieval(model, index, world.FakeTransform(), catalogue, world.SPEC, MAX_K), facts
+
+
+@pytest.fixture(scope="module")
+def model_dir(model: RetrievalModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("export") / "Format-Serving"
-    export(served, facts, str(target))
+    export(*_served(model, IndexConfig(allow_list=("genres",))), str(target))
     return target
 
 
@@ -57,6 +65,7 @@ def _request(**changes: Any) -> dict[str, tf.Tensor]:
         "segment": ["s1", "", "s2"],
         "history_item_ids": [["i3", "i9", "gone"], ["i4", "", ""], ["", "", ""]],
         "exclude_item_ids": [["i3", "i9"], ["", "nonsense"], ["", ""]],
+        "allow_genres": [["", ""], ["", ""], ["", ""]],
     } | changes
     tensors = {name: tf.constant(value, tf.string) for name, value in request.items() if name != "k"}
     tensors["event_time_unix_s"] = tf.constant([0, 0, -1], tf.int64)
@@ -78,6 +87,7 @@ def test_signatures_are_those_of_the_architecture(signatures: Any) -> None:
             "event_time_unix_s": ("int64", 1),
             "k": ("int32", 1),
             "exclude_item_ids": ("string", 2),
+            "allow_genres": ("string", 2),
         }
         outputs = signatures[name].structured_outputs
         assert {n: (s.dtype.name, s.shape.rank) for n, s in outputs.items()} == {
@@ -86,6 +96,7 @@ def test_signatures_are_those_of_the_architecture(signatures: Any) -> None:
             "reason_item_ids": ("string", 2),
             "user_is_known": ("int64", 1),
             "history_length": ("int64", 1),
+            "exact_fallback": ("int64", 1),
         }
     outputs = signatures["serving_examples"].structured_outputs
     assert {n: s.dtype.name for n, s in outputs.items()} == {"item_ids": "string", "scores": "float32"}
@@ -131,20 +142,85 @@ def test_k_outside_the_exported_range_is_an_error(k: int, signatures: Any) -> No
 
 
 def test_lists_without_any_column_and_a_batch_of_one_work(signatures: Any) -> None:
-    request = example_request(world.SPEC, np.array([], object), k=3)
-    outputs = signatures["serving_default"](**{n: tf.constant(v) for n, v in _tensors(request).items()})
+    nothing = tf.zeros([1, 0], tf.string)
+    outputs = signatures["serving_default"](
+        user_id=tf.constant([""]),
+        segment=tf.constant([""]),
+        history_item_ids=nothing,
+        exclude_item_ids=nothing,
+        allow_genres=nothing,
+        event_time_unix_s=tf.constant([-1], tf.int64),
+        k=tf.constant([3]),
+    )
     assert (_text(outputs["item_ids"]) != "").all() and outputs["item_ids"].shape == (1, 3)
     assert outputs["user_is_known"].numpy().tolist() == [0]
 
 
-def test_example_request_fits_the_signature(signatures: Any) -> None:
-    request = example_request(world.SPEC, np.array(["i1", "i2"], object), k=MAX_K, batch_size=2)
-    outputs = signatures["serving_default"](**_tensors(request))
-    assert outputs["item_ids"].shape == (2, MAX_K) and outputs["history_length"].numpy().tolist() == [2, 2]
+@pytest.mark.parametrize("signature", ["serving_default", "serving_exact"])
+def test_only_items_with_an_allowed_value_are_recommended(signature: str, signatures: Any) -> None:
+    allow = [["g0", "popular"], ["martian", ""], ["", ""]]
+    outputs = signatures[signature](**_request(allow_genres=allow, k=[40, 2, 5]))
+    items = _text(outputs["item_ids"])
+    rows = [int(item[1:]) for item in items[0] if item]
+    assert len(rows) == 40 and all(row % world.NUM_SEGMENTS == 0 or row < 10 for row in rows)
+    assert (items[1] == "").all() and (items[2, :5] != "").all()
+    assert (outputs["scores"].numpy()[1] == 0).all()
+    fallback = outputs["exact_fallback"].numpy().tolist()
+    assert fallback[1:] == ([1, 0] if signature == "serving_default" else [0, 0])
 
 
-def _tensors(request: dict[str, np.ndarray]) -> dict[str, tf.Tensor]:
-    return {n: tf.constant(v, tf.string if v.dtype == object else v.dtype) for n, v in request.items()}
+def test_every_item_can_be_looked_up_and_an_item_never_seen_has_no_vector(
+    signatures: Any, model: RetrievalModel
+) -> None:
+    found = signatures["lookup_items"](item_ids=tf.constant(["i7", "never seen", "i0"]))
+    assert _text(found["item_ids"]).tolist() == ["i7", "", "i0"]
+    vectors = model.encode_catalogue(world.catalogue())
+    np.testing.assert_allclose(found["vectors"], [vectors[7], np.zeros(9), vectors[0]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("fault", ["another id", "another vector"])
+def test_an_export_whose_ids_do_not_lead_back_to_their_items_is_refused(
+    fault: str, model: RetrievalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served, facts = _served(model, IndexConfig())
+    if fault == "another id":
+        ids = served.index.item_ids.numpy()
+        ids[[4, 5]] = ids[[5, 4]]
+        served.index.item_ids.assign(ids)
+    else:
+        # The table leads to rows that hold the right ids and the vectors of others.
+        order = np.arange(world.NUM_ITEMS)
+        order[[3, 4]] = [4, 3]
+        served.index = ServedIndex(served.index.index, world.catalogue().item_ids[order], MAX_K)
+    with pytest.raises(IndexBuildError, match=r"2 of 600 items .*; item 'i3' came back as 'i[34]'"):
+        export(served, facts, str(tmp_path / "model"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_exact_export_holds_no_operation_of_scann(model: RetrievalModel, tmp_path: Path) -> None:
+    export(*_served(model, IndexConfig(kind="exact")), str(tmp_path / "model"))
+    assert b"Scann" not in (tmp_path / "model" / "saved_model.pb").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("attribute", "complaint"),
+    [
+        ("language", "'language' is not a categorical .* valid: genres, item_id"),
+        ("segment", "'segment' is not"),
+    ],
+)
+def test_an_allow_list_must_be_an_item_feature(attribute: str, complaint: str, model: RetrievalModel) -> None:
+    catalogue = world.catalogue()
+    index, _ = build_index(
+        catalogue.item_ids,
+        model.encode_catalogue(catalogue),
+        model.encode_users(world.validation_users().query),
+        IndexConfig(allow_list=(attribute,)),
+        MAX_K,
+        attributes={attribute: np.array(["x"] * world.NUM_ITEMS)},
+    )
+    with pytest.raises(ConfigError, match=complaint):
+        ServedRetrieval(model, index, world.FakeTransform(), catalogue, world.SPEC, MAX_K)
 
 
 def test_excluding_nearly_everything_gives_a_short_list(signatures: Any) -> None:
@@ -182,7 +258,8 @@ import scann, tensorflow as tf
 serve = tf.saved_model.load({str(model_dir)!r}).signatures["serving_default"]
 text = lambda v: tf.constant(v, tf.string)
 out = serve(user_id=text(["u7"]), segment=text(["s1"]), history_item_ids=text([["i3"]]),
-            exclude_item_ids=text([[""]]), event_time_unix_s=tf.constant([0], tf.int64), k=tf.constant([3]))
+            exclude_item_ids=text([[""]]), allow_genres=text([[""]]),
+            event_time_unix_s=tf.constant([0], tf.int64), k=tf.constant([3]))
 print("IDS", *[i.decode() for i in out["item_ids"].numpy()[0]])
 """
     environment = {**os.environ, "TF_USE_LEGACY_KERAS": "1"}
@@ -195,6 +272,7 @@ print("IDS", *[i.decode() for i in out["item_ids"].numpy()[0]])
         segment=tf.constant(["s1"]),
         history_item_ids=tf.constant([["i3"]]),
         exclude_item_ids=tf.constant([[""]]),
+        allow_genres=tf.constant([[""]]),
         event_time_unix_s=tf.constant([0], tf.int64),
         k=tf.constant([3]),
     )

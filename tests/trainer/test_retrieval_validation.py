@@ -1,0 +1,59 @@
+"""Validation ranks every item for every user, exactly, and in as many steps as fit into memory."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+
+from trainer import retrieval_validation
+from trainer.index import NO_ROW
+from trainer.retrieval_validation import NDCG, RECALL, ValidationUsers, validate
+
+NUM_USERS, NUM_ITEMS = 23, 400
+rng = np.random.default_rng(0)
+QUERIES = rng.normal(size=(NUM_USERS, 8)).astype(np.float32)
+CANDIDATES = rng.normal(size=(NUM_ITEMS, 8)).astype(np.float32)
+SEEN = rng.integers(-1, NUM_ITEMS, size=(NUM_USERS, 30)).astype(np.int32)
+POSITIVES = [rng.integers(NUM_ITEMS, size=5).tolist() for _ in range(NUM_USERS)]
+USERS = ValidationUsers({}, POSITIVES, SEEN)
+
+
+def _recall(scores: np.ndarray) -> float:
+    """By sorting everything, one user after the other."""
+    recalls = []
+    for row, seen, positives in zip(scores, SEEN, POSITIVES, strict=True):
+        ranked = [item for item in np.argsort(-row, kind="stable") if item not in set(seen.tolist())]
+        recalls.append(len(set(ranked[:100]) & set(positives)) / len(set(positives)))
+    return float(np.mean(recalls))
+
+
+def test_recall_equals_that_of_sorting_everything() -> None:
+    assert validate(QUERIES, CANDIDATES, USERS)[RECALL] == pytest.approx(_recall(QUERIES @ CANDIDATES.T))
+
+
+def test_of_several_vectors_of_a_user_the_nearest_counts() -> None:
+    several = np.stack([QUERIES, QUERIES[::-1]], axis=1)
+    scores = np.maximum(QUERIES @ CANDIDATES.T, QUERIES[::-1] @ CANDIDATES.T)
+    assert validate(several, CANDIDATES, USERS)[RECALL] == pytest.approx(_recall(scores))
+
+
+def test_small_steps_give_the_same_figures_and_tell_how_far_they_are(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = validate(QUERIES, CANDIDATES, USERS)
+    monkeypatch.setattr(retrieval_validation, "_MAX_SCORES", 6 * NUM_ITEMS)
+    monkeypatch.setattr(retrieval_validation, "_PROGRESS_INTERVAL_S", -1.0)
+    with caplog.at_level(logging.INFO):
+        assert validate(QUERIES, CANDIDATES, USERS) == whole
+    told = [record.message for record in caplog.records if record.name == retrieval_validation.logger.name]
+    assert told == [f"validation {percent} %" for percent in (0, 25, 50, 75)]
+
+
+def test_a_catalogue_smaller_than_the_list_is_ranked_as_far_as_it_goes() -> None:
+    # Item 0 is seen; the positive, item 2, follows item 1.
+    users = ValidationUsers({}, [[2]], np.array([[0, NO_ROW]], np.int32))
+    measured = validate(np.ones((1, 1), np.float32), np.array([[3.0], [2.0], [1.0]], np.float32), users)
+    assert measured[RECALL] == 1.0
+    assert measured[NDCG] == pytest.approx(1 / np.log2(3))

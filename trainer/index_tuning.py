@@ -1,0 +1,177 @@
+"""Finds the cheapest ScaNN index that finds enough of the exact results.
+
+Letters: S = sample queries, K = neighbours per query.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.index import DIMENSIONS_PER_BLOCK, Effort, ExactIndex, ScannIndex
+
+# Efforts are tuned for max_k, and for half of each k down to about this one: a request pays for no more than
+# twice the k that it asks for.
+_SMALLEST_K = 10
+# Below this many items the parts of a partition are too small to be learnt.
+_MIN_ITEMS_TO_PARTITION = 2_000
+# Numbers of leaves that are tried, in square roots of the number of items.
+_LEAVES = (1.0, 2.0, 4.0)
+# Numbers of leaves to search that are tried: each about a quarter above the last.
+_LEAF_STEP = 1.25
+# Numbers of candidates whose scores are computed exactly, in neighbours.
+_REORDERING = (2.0, 1.5, 1.0, 3.0, 5.0, 8.0)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkModel:
+    """Processor time of a query, in ns, in batches of 256: fitted to measurements on a core with AVX-512.
+
+    The model stands in for a clock so that one catalogue gets one index on every machine, busy or not. Only
+    ratios matter.
+
+    Attributes:
+      num_items: of the catalogue.
+      vector_width: of an item vector.
+    """
+
+    num_items: int
+    vector_width: int
+
+    def work(self, num_leaves: int, effort: Effort) -> float:
+        """Work of one query: centroids, then the codes of the leaves searched, then true dot products."""
+        if num_leaves == 0:
+            return 12_000 + self.num_items * (0.7 + 0.02 * self.vector_width)
+        points = self.num_items * effort.num_leaves_to_search / num_leaves
+        blocks = math.ceil(self.vector_width / DIMENSIONS_PER_BLOCK)
+        reordering = effort.num_reordering_candidates * (12 + 0.2 * self.vector_width)
+        return 5_000 + 0.12 * num_leaves * self.vector_width + 0.025 * points * blocks + reordering
+
+
+@dataclasses.dataclass(frozen=True)
+class ExactResults:
+    """What exact search finds for the sample queries.
+
+    Attributes:
+      queries: float32 [S, D] or [S, M, D].
+      rows: int32 [S, K], best first.
+      scores: float32 [S, K].
+    """
+
+    queries: tf.Tensor
+    rows: np.ndarray
+    scores: np.ndarray
+
+    @classmethod
+    def of(cls, index: ExactIndex, queries: np.ndarray, k: int) -> ExactResults:
+        """Searches for the k best."""
+        rows, scores = index.search(tf.constant(queries, tf.float32), tf.constant(k))
+        return cls(tf.constant(queries, tf.float32), rows.numpy(), scores.numpy())
+
+    def found_by(self, rows: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """Which of the exact top k another search found.
+
+        Args:
+          rows: int32 [S, k], what it found, k <= K.
+          scores: float32 [S, k].
+
+        Returns:
+          bool [S, k]. Items that tie for the last place stand in for each other: when every result is as good
+          as the k-th best, the ones that tie with it count as found.
+        """
+        k = rows.shape[1]
+        exact_rows, exact_scores = self.rows[:, :k], self.scores[:, :k]
+        last = exact_scores[:, -1:]
+        rounding = 1e-5 * np.abs(last)
+        as_good = np.all(scores >= last - rounding, axis=1, keepdims=True)
+        hits = [np.isin(exact, found) for exact, found in zip(exact_rows, rows, strict=True)]
+        return np.asarray(hits) | (as_good & (exact_scores <= last + rounding))
+
+
+def levels(max_k: int) -> list[int]:
+    """The k that efforts are tuned for, ascending: max_k, its half, and so on."""
+    ks = [max_k]
+    while ks[-1] // 2 >= _SMALLEST_K:
+        ks.append(ks[-1] // 2)
+    return ks[::-1]
+
+
+def tuned_index(vectors: np.ndarray, exact: ExactResults, min_recall: float) -> ScannIndex:
+    """Builds ScaNN with the number of leaves and the efforts that reach the recall with the least work.
+
+    Args:
+      vectors: float32 [I, D].
+      exact: results to compare with; their K is the largest k that efforts are tuned for.
+      min_recall: share of the exact top k to find, at every level of k, 0 to 1. It is to hold for other
+        queries than the sampled ones too: the sampling error is kept as a margin.
+
+    Returns:
+      The index with its efforts set. Where scoring every item is the least work there is no partition.
+    """
+    num_items, max_k = len(vectors), exact.rows.shape[1]
+    model = WorkModel(*vectors.shape)
+    everything = Effort(max_k, 0, num_items)
+    best_leaves, best_efforts, least = 0, [everything], model.work(0, everything)
+    best_index: ScannIndex | None = None
+    for share in _LEAVES if num_items >= _MIN_ITEMS_TO_PARTITION else ():
+        index = ScannIndex(vectors, round(share * math.sqrt(num_items)))
+        efforts = [_cheapest(index, model, exact, k, min_recall) for k in levels(max_k)]
+        # Every level counts the same: the ratio of two works is their difference on a log scale.
+        work = math.exp(np.mean([math.log(model.work(index.num_leaves, effort)) for effort in efforts]))
+        logger.info("index num_leaves=%d work=%.1f us efforts=%s", index.num_leaves, work / 1e3, efforts)
+        if work < least:
+            best_index, best_leaves, best_efforts, least = index, index.num_leaves, efforts, work
+    best_index = best_index or ScannIndex(vectors, best_leaves)
+    best_index.efforts = best_efforts
+    return best_index
+
+
+def _cheapest(index: ScannIndex, model: WorkModel, exact: ExactResults, k: int, min_recall: float) -> Effort:
+    """The least work that finds enough of the top k; everything there is when nothing less does."""
+    best = Effort(k, index.num_leaves, index.num_items)
+    ladder = _leaf_ladder(index.num_leaves)
+    for multiple in _REORDERING:
+        candidates = min(index.num_items, math.ceil(multiple * k))
+        efforts = [Effort(k, leaves, candidates) for leaves in ladder]
+        least = model.work(index.num_leaves, best)
+        cheaper = [effort for effort in efforts if model.work(index.num_leaves, effort) < least]
+        # Recall grows with the leaves: bisect for the first rung that reaches it, if any cheaper one does.
+        low, high = 0, len(cheaper)
+        while low < high:
+            middle = (low + high) // 2
+            if _lowest_recall(index, cheaper[middle], exact) >= min_recall:
+                high = middle
+            else:
+                low = middle + 1
+        if low < len(cheaper):
+            best = cheaper[low]
+    return best
+
+
+def _leaf_ladder(num_leaves: int) -> Sequence[int]:
+    rungs = [1]
+    while rungs[-1] < num_leaves:
+        rungs.append(min(num_leaves, max(rungs[-1] + 1, round(rungs[-1] * _LEAF_STEP))))
+    return rungs
+
+
+def _lowest_recall(index: ScannIndex, effort: Effort, exact: ExactResults) -> float:
+    """The least recall over all queries that the sample makes likely: the mean less 1.64 standard errors.
+
+    Queries differ much in recall; the mean of a sample alone would pick, of many efforts, lucky ones.
+    """
+    rows, scores = index.search_with(
+        exact.queries,
+        tf.constant(effort.k),
+        tf.constant(effort.num_leaves_to_search),
+        tf.constant(effort.num_reordering_candidates),
+    )
+    by_query = exact.found_by(rows.numpy(), scores.numpy()).mean(axis=1)
+    return float(by_query.mean() - 1.64 * by_query.std() / math.sqrt(len(by_query)))
