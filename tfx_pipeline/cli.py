@@ -32,6 +32,7 @@ from trainer.version import __version__
 _CONSOLE = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 _GRPC_PORT = 8500
 _REST_PORT = 8501
+_ITEMS_NAMED = 5
 _BUILT_IN = sorted(p.stem for p in BUILT_IN_CONFIGS.glob("*.yaml"))
 _DEFAULT_CACHE_DIR = Path.home() / ".cache" / "funnel"
 
@@ -313,10 +314,12 @@ def recommend(user_id: str, k: int, target: str, include_seen: bool, output_dir:
     from tfx_pipeline.run_result import read_run
 
     quiet_libraries(None)
-    _show_recommendations(read_run(output_dir), user_id, k, target, include_seen)
+    _show_recommendations(read_run(output_dir), RunPaths(output_dir), user_id, k, target, include_seen)
 
 
-def _show_recommendations(result: Any, user_id: str, k: int, target: str, include_seen: bool) -> None:
+def _show_recommendations(
+    result: Any, paths: RunPaths, user_id: str, k: int, target: str, include_seen: bool
+) -> None:
     from serving.client import RecommenderClient
     from tfx_pipeline.console import recommendations_table
     from tfx_pipeline.recommend import titles, user_state
@@ -331,7 +334,7 @@ def _show_recommendations(result: Any, user_id: str, k: int, target: str, includ
         )
     tasks = [task.name for task in result.config.dataset.tasks]
     heading = f"user {user_id}, {answer.history_length} items of history, over {target.split(':')[0]}"
-    _CONSOLE.print(recommendations_table(answer, titles(result), tasks, heading))
+    _CONSOLE.print(recommendations_table(answer, titles(result, paths), tasks, heading))
     if not in_data:
         _say(f"  [yellow]user {escape(user_id)} is not in the data[/yellow]: recommended from context alone")
     elif not answer.user_is_known:
@@ -392,6 +395,76 @@ def batch_recommend(users: Path, k: int, out: Path, include_seen: bool, output_d
     if unknown:
         users_text = "user" if unknown == 1 else "users"
         _say(f"  [yellow]not in the data, so with general recommendations: {unknown:,} {users_text}[/yellow]")
+
+
+@main.command("refresh-index")
+@click.option(
+    "--items",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="CSV or Parquet file of new and changed items, in the dataset's own format; may be repeated. "
+    "All other items stay as they are.",
+)
+@click.option(
+    "--data-dir",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of the dataset's source files, with its whole items table: items that are not in it are "
+    "removed.",
+)
+@_output_dir
+def refresh_index(items: tuple[Path, ...], data_dir: Path | None, output_dir: Path) -> None:
+    """Bring newer items into the pushed models, without training.
+
+    Publishes a new version of the retrieval model, with vectors of new and changed items and an index over
+    all, and of the ranking model, which looks items up in a catalogue of its own. A running server takes both
+    up by itself. Nothing is published when no item is new, changed or removed.
+
+    \b
+    Examples:
+      funnel refresh-index --items new_items.csv
+      funnel refresh-index --output-dir runs/my-shop --data-dir ~/data
+    """
+    if bool(items) == (data_dir is not None):
+        raise click.UsageError("give one of --items FILE (new or changed items) and --data-dir DIR (all)")
+    from tfx_pipeline.console import quiet_libraries
+    from tfx_pipeline.local_runner import run_lock
+    from tfx_pipeline.run_result import read_run
+
+    started = time.monotonic()
+    paths = RunPaths(output_dir)
+    result = read_run(output_dir)
+    files = items if data_dir is None else [data_dir / name for name in result.config.dataset.items.files]
+    with run_lock(paths), _failures_explained(paths):
+        quiet_libraries(paths.log_file)
+        with _CONSOLE.status("loading TensorFlow …") as status:
+            from tfx_pipeline.refresh import refresh_index as refresh
+
+            quiet_libraries(paths.log_file)
+            done = refresh(
+                result, paths, files, data_dir is not None, lambda phase: status.update(f"{phase} …")
+            )
+    _print_refresh(done, time.monotonic() - started)
+
+
+def _print_refresh(done: Any, total_s: float) -> None:
+    change = done.change
+    counts = {"added": change.added, "changed": change.changed, "removed": change.removed}
+    for name, item_ids in counts.items():
+        if item_ids:
+            more = ", …" if len(item_ids) > _ITEMS_NAMED else ""
+            _say(f"  {name}: {len(item_ids):,} ({escape(', '.join(item_ids[:_ITEMS_NAMED]))}{more})")
+    _say(
+        f"  catalogue: {done.num_items:,} items, {done.num_untrained:,} of them not met in training: "
+        "their vectors come from their content"
+    )
+    if done.index is None:
+        _say("nothing changed: no new version")
+        return
+    _say(f"  index: recall@{done.index.k} {done.index.recall:.4f} against exact search")
+    for model in MODELS:
+        _say(f"  [green]published[/green]: {model} version {done.version}")
+    phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in done.seconds.items())
+    _say(f"done in {total_s:.0f} s: {phases}")
 
 
 @main.command()
@@ -511,7 +584,7 @@ def demo(output_dir: Path) -> None:
     with ModelServerProcess({model: paths.serving_models / model for model in MODELS}) as server:
         _CONSOLE.print(f"model server: {server.grpc_target}  {server.rest_target}")
         for address in (server.grpc_target, server.rest_target):
-            _show_recommendations(result, user_id, 10, address, include_seen=False)
+            _show_recommendations(result, paths, user_id, 10, address, include_seen=False)
     _CONSOLE.print("model server stopped")
     _say(f"\nreport: [bold]{escape(result.report)}[/bold]")
     _say(

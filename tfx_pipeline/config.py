@@ -12,6 +12,7 @@ import yaml
 
 from schema.contract import DatasetSpec, load_dataset_spec, parse_model, read_yaml
 from schema.errors import ConfigError
+from trainer import features
 from trainer.config import RankingConfig, RetrievalConfig
 
 BUILT_IN_CONFIGS = Path(__file__).parent / "configs"
@@ -112,6 +113,14 @@ class RunConfig(_Config):
                 raise ValueError(
                     f"slices: {name!r} is no user feature or surface; "
                     f"declared: {', '.join(sorted(declared)) or 'none'}"
+                )
+        space = features.feature_space(self.dataset)
+        read = {f.name for f in (*space.query, *space.candidate)} - {features.USER_ID, features.ITEM_ID}
+        for name in self.retrieval.ignored_features:
+            if name not in read:
+                raise ValueError(
+                    f"retrieval.ignored_features: {name!r} is no feature that the towers can do without; "
+                    f"those are: {', '.join(sorted(read))}"
                 )
         return self
 

@@ -52,16 +52,35 @@ def quiet_libraries(log_file: Path | None) -> None:
         logging.getLogger(package).addHandler(ours)
 
 
+class _ShowOnSpinner(logging.Handler):
+    """Shows what a component logs last beside its spinner: epochs, and how far a long validation is."""
+
+    def __init__(self, status: Status, component: str) -> None:
+        super().__init__(logging.INFO)
+        self._status = status
+        self._component = component
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Replaces the text beside the spinner."""
+        self._status.update(f"{self._component} … [dim]{escape(record.getMessage())}[/dim]")
+
+
 class ComponentProgress:
-    """Shows the running component with a spinner and each finished one in a line."""
+    """Shows the running component with a spinner and what it logs last, and each finished one in a line."""
+
+    # Training is what takes minutes.
+    _shown_logger = logging.getLogger("trainer")
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._status: Status | None = None
+        self._handler: _ShowOnSpinner | None = None
 
     def started(self, component: str) -> None:
         """A component starts."""
         self._status = self._console.status(f"{component} …")
+        self._handler = _ShowOnSpinner(self._status, component)
+        self._shown_logger.addHandler(self._handler)
         self._status.start()
 
     def finished(self, timing: ComponentTiming) -> None:
@@ -73,6 +92,9 @@ class ComponentProgress:
 
     def stop(self) -> None:
         """Takes the spinner away."""
+        if self._handler is not None:
+            self._shown_logger.removeHandler(self._handler)
+            self._handler = None
         if self._status is not None:
             self._status.stop()
             self._status = None

@@ -15,11 +15,14 @@ from tfx.dsl.input_resolution.strategies.latest_blessed_model_strategy import La
 from tfx.orchestration import metadata
 from tfx.orchestration.pipeline import Pipeline
 from tfx.proto import pusher_pb2, transform_pb2
-from tfx.types import Channel
+from tfx.types import BaseChannel, Channel
 from tfx.types.standard_artifacts import Model, ModelBlessing
 
 from tfx_pipeline.components.baseline_evaluator import BaselineEvaluator
-from tfx_pipeline.components.blessed_resolver import LatestOtherBlessedModelStrategy
+from tfx_pipeline.components.blessed_resolver import (
+    LatestBlessedModelOfOtherExamplesStrategy,
+    LatestOtherBlessedModelStrategy,
+)
 from tfx_pipeline.components.example_gen import ExampleKind, contract_example_gen
 from tfx_pipeline.components.infra_validator import ServingValidator
 from tfx_pipeline.components.pusher import AtomicPusher
@@ -121,12 +124,20 @@ def create_pipeline(
     trainers, evaluators = {}, {}
     eval_configs = {
         RETRIEVAL: retrieval_eval_config(
-            features.TEST_ITEMS, CUTOFFS, _slices(config), _gates(config, RETRIEVAL)
+            features.TEST_ITEMS,
+            CUTOFFS,
+            [*_slices(config), [features.USER_TYPE]],
+            _gates(config, RETRIEVAL),
         ),
         RANKING: ranking_eval_config(spec.tasks, _slices(config), _gates(config, RANKING)),
     }
     judged_on = {RETRIEVAL: user_states.outputs["examples"], RANKING: examples}
     judged_splits = {RETRIEVAL: list(ExampleKind.USER_STATES.splits), RANKING: ["test"]}
+    base_models = {}
+    if config.retrieval.warm_start:
+        base = _base_model(RETRIEVAL, examples, local=metadata_path is not None)
+        base_models[RETRIEVAL] = base.outputs["model"]
+        nodes.append(base)
     for model in (RETRIEVAL, RANKING):
         trainers[model] = ModelTrainer(
             run_fn=f"trainer.run_{model}.run_fn",
@@ -140,6 +151,7 @@ def create_pipeline(
                 "model_name": model,
                 "code_version": locations.code_version,
             },
+            base_model=base_models.get(model),
         ).with_id(f"Trainer.{model}")
         resolver = _last_blessed(model, trainers[model], local=metadata_path is not None)
         evaluators[model] = Evaluator(
@@ -209,15 +221,29 @@ def create_pipeline(
 
 def _last_blessed(model: str, trainer: BaseNode, local: bool) -> BaseNode:
     """The model that a candidate is compared with. Vertex AI knows only TFX's own strategies."""
-    channels = {
-        "model": Channel(type=Model, producer_component_id=f"Trainer.{model}"),
-        "model_blessing": Channel(type=ModelBlessing, producer_component_id=f"Evaluator.{model}"),
-    }
+    channels = _blessed_models(model)
     strategy: type[ResolverStrategy] = LatestBlessedModelStrategy
     if local:
         strategy = LatestOtherBlessedModelStrategy
         channels["candidate"] = trainer.outputs["model"]
     return Resolver(strategy_class=strategy, **channels).with_id(f"LatestBlessed.{model}")
+
+
+def _base_model(model: str, examples: BaseChannel, local: bool) -> BaseNode:
+    """The model that a warm start begins from; none in the first run."""
+    channels = _blessed_models(model)
+    strategy: type[ResolverStrategy] = LatestBlessedModelStrategy
+    if local:
+        strategy = LatestBlessedModelOfOtherExamplesStrategy
+        channels["examples"] = examples
+    return Resolver(strategy_class=strategy, **channels).with_id(f"BaseModel.{model}")
+
+
+def _blessed_models(model: str) -> dict[str, BaseChannel]:
+    return {
+        "model": Channel(type=Model, producer_component_id=f"Trainer.{model}"),
+        "model_blessing": Channel(type=ModelBlessing, producer_component_id=f"Evaluator.{model}"),
+    }
 
 
 def _slices(config: RunConfig) -> list[list[str]]:

@@ -11,6 +11,7 @@ import polars as pl
 
 from schema.errors import DataError, ServingError
 from schema.tables import ITEMS
+from serving.versions import find_versions
 from tfx_pipeline.config import RETRIEVAL, RunPaths
 from tfx_pipeline.run_result import RunResult
 from tfx_pipeline.user_states import (
@@ -21,14 +22,34 @@ from tfx_pipeline.user_states import (
     read_user_states,
     unknown_user_state,
 )
+from trainer.checkpoint import catalogue_files
 
 _BATCH_USERS = 256
+_BATCH_ITEMS = 8_192
 
 
-def titles(run: RunResult) -> dict[str, str]:
-    """Title by item id; an item without a title shows its id."""
+def titles(run: RunResult, paths: RunPaths) -> dict[str, str]:
+    """Title by item id; an item without a title shows its id.
+
+    The catalogue of the newest pushed model counts before the table of the run: it may have been refreshed.
+    """
     items = pl.read_parquet(Path(run.tables_dir) / ITEMS, columns=["item_id", "title"])
-    return dict(items.with_columns(pl.col("title").fill_null(pl.col("item_id"))).iter_rows())
+    found = {item_id: title or item_id for item_id, title in items.iter_rows()}
+    return found | _pushed_titles(paths.serving_models / RETRIEVAL)
+
+
+def _pushed_titles(base: Path) -> dict[str, str]:
+    import tensorflow as tf
+
+    versions = find_versions(base)
+    files = catalogue_files(versions[max(versions)]) if versions else []
+    parser = {name: tf.io.FixedLenFeature([], tf.string, "") for name in ("item_id", "title")}
+    found = {}
+    for batch in tf.data.TFRecordDataset(files, compression_type="GZIP").batch(_BATCH_ITEMS):
+        columns = tf.io.parse_example(batch, parser)
+        for item_id, title in zip(columns["item_id"].numpy(), columns["title"].numpy(), strict=True):
+            found[item_id.decode()] = (title or item_id).decode()
+    return found
 
 
 def user_state(run: RunResult, user_id: str) -> tuple[UserState, bool]:
@@ -131,6 +152,9 @@ def batch_recommend(
         excluded = [() if include_seen else state.seen_item_ids for state in batch]
         inputs["exclude_item_ids"] = padded(excluded)
         inputs["k"] = np.full(len(batch), k, np.int32)
+        # Allow-lists; empty ones allow everything.
+        for name in recommend.structured_input_signature[1].keys() - inputs.keys():
+            inputs[name] = np.full((len(batch), 0), "", object)
         try:
             answer = recommend(**{name: tf.constant(value) for name, value in inputs.items()})
         except tf.errors.InvalidArgumentError as error:

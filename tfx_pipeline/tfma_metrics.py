@@ -2,7 +2,7 @@
 
 The Evaluator computes what `trainer.metrics` defines, by calling it: figures of models, gates and baselines
 are comparable. Metrics are called `<metric>_at_<k>` (retrieval) or `<metric>`, under an output named
-as the task (ranking); `num_queries` and `num_examples` say how many rows were judged.
+as the task (ranking); counts, called `num_...`, say how much was judged.
 """
 
 import array
@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import apache_beam as beam
 import numpy as np
@@ -29,7 +29,12 @@ from trainer import features, metrics
 SIGNATURE = "serving_examples"
 ITEM_IDS_OUTPUT = "item_ids"
 NUM_QUERIES = "num_queries"
+NUM_COLD_ITEM_QUERIES = "num_cold_item_queries"
+NUM_POSITIVE_ITEMS = "num_positive_items"
 NUM_EXAMPLES = "num_examples"
+
+# No item, in lists of ids.
+_PADDING = {"", b""}
 
 # What one example leaves for a ranking combiner: label, prediction, hash of the user id.
 _Row = tuple[float, float, int]
@@ -67,11 +72,21 @@ class GateFailure:
 class RetrievalMetrics(tfma.metrics.Metric):
     """Recall, NDCG, hit rate and MRR at each k, macro over the examples with at least one positive.
 
-    Label: the list of held-out item ids. Prediction: the ranked list `item_ids`.
+    Label: the list of held-out item ids. Prediction: the ranked list `item_ids`. Further figures:
+
+    * `cold_item_recall_at_<k>`: recall of the positives in `cold_items_key` alone, macro over the
+      `num_cold_item_queries` examples with at least one;
+    * `distinct_items_at_<k>`, smallest k only: items in anybody's first k, against `num_positive_items`, the
+      items in anybody's positives. k of them means that everybody is recommended the same.
     """
 
-    def __init__(self, ks: Sequence[int], name: str = "retrieval") -> None:
-        super().__init__(_retrieval_computations, ks=list(ks), name=name)
+    def __init__(
+        self,
+        ks: Sequence[int],
+        cold_items_key: str = features.COLD_TEST_ITEMS,
+        name: str = "retrieval",
+    ) -> None:
+        super().__init__(_retrieval_computations, ks=list(ks), cold_items_key=cold_items_key, name=name)
 
 
 class RankingMetrics(tfma.metrics.Metric):
@@ -110,7 +125,7 @@ def retrieval_eval_config(
     """
     if not ks or min(ks) < 1:
         raise ConfigError(f"cut-offs are {list(ks)}; expected at least one, each 1 or more.")
-    names = [f"{name}_at_{k}" for k in ks for name in metrics.RETRIEVAL_METRICS]
+    names = _retrieval_metric_names(ks)
     spec = tfma.MetricsSpec(metrics=[_metric_config(RetrievalMetrics, ks=list(ks))])
     _add_gates(gates, {metrics.metric_key("retrieval", name): (spec, name) for name in names})
     model = tfma.ModelSpec(label_key=label_key, prediction_key=ITEM_IDS_OUTPUT)
@@ -265,65 +280,123 @@ def _label_and_prediction(
     return label, prediction
 
 
+def _retrieval_metric_names(ks: Sequence[int]) -> list[str]:
+    """Means over examples, then the number of distinct items."""
+    means = [f"{name}_at_{k}" for k in ks for name in metrics.RETRIEVAL_METRICS]
+    means += [f"cold_item_recall_at_{k}" for k in ks]
+    return [*means, f"distinct_items_at_{min(ks)}"]
+
+
 def _retrieval_computations(
     ks: Sequence[int],
+    cold_items_key: str,
     name: str,
     eval_config: tfma.EvalConfig,
     model_names: Sequence[str],
 ) -> list[tfma.metrics.MetricComputation]:
-    names = [f"{metric}_at_{k}" for k in ks for metric in metrics.RETRIEVAL_METRICS]
+    names = [*_retrieval_metric_names(ks), NUM_QUERIES, NUM_COLD_ITEM_QUERIES, NUM_POSITIVE_ITEMS]
     computations = []
     for model_name in model_names:
-        keys = _keys([*names, NUM_QUERIES], model_name)
-        preprocessor = _JudgeQuery(f"{name}:{model_name}", eval_config, model_name, ks)
-        computations.append(tfma.metrics.MetricComputation(keys, [preprocessor], _MacroMean(keys)))
+        keys = _keys(names, model_name)
+        preprocessor = _JudgeQuery(f"{name}:{model_name}", eval_config, model_name, ks, cold_items_key)
+        computations.append(tfma.metrics.MetricComputation(keys, [preprocessor], _SumUpQueries(keys)))
     return computations
+
+
+class _JudgedQuery(NamedTuple):
+    """What one example leaves: its metric values (NaN where undefined), its first items, its positives."""
+
+    values: metrics.FloatArray
+    top_items: set[Any]
+    positives: set[Any]
 
 
 class _JudgeQuery(tfma.metrics.Preprocessor):
     """Turns an example into its metric values; examples without positives yield nothing."""
 
-    def __init__(self, name: str, eval_config: tfma.EvalConfig, model_name: str, ks: Sequence[int]) -> None:
+    def __init__(
+        self,
+        name: str,
+        eval_config: tfma.EvalConfig,
+        model_name: str,
+        ks: Sequence[int],
+        cold_items_key: str,
+    ) -> None:
         super().__init__(name=name)
         self._eval_config = eval_config
         self._model_name = model_name
         self._ks = ks
+        self._cold_items_key = cold_items_key
 
-    def process(self, extracts: Any) -> Iterator[metrics.FloatArray]:
+    def process(self, extracts: Any) -> Iterator[_JudgedQuery]:
         positives, ranked = _label_and_prediction(extracts, self._eval_config, self._model_name)
-        hits, num_positives = metrics.match_positives(ranked.reshape(1, -1), [positives.ravel().tolist()])
-        if num_positives[0]:
-            yield np.concatenate(list(metrics.retrieval_metrics(hits, num_positives, self._ks).values()))
+        wanted, table = positives.ravel().tolist(), ranked.reshape(1, -1)
+        hits, num_positives = metrics.match_positives(table, [wanted])
+        if not num_positives[0]:
+            return
+        cold = extracts[tfma.FEATURES_KEY].get(self._cold_items_key)
+        cold_hits, num_cold = metrics.match_positives(
+            table, [[] if cold is None else np.ravel(cold).tolist()]
+        )
+        values = [
+            *metrics.retrieval_metrics(hits, num_positives, self._ks).values(),
+            *(metrics.recall_at_k(cold_hits, num_cold, k) for k in self._ks),
+        ]
+        top_items = set(table[0, : min(self._ks)].tolist())
+        yield _JudgedQuery(np.concatenate(values), top_items - _PADDING, set(wanted) - _PADDING)
 
 
-class _MacroMean(beam.CombineFn):
-    """Mean of metric vectors, and their number under the last key."""
+class _Totals(NamedTuple):
+    sums: metrics.FloatArray
+    counts: metrics.IntArray
+    top_items: set[Any]
+    positives: set[Any]
+
+
+class _SumUpQueries(beam.CombineFn):
+    """Means of the metric values where they are defined, then numbers of distinct items and of examples."""
+
+    # The figures after the means: distinct items, and the three counts.
+    _NUM_OTHERS = 4
 
     def __init__(self, keys: Sequence[tfma.metrics.MetricKey]) -> None:
         self._keys = keys
 
-    def create_accumulator(self) -> tuple[metrics.FloatArray, int]:
-        return np.zeros(len(self._keys) - 1), 0
+    def create_accumulator(self) -> _Totals:
+        width = len(self._keys) - self._NUM_OTHERS
+        return _Totals(np.zeros(width), np.zeros(width, np.int64), set(), set())
 
-    def add_input(
-        self, accumulator: tuple[metrics.FloatArray, int], element: metrics.FloatArray
-    ) -> tuple[metrics.FloatArray, int]:
-        return accumulator[0] + element, accumulator[1] + 1
+    def add_input(self, accumulator: _Totals, element: _JudgedQuery) -> _Totals:
+        return self._add(
+            accumulator,
+            _Totals(
+                np.nan_to_num(element.values),
+                (~np.isnan(element.values)).astype(np.int64),
+                element.top_items,
+                element.positives,
+            ),
+        )
 
-    def merge_accumulators(
-        self, accumulators: Iterable[tuple[metrics.FloatArray, int]]
-    ) -> tuple[metrics.FloatArray, int]:
-        total, count = self.create_accumulator()
-        for other_total, other_count in accumulators:
-            total, count = total + other_total, count + other_count
-        return total, count
+    def merge_accumulators(self, accumulators: Iterable[_Totals]) -> _Totals:
+        total = self.create_accumulator()
+        for other in accumulators:
+            total = self._add(total, other)
+        return total
 
-    def extract_output(
-        self, accumulator: tuple[metrics.FloatArray, int]
-    ) -> dict[tfma.metrics.MetricKey, float]:
-        total, count = accumulator
-        means = total / count if count else np.full(len(total), np.nan)
-        return dict(zip(self._keys, [*means.tolist(), float(count)], strict=True))
+    @staticmethod
+    def _add(total: _Totals, other: _Totals) -> _Totals:
+        # In place: the sets can hold the whole catalogue.
+        total.top_items.update(other.top_items)
+        total.positives.update(other.positives)
+        return total._replace(sums=total.sums + other.sums, counts=total.counts + other.counts)
+
+    def extract_output(self, accumulator: _Totals) -> dict[tfma.metrics.MetricKey, float]:
+        sums, counts, top_items, positives = accumulator
+        means = np.full(len(sums), np.nan)
+        np.divide(sums, counts, out=means, where=counts > 0)
+        # The first value is defined for every example that is judged, the last for those with a cold item.
+        others = (len(top_items), counts[0], counts[-1], len(positives))
+        return dict(zip(self._keys, [*means.tolist(), *map(float, others)], strict=True))
 
 
 def _ranking_computations(

@@ -61,7 +61,17 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def test_the_commands_of_the_product_exist() -> None:
-    assert {"run", "serve", "recommend", "batch-recommend", "report", "doctor", "compile"} <= set(COMMANDS)
+    expected = {
+        "run",
+        "serve",
+        "recommend",
+        "batch-recommend",
+        "refresh-index",
+        "report",
+        "doctor",
+        "compile",
+    }
+    assert expected <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -109,6 +119,10 @@ def test_help_loads_neither_tensorflow_nor_tfx() -> None:
         (["batch-recommend", "--users", "f", "--out", "o", "--k", "-1"], "is not in the range x>=1"),
         (["batch-recommend", "--out", "o"], "Missing option '--users'"),
         (["serve", "--port", "http"], "not a valid integer"),
+        (["refresh-index"], "give one of --items FILE"),
+        (["refresh-index", "--items", __file__, "--data-dir", "."], "give one of --items FILE"),
+        (["refresh-index", "--items", "absent.csv"], "'absent.csv' does not exist"),
+        (["refresh-index", "--data-dir", "absent"], "'absent' does not exist"),
         (["compile", "--dataset", "simulated"], "Missing option"),
     ],
 )
@@ -125,6 +139,7 @@ def test_wrong_usage_exits_2(args: list[str], message: str) -> None:
         ["report"],
         ["recommend", "--user-id", "u1"],
         ["batch-recommend", "--users", "users.txt", "--out", "recs.parquet"],
+        ["refresh-index", "--items", __file__],
     ],
 )
 def test_commands_without_a_finished_run_say_what_to_do(args: list[str], tmp_path: Path) -> None:
@@ -233,6 +248,20 @@ def test_a_second_run_in_the_same_directory_is_refused(world: Path, tmp_path: Pa
     assert result.exit_code == 1
     assert f"another run (process {holder.pid}) is using {output_dir}" in result.output
     assert not RunPaths(output_dir).tables.exists()
+
+
+def test_items_are_not_refreshed_during_a_run(run_dir: Path) -> None:
+    with local_runner.run_lock(RunPaths(run_dir)):
+        result = funnel("refresh-index", "--items", __file__, "--output-dir", run_dir)
+    assert result.exit_code == 1
+    assert f"another run (process {os.getpid()}) is using {run_dir}" in result.output
+
+
+def test_refreshing_without_a_pushed_model_tells_why(run_dir: Path) -> None:
+    result = funnel("refresh-index", "--items", __file__, "--output-dir", run_dir)
+    assert result.exit_code == 1
+    assert "no retrieval model was pushed" in result.output
+    assert "required: at least 0.1" in result.output
 
 
 def test_the_lock_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:

@@ -60,6 +60,11 @@ def test_importing_the_config_loads_neither_tensorflow_nor_tfx() -> None:
         ("retrieval.index.min_recall=0.5", lambda c: c.retrieval.index.min_recall, 0.5),
         ("retrieval.hidden_layers=[8, 4]", lambda c: c.retrieval.hidden_layers, (8, 4)),
         ("slices=[]", lambda c: c.slices, ()),
+        (
+            "retrieval.ignored_features=[hour_of_day, history_item_ids]",
+            lambda c: c.retrieval.ignored_features,
+            ("hour_of_day", "history_item_ids"),
+        ),
         ("simulated.size=tiny", lambda c: c.simulated.size, "tiny"),
         ("simulated.seed=null", lambda c: c.simulated.seed, None),
     ],
@@ -92,6 +97,13 @@ def test_the_last_of_two_overrides_wins() -> None:
         ("slices=[surfaces]", "'surfaces' is no user feature or surface; declared: account_age_days"),
         # Lists shorter than the largest cut-off would turn recall@100 into something else.
         ("retrieval.max_k=99", "judged on lists of 100"),
+        ("retrieval.ignored_features=[hour]", "'hour' is no feature that the towers can do without"),
+        # The towers never read the user id; history and item bias go by the item id.
+        ("retrieval.ignored_features=[surface, user_id]", "'user_id' is no feature"),
+        ("retrieval.ignored_features=[item_id]", "those are: account_age_days"),
+        ("retrieval.history.encoder=lstm", "'mean', 'attention' or 'transformer'"),
+        ("retrieval.popularity_half_lives_days=[7, 0]", "greater than 0"),
+        ("retrieval={history: {interests: 2}, loss: {hard_negatives: 5}}", "history.interests is 2"),
     ],
 )
 def test_a_wrong_override_is_named(override: str, message: str) -> None:

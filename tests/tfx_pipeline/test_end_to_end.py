@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from serving.warmup import WARMUP_FILE
 from tests.tfx_pipeline import taste_world
 from tfx_pipeline.cli import main
 from tfx_pipeline.config import MODELS, RunPaths
-from tfx_pipeline.recommend import user_state
+from tfx_pipeline.recommend import titles, user_state
 from tfx_pipeline.run_result import RunResult, read_run
 from tfx_pipeline.user_states import padded, query_arrays
 
@@ -351,3 +352,119 @@ def test_batch_recommend_refuses_a_k_above_the_exported_maximum(
     assert done.exit_code == 1
     assert "k must be between 1 and 500" in done.output
     assert not list(tmp_path.glob("*parquet*")) + list(tmp_path.glob(".*"))
+
+
+REFRESHED_ITEMS = {
+    # Two that training has not met, one whose content was mended, one that is as it was.
+    "video": ["new-taste-0", "new-taste-3", "v0", "v1"],
+    "tags": ["all|taste-0", "all|taste-3", "all|taste-3", "all|taste-1"],
+    "title": [
+        "[live] new of taste 0",
+        "[live] new of taste 3",
+        "[live] v0 again",
+        "[live] video 1 of taste 1",
+    ],
+}
+
+
+def refresh_index(paths: RunPaths, *args: str | Path) -> str:
+    command = ["refresh-index", *map(str, args), "--output-dir", str(paths.output_dir)]
+    done = CliRunner(env={"COLUMNS": "160"}).invoke(main, command)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.fixture(scope="module")
+def refreshed(again: Run, worse: Run, paths: RunPaths, tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
+    """A copy of the run's folder, for versions of its own."""
+    copy = RunPaths(tmp_path_factory.mktemp("refreshed"))
+    shutil.copytree(paths.serving_models, copy.serving_models)
+    shutil.copy(paths.run_file, copy.run_file)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def refresh_output(refreshed: RunPaths, last_pushed: dict[str, Path]) -> str:
+    items = refreshed.output_dir / "items.parquet"
+    pl.DataFrame(REFRESHED_ITEMS).write_parquet(items)
+    return refresh_index(refreshed, "--items", items)
+
+
+def pushed_versions(paths: RunPaths) -> dict[str, list[str]]:
+    return {model: sorted(os.listdir(paths.serving_models / model), key=int) for model in MODELS}
+
+
+def test_a_refresh_publishes_a_new_version_of_both_models(
+    refresh_output: str, refreshed: RunPaths, last_pushed: dict[str, Path]
+) -> None:
+    assert "added: 2 (new-taste-0, new-taste-3)" in refresh_output
+    assert "changed: 1 (v0)" in refresh_output
+    assert "removed" not in refresh_output
+    assert f"{taste_world.NUM_ITEMS + 2} items, 2 of them not met in training" in refresh_output
+    for model, versions in pushed_versions(refreshed).items():
+        assert versions[-2] == last_pushed[model].name
+        assert f"published: {model} version {versions[-1]}" in refresh_output
+        folder = refreshed.serving_models / model / versions[-1]
+        assert (folder / WARMUP_FILE).stat().st_size
+
+
+def ranks_and_scores(folder: Path, run: RunResult) -> tuple[list[str], np.ndarray]:
+    """All items for USER by the retrieval model."""
+    model = tf.saved_model.load(str(folder))
+    query = query_arrays([user_state(run, USER)[0]], run.config.dataset)
+    inputs = {**query, "k": np.array([200], np.int32), "exclude_item_ids": np.array([[""]], object)}
+    answer = model.signatures["serving_default"](**{n: tf.constant(value) for n, value in inputs.items()})
+    ids = [item_id.decode() for item_id in answer["item_ids"].numpy()[0]]
+    return ids, answer["scores"].numpy()[0]
+
+
+def test_new_content_moves_its_item_and_nothing_else(
+    refresh_output: str, refreshed: RunPaths, again: Run
+) -> None:
+    folders = [refreshed.serving_models / "retrieval" / v for v in pushed_versions(refreshed)["retrieval"]]
+    (ids, scores), (new_ids, new_scores) = (ranks_and_scores(f, again.result) for f in folders[-2:])
+    before, after = dict(zip(ids, scores, strict=True)), dict(zip(new_ids, new_scores, strict=True))
+    unchanged = before.keys() - {"", "v0"}
+    assert len(unchanged) == taste_world.NUM_ITEMS - 1
+    for item_id in unchanged:
+        assert after[item_id] == pytest.approx(before[item_id], abs=1e-5)
+    # The user likes taste 3.
+    assert after["v0"] > before["v0"]
+    assert after["new-taste-3"] > after["new-taste-0"]
+
+
+def test_the_ranker_and_the_titles_know_the_new_items(
+    refresh_output: str, refreshed: RunPaths, again: Run
+) -> None:
+    with ModelServerProcess({model: refreshed.serving_models / model for model in MODELS}) as server:
+        with RecommenderClient(server.grpc_target, timeout_s=30) as client:
+            ranked = client.rank(user_state(again.result, USER)[0].query, ["new-taste-3", "nothing"])
+        assert {item.item_id: item.item_is_known for item in ranked} == {
+            "new-taste-3": True,
+            "nothing": False,
+        }
+    assert titles(again.result, refreshed)["new-taste-3"] == "[live] new of taste 3"
+    assert titles(again.result, refreshed)["v0"] == "[live] v0 again"
+
+
+def test_the_same_items_again_publish_nothing(refresh_output: str, refreshed: RunPaths) -> None:
+    versions = pushed_versions(refreshed)
+    output = refresh_index(refreshed, "--items", refreshed.output_dir / "items.parquet")
+    assert "nothing changed: no new version" in output
+    assert pushed_versions(refreshed) == versions
+
+
+def test_the_whole_table_removes_what_is_not_in_it_and_leaves_no_leftovers(
+    refresh_output: str, refreshed: RunPaths, config: Path
+) -> None:
+    items = pl.read_parquet(config.parent / "data" / "items.parquet")
+    items.filter(pl.col("video") != "v5").write_parquet(refreshed.output_dir / "items.parquet")
+    output = refresh_index(refreshed, "--data-dir", refreshed.output_dir)
+    assert "removed: 3 (v5, new-taste-0, new-taste-3)" in output
+    for model in MODELS:
+        assert all(name.isdigit() for name in os.listdir(refreshed.serving_models / model))
+    ids, _ = ranks_and_scores(
+        refreshed.serving_models / "retrieval" / pushed_versions(refreshed)["retrieval"][-1],
+        read_run(refreshed.output_dir),
+    )
+    assert len(set(ids) - {""}) == taste_world.NUM_ITEMS - 1 and "v5" not in ids

@@ -23,7 +23,7 @@ START = 1_700_000_000
 Row = dict[str, Any]
 
 
-def declaration(valid_from: bool) -> DatasetSpec:
+def declaration(valid_from: bool, **settings: Any) -> DatasetSpec:
     """A dataset with surfaces and searches, its users and items with or without successive values."""
     since = {"valid_from_unix_s": "since"} if valid_from else {}
     return DatasetSpec.model_validate(
@@ -50,6 +50,7 @@ def declaration(valid_from: bool) -> DatasetSpec:
             "positive": "click",
             "tasks": [{"name": "click", "label": "click", "kind": "binary"}],
             "split": {"fractions": [0.8, 0.1, 0.1]},
+            **settings,
         }
     )
 
@@ -142,9 +143,9 @@ def search_oracle(rows: list[Row], at: Row) -> list[str]:
     return words[-50:]
 
 
-def build(rows: list[Row], cap: int = 1_000) -> list[Row]:
+def build(rows: list[Row], cap: int = 1_000, spec: DatasetSpec = SPEC) -> list[Row]:
     shuffled = frame(rows).sample(fraction=1, shuffle=True, seed=3)
-    return interaction_columns(shuffled, USERS, ITEMS, SPEC, ExampleSettings(START + 60, cap)).to_dicts()
+    return interaction_columns(shuffled, USERS, ITEMS, spec, ExampleSettings(START + 60, cap)).to_dicts()
 
 
 @pytest.mark.parametrize(
@@ -190,6 +191,71 @@ def test_retrieval_learns_from_the_latest_positives_of_a_user(cap: int) -> None:
             assert weights[row["row_number"]] == expected
 
 
+def session_start_oracle(rows: list[Row], at: Row, gap_s: float) -> int:
+    """The time of the first event of a row's session; events of any kind make a session."""
+    start = None
+    last = -1
+    for row in in_time_order(rows):
+        if row["user_id"] == at["user_id"]:
+            time = row["event_time_unix_s"]
+            if start is None or time - last > gap_s:
+                start = time
+            last = time
+            if row["row_number"] == at["row_number"]:
+                return start
+    raise AssertionError("the row is one of the rows")
+
+
+@pytest.mark.parametrize("cap", [4, 1_000])
+@pytest.mark.parametrize("gap_s", [18, 36])
+def test_prior_sessions_end_before_the_session_of_the_positive(gap_s: int, cap: int) -> None:
+    events = random_events(120, NUM_USERS, 1_000, seed=6)
+    spec = declaration(valid_from=False, session_gap_hours=gap_s / 3_600)
+    built = build(events, cap, spec)
+    plain = build(events, cap)
+    lengths = []
+    for row, without, at in zip(built, plain, in_time_order(events), strict=True):
+        learnt = row["split"] == "train" and row["retrieval_weight"] > 0
+        start = session_start_oracle(events, at, gap_s)
+        expected = history_oracle(events, {**at, "event_time_unix_s": start}) if learnt else []
+        assert row.pop("prior_sessions_item_ids") == expected
+        assert row == without  # nothing else changes
+        lengths += [(len(expected), len(row["history_item_ids"]))] if learnt else []
+    assert any(prior == 0 for prior, _ in lengths) and any(0 < prior < full for prior, full in lengths)
+
+
+def test_a_pause_as_long_as_the_gap_stays_in_the_session() -> None:
+    times = [0, 3_600, 7_201, 10_800]  # pauses of 3600, 3601 and 3599 s
+    row = random_events(1, 1, 1, seed=0)[0] | {"click": 1.0, "split": "train"}
+    rows = [
+        {**row, "item_id": f"i{n}", "event_time_unix_s": START + time, "row_number": n}
+        for n, time in enumerate(times)
+    ]
+    built = build(rows, spec=declaration(valid_from=False, session_gap_hours=1))
+    assert [r["prior_sessions_item_ids"] for r in built] == [[], [], ["i0", "i1"], ["i0", "i1"]]
+    assert [r["history_item_ids"] for r in built][3] == ["i0", "i1", "i2"]
+
+
+def test_max_history_bounds_every_history() -> None:
+    events = random_events(300, 2, 5_000, seed=7)
+    spec = declaration(valid_from=False, session_gap_hours=0.01, max_history=7)
+    built = build(events, spec=spec)
+    for row, at in zip(built, in_time_order(events), strict=True):
+        assert row["history_item_ids"] == history_oracle(events, at)[-7:]
+    assert max(len(row["history_item_ids"]) for row in built) == 7
+    assert max(len(row["prior_sessions_item_ids"]) for row in built) == 7
+    states = user_state_columns(
+        frame(events), USERS, spec, ExampleSettings(START + 3_000, 1), "home", pl.Series(["i0"])
+    ).to_dicts()
+    for state in states:
+        watched = [
+            row["item_id"]
+            for row in in_time_order(events)
+            if row["user_id"] == state["user_id"] and row["split"] == "train" and is_positive(row)
+        ]
+        assert (state["history_item_ids"] or []) == watched[-7:]
+
+
 def test_a_user_without_positives_has_an_empty_history() -> None:
     row = {**random_events(1, 1, 1, seed=0)[0], "click": 0.0, "search_tokens": None}
     later = {**row, "event_time_unix_s": row["event_time_unix_s"] + 5, "row_number": 1}
@@ -227,11 +293,12 @@ def test_features_are_those_valid_at_the_event_time() -> None:
         assert row["age"] == _valid_at(users, "user_id", row["user_id"], time, "age")
         assert row["tags"] == _valid_at(items, "item_id", row["item_id"], time, "tags")
 
-    catalogue = catalogue_columns(items_frame, settings).to_dicts()
+    catalogue = catalogue_columns(items_frame, settings.train_end_unix_s).to_dicts()
     assert sorted(row["item_id"] for row in catalogue) == sorted({row["item_id"] for row in items})
     for row in catalogue:
         assert row["tags"] == _valid_at(items, "item_id", row["item_id"], START + 36, "tags")
-    states = user_state_columns(frame(events), users_frame, spec, settings, "home").to_dicts()
+    everything = pl.Series([row["item_id"] for row in events])
+    states = user_state_columns(frame(events), users_frame, spec, settings, "home", everything).to_dicts()
     assert len(states) == 4
     for row in states:
         assert row["age"] == _valid_at(users, "user_id", row["user_id"], START + 36, "age")
@@ -245,7 +312,11 @@ def test_user_states_are_what_is_known_at_the_end_of_training() -> None:
     events = random_events(500, NUM_USERS, 400, seed=8)
     events = [row for row in events if not (row["user_id"] == "u0" and row["split"] == "train")]  # a new user
     settings = ExampleSettings(START + 240, 1)
-    states = user_state_columns(frame(events), USERS, SPEC, settings, "home").to_dicts()
+    # Half of the items: what anybody met in training is known to the caller alone.
+    trained = {f"i{n}" for n in range(15)}
+    states = user_state_columns(
+        frame(events), USERS, SPEC, settings, "home", pl.Series(sorted(trained))
+    ).to_dicts()
     assert sorted(s["user_id"] for s in states) == sorted({r["user_id"] for r in events} | {"quiet"})
     ages = dict(USERS.iter_rows())
     for state in states:
@@ -264,6 +335,11 @@ def test_user_states_are_what_is_known_at_the_end_of_training() -> None:
             held_out = [r["item_id"] for r in mine if r["split"] == split and is_positive(r)]
             expected = _distinct([item for item in held_out if item not in watched])
             assert (state[f"{split}_item_ids"] or []) == expected
+        new = [item for item in state["test_item_ids"] or [] if item not in trained]
+        assert (state["cold_test_item_ids"] or []) == new
+        assert state["user_type"] == ("warm" if watched else "cold")
+    assert any(state["cold_test_item_ids"] for state in states)
+    assert {state["user_type"] for state in states} == {"cold", "warm"}
     assert any(state["eval_item_ids"] for state in states)
     assert any(len(state["seen_item_ids"] or []) < len(state["history_item_ids"] or []) for state in states)
 
@@ -271,7 +347,7 @@ def test_user_states_are_what_is_known_at_the_end_of_training() -> None:
 def test_a_user_with_one_event_keeps_everything_of_the_row() -> None:
     row = random_events(1, 1, 1, seed=4)[0]
     (state,) = user_state_columns(
-        frame([row]), USERS.head(0), SPEC, ExampleSettings(START + 9, 5), None
+        frame([row]), USERS.head(0), SPEC, ExampleSettings(START + 9, 5), None, pl.Series([row["item_id"]])
     ).to_dicts()
     assert state["user_id"] == "u0"
     assert state["age"] is None

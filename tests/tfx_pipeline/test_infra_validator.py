@@ -12,7 +12,7 @@ from schema.errors import ServingError
 from serving.client import Recommendation, Recommendations
 from tests.serving import models
 from tfx_pipeline.components import infra_validator
-from tfx_pipeline.components.infra_validator import _check, _check_equal, _choose_users, validate_serving
+from tfx_pipeline.components.infra_validator import _check, _check_equal, choose_users, validate_serving
 from tfx_pipeline.user_states import UserState
 
 TASKS = {"click", "watch_time"}
@@ -83,8 +83,8 @@ def test_protocols_that_disagree_are_refused() -> None:
 def test_users_with_a_history_to_look_at_are_preferred() -> None:
     long = tuple(f"item{n}" for n in range(5))
     states = [state("a", ()), state("b", long), state("c", long[:4]), state("d", long)]
-    assert [s.user_id for s in _choose_users(states)] == ["b", "d"]
-    assert [s.user_id for s in _choose_users(states[:1])] == ["a"]
+    assert [s.user_id for s in choose_users(states)] == ["b", "d"]
+    assert [s.user_id for s in choose_users(states[:1])] == ["a"]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from tfx.dsl.io import fileio
 from tfx.types import standard_artifacts
 from tfx.utils import proto_utils
 
-from tfx_pipeline.components.pusher import AtomicPusherExecutor
+from tfx_pipeline.components.pusher import REFRESHED_FINGERPRINT, AtomicPusherExecutor
 
 FILES = {
     "saved_model.pb": b"graph",
@@ -20,6 +20,9 @@ FILES = {
     "variables/variables.data-00000-of-00001": b"weights" * 1000,
     "assets/vocabulary": b"a\nb\n",
     "assets.extra/tf_serving_warmup_requests": b"warm",
+    # TFX itself would leave out the graph inside the checkpoint.
+    "assets.extra/checkpoint/transform/transform_fn/saved_model.pb": b"transform graph",
+    "assets.extra/checkpoint/manifest.json": b"{}",
 }
 
 
@@ -145,6 +148,18 @@ def test_a_newest_version_of_another_model_does_not_stop_a_push(world: World) ->
     world.push()
     assert len(world.version_files()) == 2
     assert world.pushed.get_string_custom_property("pushed_version") != "1600000000"
+
+
+def test_a_model_whose_newest_version_has_newer_items_is_not_pushed_again(world: World) -> None:
+    world.push()
+    (pushed,) = world.version_files()
+    refreshed = world.base / str(int(pushed) + 1)
+    (refreshed / "assets.extra").mkdir(parents=True)
+    (refreshed / "fingerprint.pb").write_bytes(b"print of the refreshed model")
+    (refreshed / REFRESHED_FINGERPRINT).write_bytes(FILES["fingerprint.pb"])
+    world.push()
+    assert set(world.version_files()) == {pushed, refreshed.name}
+    assert world.pushed.get_string_custom_property("pushed_version") == refreshed.name
 
 
 def test_leftovers_of_a_killed_push_never_become_a_version(world: World) -> None:

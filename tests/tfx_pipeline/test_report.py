@@ -57,7 +57,11 @@ RETRIEVAL_VALUES = {
     "recall_at_100": 0.2512,
     "ndcg_at_10": 0.21,
     "ndcg_at_100": 0.2234,
+    "cold_item_recall_at_100": 0.0625,
+    "distinct_items_at_10": 321.0,
     "num_queries": 1009,
+    "num_cold_item_queries": 77,
+    "num_positive_items": 1234,
 }
 RANKING_VALUES = {
     "click/auc": 0.7294,
@@ -83,6 +87,7 @@ EVALUATIONS = {
             *figures("retrieval", RETRIEVAL_VALUES, "surface = home", change=0.01),
             *figures("retrieval", RETRIEVAL_VALUES, "surface = search", change=-0.03),
             Figure("surface = empty", "retrieval/recall_at_100", None),
+            *figures("retrieval", {"recall_at_100": 0.125, "num_queries": 42}, "user_type = cold"),
         ),
     ),
     "ranking": Evaluation(
@@ -172,9 +177,15 @@ def make_sources(tmp_path):
         write_anomalies(tmp_path / "anomalies", split, "device" if split == "test" else None)
     baselines = {
         "retrieval": {
-            "popularity": {"retrieval/recall_at_10": 0.037, "retrieval/recall_at_100": 0.2190},
+            "popularity": {
+                "retrieval/recall_at_10": 0.037,
+                "retrieval/recall_at_100": 0.2190,
+                "retrieval/distinct_items_at_10": 45.0,
+                "retrieval/cold_item_recall_at_100": 0.0,
+            },
             "recent_popularity": {"retrieval/recall_at_10": 0.047, "retrieval/recall_at_100": 0.2510},
         },
+        "retrieval_cold_users": {"popularity": {"retrieval/recall_at_100": 0.15}},
         "ranking": {
             "click": {"global_mean": {"ranking/click/auc": 0.5}, "item_mean": {"ranking/click/auc": 0.667}},
             "watch_time": {
@@ -358,6 +369,23 @@ def test_metrics_stand_beside_baselines_with_difference_and_best_value(whole):
     assert "watch time MAE 18.64 (best) 18.69 −0.0500 – 19.81 −1.170" in metrics
     assert re.search(r'<td class="best">0\.2512', text)
     assert re.search(r'<small class="better">−1\.170', text)
+
+
+def test_cold_users_and_cold_items_stand_beside_baselines_of_their_own(whole):
+    page, _, _ = whole
+    slices = page.text("slices")
+    assert "Cold users: no history at the end of training: 42 users" in slices
+    assert "Recall@100 0.1250 0.1500 (best) −0.0250" in slices
+    assert "Cold items: nobody met them before the end of training: 77 users with a cold item" in slices
+    assert "Cold item recall@100 0.0625 (best) 0.0000 +0.0625" in slices
+    assert "Both popularities find none by construction" in slices
+
+
+def test_what_is_shown_to_anybody_stands_beside_what_people_chose(whole):
+    page, _, _ = whole
+    metrics = page.text("metrics")
+    assert "Retrieval, whole test split: 1,009 users; 1,234 items in what they chose" in metrics
+    assert "Distinct items@10 321.0 (best) 45.00 +276.0" in metrics
 
 
 def test_slices_come_worst_first_and_undefined_ones_last(whole):

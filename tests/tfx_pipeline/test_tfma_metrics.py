@@ -13,6 +13,7 @@ from tests import oracles
 KS = (1, 3, 8)
 LIST_LENGTH = 8
 ITEMS = [f"item-{i}" for i in range(30)]
+COLD_ITEMS = set(ITEMS[:15])
 TASKS = (
     TaskSpec(name="click", label="is_click", kind=TaskKind.BINARY),
     TaskSpec(name="watch", label="watch_time_s", kind=TaskKind.WATCH_TIME),
@@ -28,7 +29,9 @@ def user_rows():
     for user in range(40):
         ranked = rng.permutation(ITEMS)[: rng.integers(4, LIST_LENGTH + 1)].tolist()
         positives = rng.choice([*ranked[:2], *ITEMS], size=rng.integers(0, 4)).tolist() if user % 5 else None
-        rows.append({"ranked": ranked, "positives": positives, "surface": "feed" if user % 3 else "search"})
+        cold = [item for item in positives or [] if item in COLD_ITEMS]
+        row = {"ranked": ranked, "positives": positives, "surface": "feed" if user % 3 else "search"}
+        rows.append(row | {"cold_test_item_ids": cold or None})
     return rows
 
 
@@ -63,15 +66,18 @@ def write_examples(path, rows):
                     continue  # A missing value can be an absent feature as well as an empty list.
                 values = value if isinstance(value, list) else [value]
                 feature = example.features.feature[name]
-                if name in ("surface", "user_id", "ranked", "positives"):
+                if name in ("surface", "user_id", "ranked", "positives", "cold_test_item_ids"):
                     feature.bytes_list.value.extend(v.encode() for v in values)
                 else:
                     feature.float_list.value.extend(values)
             writer.write(example.SerializeToString())
 
 
-def save_retrieval_model(path, reverse):
-    """Serves the list that stands in the example, padded to the exported maximum; backwards if `reverse`."""
+def save_retrieval_model(path, reverse=False, collapsed=False):
+    """Serves the list that stands in the example, padded to the exported maximum; backwards if `reverse`.
+
+    A collapsed model serves one list to everybody.
+    """
     import tensorflow as tf
 
     module = tf.Module()
@@ -80,6 +86,8 @@ def save_retrieval_model(path, reverse):
     def serving_examples(examples):
         lists = tf.io.parse_example(examples, {"ranked": tf.io.RaggedFeature(tf.string)})["ranked"]
         item_ids = (lists[:, ::-1] if reverse else lists).to_tensor("", shape=[None, LIST_LENGTH])
+        if collapsed:
+            item_ids = tf.tile(tf.constant([ITEMS[:LIST_LENGTH]]), [tf.shape(item_ids)[0], 1])
         return {"item_ids": item_ids, "scores": tf.zeros(tf.shape(item_ids))}
 
     tf.saved_model.save(module, str(path), signatures={"serving_examples": serving_examples})
@@ -114,8 +122,9 @@ def evaluation(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation")
     write_examples(folder / "users.tfrecord", user_rows())
     write_examples(folder / "impressions.tfrecord", impression_rows())
-    save_retrieval_model(folder / "good", reverse=False)
+    save_retrieval_model(folder / "good")
     save_retrieval_model(folder / "bad", reverse=True)
+    save_retrieval_model(folder / "collapsed", collapsed=True)
     save_ranking_model(folder / "ranking")
 
     def run(name, config, data, models):
@@ -159,7 +168,13 @@ def evaluation(tmp_path_factory):
     )
     two_models = run("two", retrieval, "users.tfrecord", {"candidate": "bad", "baseline": "good"})
     alone = run("alone", ranking, "impressions.tfrecord", {"": "ranking"})
-    return types.SimpleNamespace(module=tfma_metrics, tfma=tfma, two_models=two_models, alone=alone)
+    diverse = tfma_metrics.retrieval_eval_config(
+        "positives", KS, gates=[gate(metric="retrieval/distinct_items_at_1", min=2)]
+    )
+    collapsed = run("one_list", diverse, "users.tfrecord", {"": "collapsed"})
+    return types.SimpleNamespace(
+        module=tfma_metrics, tfma=tfma, two_models=two_models, alone=alone, collapsed=collapsed
+    )
 
 
 def table(values):
@@ -192,6 +207,32 @@ def test_retrieval_figures_equal_the_oracle_per_model_and_slice(evaluation, mode
                 ]
             )
             assert figures[slice_key, "", f"{name}_at_{k}"] == pytest.approx(expected, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("surface", SLICES)
+def test_cold_items_and_distinct_items_equal_the_oracle(evaluation, surface):
+    figures = table(evaluation.module.read_metrics(evaluation.two_models, "baseline"))
+    slice_key = (("surface", surface),) if surface else ()
+    rows = [row for row in user_rows() if surface in (None, row["surface"]) and row["positives"]]
+    cold = [[item for item in row["positives"] if item in COLD_ITEMS] for row in rows]
+    assert 0 < sum(map(bool, cold)) < len(rows)
+    for k in KS:
+        recalls = [
+            oracles.recall_at_k(row["ranked"], wanted, k) for row, wanted in zip(rows, cold, strict=True)
+        ]
+        expected = oracles.macro_mean(recalls)
+        assert figures[slice_key, "", f"cold_item_recall_at_{k}"] == pytest.approx(expected, abs=TOLERANCE)
+    assert figures[slice_key, "", "num_cold_item_queries"] == sum(map(bool, cold))
+    distinct = oracles.distinct_items_at_k([row["ranked"] for row in rows], KS[0])
+    assert figures[slice_key, "", f"distinct_items_at_{KS[0]}"] == distinct
+    assert figures[slice_key, "", "num_positive_items"] == len({i for row in rows for i in row["positives"]})
+
+
+def test_a_model_that_recommends_the_same_to_everybody_is_not_blessed(evaluation):
+    figures = table(evaluation.module.read_metrics(evaluation.collapsed))
+    assert figures[(), "", "distinct_items_at_1"] == 1
+    (failure,) = evaluation.module.read_gate_failures(evaluation.collapsed)
+    assert (failure.metric, failure.value, failure.limit) == ("distinct_items_at_1", 1.0, "at least 2")
 
 
 def test_users_without_positives_are_not_counted(evaluation):

@@ -37,6 +37,19 @@ UPSTREAM: dict[str, set[str]] = {
 }
 
 
+def test_a_warm_start_begins_from_the_last_blessed_model(tmp_path: Path) -> None:
+    pytest.importorskip("kfp", reason="NOT TESTED: the 'vertex' extra is not installed")
+    config = load_run_config("simulated", ["retrieval.warm_start=true"])
+    compile_for_vertex(config, TABLES, 1_700_000_000, ROOT, IMAGE, tmp_path / "pipeline.json")
+    tasks = json.loads((tmp_path / "pipeline.json").read_text())["pipelineSpec"]["root"]["dag"]["tasks"]
+    base_models = {
+        name: task["inputs"]["artifacts"]["base_model"]["taskOutputArtifact"]["producerTask"]
+        for name, task in tasks.items()
+        if "base_model" in task.get("inputs", {}).get("artifacts", {})
+    }
+    assert base_models == {"Trainer.retrieval": "BaseModel.retrieval-model-resolver"}
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     pytest.importorskip("kfp", reason="NOT TESTED: the 'vertex' extra is not installed")

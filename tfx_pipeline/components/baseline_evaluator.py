@@ -22,7 +22,8 @@ BASELINES_FILE = "baselines.json"
 class BaselineMetrics(Artifact):
     """A folder with baselines.json.
 
-    {"retrieval": {name: {key: value}}, "ranking": {task: {name: {key: value}}}}
+    {"retrieval": {name: {key: value}}, "ranking": {task: {name: {key: value}}}}, and under
+    "retrieval_cold_users" the figures of "retrieval" on users without a history, {} when there is none.
     """
 
     TYPE_NAME = "funnel.BaselineMetrics"
@@ -54,21 +55,32 @@ def evaluate_baselines(tables_dir: Path, spec: DatasetSpec, ks: list[int]) -> di
       ks: cut-offs of the retrieval metrics.
     """
     interactions = pl.read_parquet(tables_dir / INTERACTIONS)
-    catalogue = pl.read_parquet(tables_dir / ITEMS)["item_id"].unique(maintain_order=True).to_list()
+    catalogue = pl.read_parquet(tables_dir / ITEMS).unique("item_id", keep="first", maintain_order=True)
     train = interactions.filter(pl.col("split") == "train")
     test = interactions.filter(pl.col("split") == "test")
     positives = train.filter(pl.col(spec.positive).fill_null(0) > 0)
     nobody = pl.DataFrame({"user_id": []}, schema={"user_id": pl.String})
-    states = user_state_columns(interactions, nobody, spec, ExampleSettings(0, 1), default_surface=None)
-    states = states.filter(pl.col(features.TEST_ITEMS).list.len() > 0)
-    retrieval = evaluate_retrieval_baselines(
-        train_item_ids=positives["item_id"].to_list(),
-        train_event_time_unix_s=positives["event_time_unix_s"].to_numpy(),
-        catalogue_item_ids=catalogue,
-        seen_item_ids=states[features.SEEN_ITEMS].fill_null([]).to_list(),
-        positive_item_ids=states[features.TEST_ITEMS].to_list(),
-        ks=ks,
+    states = user_state_columns(
+        interactions, nobody, spec, ExampleSettings(0, 1), None, train["item_id"].unique()
     )
+    states = states.filter(pl.col(features.TEST_ITEMS).list.len() > 0)
+
+    def judge(users: pl.DataFrame) -> dict[str, dict[str, float]]:
+        return evaluate_retrieval_baselines(
+            train_item_ids=positives["item_id"].to_list(),
+            train_event_time_unix_s=positives["event_time_unix_s"].to_numpy(),
+            catalogue_item_ids=catalogue["item_id"].to_list(),
+            upload_time_unix_s=(
+                catalogue[features.UPLOAD_TIME].fill_null(-1).to_numpy()
+                if features.UPLOAD_TIME in catalogue.columns
+                else None
+            ),
+            seen_item_ids=users[features.SEEN_ITEMS].fill_null([]).to_list(),
+            positive_item_ids=users[features.TEST_ITEMS].to_list(),
+            cold_positive_item_ids=users[features.COLD_TEST_ITEMS].to_list(),
+            ks=ks,
+        )
+
     ranking = {
         task.name: evaluate_ranking_baselines(
             task=task.name,
@@ -81,4 +93,9 @@ def evaluate_baselines(tables_dir: Path, spec: DatasetSpec, ks: list[int]) -> di
         )
         for task in spec.tasks
     }
-    return {"retrieval": retrieval, "ranking": ranking}
+    cold_users = states.filter(pl.col(features.USER_TYPE) == features.COLD)
+    return {
+        "retrieval": judge(states),
+        "retrieval_cold_users": judge(cold_users) if len(cold_users) else {},
+        "ranking": ranking,
+    }

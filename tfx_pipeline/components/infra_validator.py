@@ -50,7 +50,7 @@ def ServingValidator(
         RANKING: Path(ranking_model.uri) / "Format-Serving",
     }
     spec = dataset_spec_from_json(dataset)
-    states = _choose_users(read_user_states([f"{user_states.uri}/Split-user_states/*.gz"], spec))
+    states = choose_users(read_user_states([f"{user_states.uri}/Split-user_states/*.gz"], spec))
     answers: list[dict[str, object]] = []
     try:
         answers = validate_serving(folders, states, spec)
@@ -66,7 +66,7 @@ def ServingValidator(
     blessing.set_string_custom_property("reason", reason)
 
 
-def _choose_users(states: Iterable[UserState]) -> list[UserState]:
+def choose_users(states: Iterable[UserState]) -> list[UserState]:
     """The first users with a history long enough to look at, else the first users."""
     first = list(itertools.islice(states, _USERS_LOOKED_AT))
     experienced = [s for s in first if len(s.query.get(features.HISTORY, ())) >= _READABLE_HISTORY]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
+import json
 from typing import Any, ClassVar
 
-import numpy as np
 from tfx import types
 from tfx.components.trainer import executor as trainer_executor
 from tfx.components.trainer import fn_args_utils
@@ -15,15 +14,11 @@ from tfx.types import artifact_utils, standard_artifacts, standard_component_spe
 from tfx.types.component_spec import ChannelParameter
 from tfx.utils import json_utils, path_utils
 
-from schema.contract import DatasetSpec, dataset_spec_from_json
-from serving.warmup import write_warmup_requests
-from tfx_pipeline.config import RETRIEVAL
-from tfx_pipeline.user_states import UserState, padded, query_arrays, read_user_states
+from schema.contract import dataset_spec_from_json
+from tfx_pipeline.warmup import add_warmup_requests
 
 _CATALOGUE = "catalogue"
 _USER_STATES = "user_states"
-_WARMUP_USERS = 3
-_WARMUP_K = 10
 
 
 class ModelTrainerSpec(standard_component_specs.TrainerSpec):
@@ -52,22 +47,10 @@ class ModelTrainerExecutor(trainer_executor.GenericExecutor):
         settings = json_utils.loads(exec_properties[standard_component_specs.CUSTOM_CONFIG_KEY])
         spec = dataset_spec_from_json(settings["dataset"])
         states_uri = artifact_utils.get_split_uri(input_dict[_USER_STATES], _USER_STATES)
-        states = list(itertools.islice(read_user_states([f"{states_uri}/*.gz"], spec), _WARMUP_USERS))
-        requests = [_request(settings["model_name"], state, spec) for state in states]
         model_dir = path_utils.serving_model_dir(artifact_utils.get_single_uri(output_dict["model"]))
-        write_warmup_requests(model_dir, settings["model_name"], requests)
-
-
-def _request(model: str, state: UserState, spec: DatasetSpec) -> dict[str, np.ndarray]:
-    """One user's request to a model as signature inputs, batch of one."""
-    inputs = query_arrays([state], spec)
-    if model == RETRIEVAL:
-        return {
-            **inputs,
-            "k": np.array([_WARMUP_K], np.int32),
-            "exclude_item_ids": padded([state.seen_item_ids[:1]]),
-        }
-    return {**inputs, "candidate_item_ids": padded([state.seen_item_ids[:_WARMUP_K]])}
+        # Only the retrieval model has an index.
+        allow_list = json.loads(settings["config"]).get("index", {}).get("allow_list", ())
+        add_warmup_requests(model_dir, settings["model_name"], [f"{states_uri}/*.gz"], spec, allow_list)
 
 
 class ModelTrainer(base_component.BaseComponent):
@@ -84,6 +67,7 @@ class ModelTrainer(base_component.BaseComponent):
         catalogue: types.BaseChannel,
         user_states: types.BaseChannel,
         custom_config: dict[str, Any],
+        base_model: types.BaseChannel | None = None,
     ) -> None:
         """Makes the component.
 
@@ -94,12 +78,14 @@ class ModelTrainer(base_component.BaseComponent):
           catalogue: one example per item.
           user_states: one example per user.
           custom_config: JSON-able settings for the run function; "catalogue" and "user_states" are added.
+          base_model: model to start from; may turn out to hold none.
         """
         spec = ModelTrainerSpec(
             examples=examples,
             transform_graph=transform_graph,
             catalogue=catalogue,
             user_states=user_states,
+            base_model=base_model,
             train_args=trainer_pb2.TrainArgs(splits=["train"]),
             eval_args=trainer_pb2.EvalArgs(splits=["eval"]),
             run_fn=run_fn,

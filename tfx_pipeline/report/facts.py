@@ -21,6 +21,7 @@ from schema.errors import DataError, FunnelError
 from schema.tables import ITEMS, TablesSummary, read_summary
 from tfx_pipeline.config import MODELS, RANKING, RETRIEVAL
 from tfx_pipeline.report.data_facts import SplitAnomalies, SplitStatistics, read_anomalies, read_statistics
+from trainer import features
 from trainer.metrics import LOWER_IS_BETTER, metric_key
 
 _TRAINING_LOG = "training_log.json"
@@ -36,6 +37,9 @@ _PACKAGES = (
     "apache-beam",
     "numpy",
 )
+
+COLD_USERS = f"{features.USER_TYPE} = {features.COLD}"
+_COLD_USER_BASELINES = "retrieval_cold_users"
 
 _BOUNDS = {"min": "at least", "max": "at most"}
 # How a limit on the change begins in the words of tfx_pipeline.tfma_metrics.
@@ -56,7 +60,7 @@ class ReportSources:
       retrieval_blessed, ranking_blessed: the Evaluators' verdicts.
       infra_blessed, infra_reason: the verdict of infra validation, and why when it is negative.
       pushed: model -> pushed version, None when it was not pushed.
-      baselines_path: JSON, {"retrieval": {baseline: {key: value}}, "ranking": {task: {baseline: ...}}}.
+      baselines_path: JSON, see `tfx_pipeline.components.baseline_evaluator.BaselineMetrics`.
       retrieval_run_uri, ranking_run_uri: folders with training_log.json.
       retrieval_model_uri: the Trainer's model artifact, which holds the facts of the index.
       recommendations_path: JSON list of example answers, see `ExampleAnswer`; item ids instead of titles.
@@ -132,6 +136,7 @@ class ModelFacts:
     Attributes:
       figures, last_blessed: metrics of the new and of the last blessed model, overall and by slice.
       baselines: baseline -> metric key -> value.
+      cold_user_baselines: the same on users without a history; retrieval only.
       training_log: one record per epoch.
     """
 
@@ -141,6 +146,7 @@ class ModelFacts:
     last_blessed: tuple[Figure, ...]
     gates: tuple[GateResult, ...]
     baselines: Mapping[str, Mapping[str, float | None]]
+    cold_user_baselines: Mapping[str, Mapping[str, float | None]]
     training_log: tuple[Mapping[str, float | None], ...]
 
     @property
@@ -158,6 +164,17 @@ class ModelFacts:
         """What the model is compared with: the last blessed model, when there is one, and the baselines."""
         last_blessed = {"last_blessed": self.overall_last_blessed} if self.last_blessed else {}
         return {**last_blessed, **self.baselines}
+
+    @property
+    def cold_users(self) -> dict[str, float | None]:
+        """Metric key -> value on users without a history; empty when there is none, and for ranking."""
+        return _overall(self.figures, COLD_USERS)
+
+    @property
+    def cold_user_rivals(self) -> dict[str, Mapping[str, float | None]]:
+        """`rivals` on users without a history."""
+        previous = _overall(self.last_blessed, COLD_USERS)
+        return {**({"last_blessed": previous} if previous else {}), **self.cold_user_baselines}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,6 +278,7 @@ def collect(
             last_blessed=evaluation.last_blessed,
             gates=_gate_results(name, config, evaluation),
             baselines=baselines.get(name, {}),
+            cold_user_baselines=baselines.get(_COLD_USER_BASELINES, {}) if name == RETRIEVAL else {},
             training_log=reader.read(f"{name}_training", partial(_read_training_log, log_file), ()),
         )
     examples = reader.read("examples", partial(_read_examples, Path(sources.recommendations_path)), ())
@@ -317,11 +335,12 @@ def _parse_file(type_: Any, path: Path) -> Any:
 
 class _Baselines(pydantic.BaseModel):
     retrieval: dict[str, dict[str, float | None]] = {}
+    retrieval_cold_users: dict[str, dict[str, float | None]] = {}
     ranking: dict[str, dict[str, dict[str, float | None]]] = {}
 
 
 def _read_baselines(path: Path) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Model -> baseline -> metric key -> value; the tasks of the ranking baselines come together."""
+    """Model, or `retrieval_cold_users` -> baseline -> metric key -> value; ranking tasks come together."""
     values: _Baselines = _parse_file(_Baselines, path)
     ranking: dict[str, dict[str, float | None]] = {}
     for baselines in values.ranking.values():
@@ -329,7 +348,11 @@ def _read_baselines(path: Path) -> dict[str, dict[str, dict[str, float | None]]]
             ranking.setdefault(name, {}).update(metrics)
     return {
         model: {name: {k: _defined(v) for k, v in metrics.items()} for name, metrics in baselines.items()}
-        for model, baselines in ((RETRIEVAL, values.retrieval), (RANKING, ranking))
+        for model, baselines in (
+            (RETRIEVAL, values.retrieval),
+            (_COLD_USER_BASELINES, values.retrieval_cold_users),
+            (RANKING, ranking),
+        )
     }
 
 
@@ -431,8 +454,8 @@ def _gate_results(model: str, config: Mapping[str, Any], evaluation: Evaluation)
     return tuple(results)
 
 
-def _overall(figures: Iterable[Figure]) -> dict[str, float | None]:
-    return {figure.key: figure.value for figure in figures if not figure.slice}
+def _overall(figures: Iterable[Figure], slice_name: str = "") -> dict[str, float | None]:
+    return {figure.key: figure.value for figure in figures if figure.slice == slice_name}
 
 
 def _change(value: float | None, previous: float | None) -> float | None:

@@ -14,6 +14,8 @@ MEANINGS = {
     "recall": "Share of what a user went on to choose that is among the first k recommendations.",
     "ndcg": "Like recall, but a hit counts more the higher it stands; 1 means that all hits are on top.",
     "hit_rate": "Share of users with at least one hit among the first k.",
+    "cold_item_recall": "Recall of those items alone that nobody met before the end of training.",
+    "distinct_items": "How many items stand among anybody's first k; k of them is the same for everybody.",
     "mrr": "One over the place of the first hit, averaged over users; 0 without a hit among the first k.",
     "auc": "Chance that a positive example is scored above a negative one; 0.5 is guessing.",
     "gauc": "AUC within each user, averaged: does the order help this one user?",
@@ -23,7 +25,14 @@ MEANINGS = {
     "xauc": "Chance that of two examples the one with the larger label is scored higher; 0.5 is guessing.",
 }
 _ABBREVIATIONS = frozenset({"ndcg", "mrr", "auc", "gauc", "ece", "mae", "xauc"})
-_COUNTS = {"num_queries": "users", "num_examples": "examples"}
+_COUNTS = {
+    "num_queries": "users",
+    "num_examples": "examples",
+    "num_cold_item_queries": "users with a cold item",
+    "num_positive_items": "items in what they chose",
+}
+# What stands behind the means over users or examples.
+_SAMPLE_SIZES = frozenset({"num_queries", "num_examples"})
 
 
 def base(key: str) -> str:
@@ -53,6 +62,16 @@ def label(key: str) -> str:
 def is_count(key: str) -> bool:
     """Whether the key counts what was judged instead of judging it."""
     return base(key) in _COUNTS
+
+
+def is_cold(key: str) -> bool:
+    """Whether the key is about cold items alone."""
+    return "cold_item" in base(key)
+
+
+def is_sample_size(key: str) -> bool:
+    """Whether the key counts the users or examples over which the means are taken."""
+    return base(key) in _SAMPLE_SIZES
 
 
 def count_words(key: str) -> str:

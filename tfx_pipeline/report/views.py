@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from schema.tables import TablesSummary
 from tfx_pipeline.config import MODELS, RETRIEVAL
@@ -67,13 +67,56 @@ def gates_table(facts: RunFacts) -> Table:
 def metrics_table(name: str, facts: RunFacts) -> Table:
     """Metrics of the whole test split beside those of the last blessed model and of the baselines."""
     model = facts.models[name]
-    keys = metric_keys.in_task_order((k for k in model.overall if not metric_keys.is_count(k)), facts.tasks)
-    if name == RETRIEVAL:
-        keys.sort(key=metric_keys.cutoff)
+    keys = [key for key in model.overall if not metric_keys.is_count(key) and not metric_keys.is_cold(key)]
+    counts = [key for key in model.overall if metric_keys.is_count(key) and not metric_keys.is_cold(key)]
+    return _comparison(
+        f"{name.capitalize()}, whole test split", keys, counts, model.overall, model.rivals, facts
+    )
+
+
+def cold_tables(facts: RunFacts) -> list[Table]:
+    """Retrieval for users without a history, and of items that nobody met in training, beside baselines.
+
+    A table without anything to judge is left out.
+    """
+    model, tables = facts.models[RETRIEVAL], []
+    if model.cold_users:
+        values = model.cold_users
+        keys = [key for key in values if metric_keys.base(key) in {"recall", "ndcg"}]
+        counts = [key for key in values if metric_keys.is_sample_size(key)]
+        caption = "Cold users: no history at the end of training"
+        tables.append(_comparison(caption, keys, counts, values, model.cold_user_rivals, facts))
+    keys = [key for key, value in model.overall.items() if metric_keys.is_cold(key) and value is not None]
+    if any(not metric_keys.is_count(key) for key in keys):
+        table = _comparison(
+            "Cold items: nobody met them before the end of training",
+            [key for key in keys if not metric_keys.is_count(key)],
+            [key for key in keys if metric_keys.is_count(key)],
+            model.overall,
+            model.rivals,
+            facts,
+        )
+        note = (
+            "Both popularities find none by construction: nobody chose these items yet. Random is the mean "
+        )
+        note += "of all random orders, newest goes by upload time."
+        tables.append(dataclasses.replace(table, note=note))
+    return tables
+
+
+def _comparison(
+    caption: str,
+    keys: Iterable[str],
+    counts: Iterable[str],
+    values: Mapping[str, float | None],
+    rivals: Mapping[str, Mapping[str, float | None]],
+    facts: RunFacts,
+) -> Table:
+    """A model beside what it is compared with: one row per key, in the order of tasks or cut-offs."""
     rows = []
-    for key in keys:
-        value = model.overall[key]
-        others = [rival.get(key) for rival in model.rivals.values()]
+    for key in sorted(metric_keys.in_task_order(keys, facts.tasks), key=metric_keys.cutoff):
+        value = values[key]
+        others = [rival.get(key) for rival in rivals.values()]
         best = min((metric_keys.badness(key, v) for v in (value, *others) if v is not None), default=None)
 
         def cell(shown: float | None, *note: str, key: str = key, best: float | None = best) -> Cell:
@@ -83,13 +126,12 @@ def metrics_table(name: str, facts: RunFacts) -> Table:
         cells = [cell(value)]
         cells += [Cell(_NOT_MEASURED) if v is None else cell(v, *_change(key, value, v)) for v in others]
         rows.append(Row(metric_keys.label(key), key, tuple(cells)))
-    counts = [
-        f"{formatting.number(v)} {metric_keys.count_words(k)}"
-        for k, v in model.overall.items()
-        if metric_keys.is_count(k)
-    ]
-    caption = ": ".join(filter(None, [f"{name.capitalize()}, whole test split", "; ".join(counts)]))
-    return Table(caption, ("Metric", "this model", *map(formatting.words, model.rivals)), tuple(rows))
+    judged = "; ".join(f"{formatting.number(values[key])} {metric_keys.count_words(key)}" for key in counts)
+    return Table(
+        f"{caption}: {judged}" if judged else caption,
+        ("Metric", "this model", *map(formatting.words, rivals)),
+        tuple(rows),
+    )
 
 
 def slices_table(name: str, facts: RunFacts) -> Table | None:
@@ -128,7 +170,9 @@ def slices_table(name: str, facts: RunFacts) -> Table | None:
 def _slice_columns(headline: str, keys: Iterable[str], facts: RunFacts) -> tuple[list[str], list[str]]:
     """What counts the examples behind the headline metric; and the metrics to show: it, others at its k."""
     keys = metric_keys.in_task_order(keys, facts.tasks)
-    count = [k for k in keys if metric_keys.is_count(k) and metric_keys.task(k) == metric_keys.task(headline)]
+    count = [
+        k for k in keys if metric_keys.is_sample_size(k) and metric_keys.task(k) == metric_keys.task(headline)
+    ]
     shown = [
         k
         for k in keys
