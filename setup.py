@@ -39,6 +39,12 @@ LIBRARIES = [
 
 EXTRAS = {
     "vertex": ["tfx[kfp]==1.16.0", "kfp==2.5.0"],
+    "benchmarks": [
+        "faiss-cpu==1.15.1",
+        "hnswlib==0.8.0",
+        "implicit==0.7.3",
+        "rectools==0.13.0",  # the last that takes the SciPy of the tested set
+    ],
     "dev": [
         "hypothesis>=6.168,<7",
         "mypy>=2.4,<3",

@@ -1,0 +1,116 @@
+"""Trains the retrieval model of a finished run again, with other settings, from the same examples."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import scann  # noqa: F401 - registers the operations of the exported index
+import tensorflow as tf
+
+from benchmarks.comparison import LIST_LENGTH
+from benchmarks.protocols import Tables
+from schema.errors import DataError
+from tfx_pipeline.config import RunPaths
+from tfx_pipeline.run_result import read_run
+from tfx_pipeline.user_states import find_user_states
+from trainer.config import RetrievalConfig
+from trainer.metrics import IntArray
+from trainer.run_retrieval import TRAINING_LOG, run_fn
+
+_USERS_PER_CALL = 256
+
+
+@contextlib.contextmanager
+def retrained(run_dir: Path, overrides: Mapping[str, Any]) -> Iterator[tuple[Path, list[dict[str, float]]]]:
+    """Trains and exports a retrieval model to a temporary folder.
+
+    Args:
+      run_dir: output directory of a finished `funnel run`.
+      overrides: settings of `trainer.config.RetrievalConfig` that differ from the run's; nested mappings are
+        merged.
+
+    Yields:
+      The exported SavedModel's folder, which is gone afterwards, and the training log.
+
+    Raises:
+      DataError: there is no finished run, or its examples are gone.
+    """
+    run = read_run(run_dir)
+    settings = _merged(run.config.retrieval.model_dump(), overrides)
+    root = RunPaths(run_dir).pipeline_root
+    # The catalogue and the transform graph are not in run.json; the latest are those of the last run.
+    interactions = _latest(root / "InteractionGen" / "examples")
+    catalogue = _latest(root / "CatalogueGen" / "examples")
+    folder = Path(tempfile.mkdtemp(prefix="retrained-"))
+    try:
+        run_fn(
+            SimpleNamespace(
+                custom_config={
+                    "dataset": run.config.dataset.model_dump_json(),
+                    "config": RetrievalConfig.model_validate(settings).model_dump_json(),
+                    "catalogue": [f"{catalogue}/Split-catalogue/*.gz"],
+                    "user_states": [run.user_states],
+                },
+                transform_output=str(_latest(root / "Transform" / "transform_graph")),
+                train_files=[f"{interactions}/Split-train/*.gz"],
+                model_run_dir=str(folder / "log"),
+                serving_model_dir=str(folder / "model"),
+                base_model=None,
+            )
+        )
+        yield folder / "model", json.loads((folder / "log" / TRAINING_LOG).read_text(encoding="utf-8"))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _merged(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(settings)
+    for name, value in overrides.items():
+        merged[name] = _merged(settings[name], value) if isinstance(value, Mapping) else value
+    return merged
+
+
+def _latest(folder: Path) -> Path:
+    executions = sorted((path for path in folder.glob("[0-9]*")), key=lambda path: int(path.name))
+    if not executions:
+        raise DataError(f"{folder} is empty: the run's artifacts are gone; run 'funnel run' again")
+    return executions[-1]
+
+
+def lists_of(model_dir: Path, run_dir: Path, tables: Tables, user_ids: Sequence[str]) -> IntArray:
+    """What an exported model's `serving_examples` (ScaNN) answers as of the end of training, less what was seen.
+
+    Args:
+      model_dir: SavedModel of a retrieval model trained on the examples of the run.
+      run_dir: output directory of that run; its user states are asked for.
+      tables: of the benchmark.
+      user_ids: U users that have a user state.
+
+    Returns:
+      int64 [U, LIST_LENGTH] item codes, best first, -1 where a list is short.
+
+    Raises:
+      DataError: a user has no state.
+    """
+    run = read_run(run_dir)
+    states = find_user_states([run.user_states], run.config.dataset, user_ids)
+    strangers = [user_id for user_id in user_ids if user_id not in states]
+    if strangers:
+        raise DataError(f"{len(strangers):,} users have no state in {run_dir}, for instance {strangers[0]!r}")
+    code_of = {item_id.encode(): code for code, item_id in enumerate(tables.item_ids)} | {b"": -1}
+    model = tf.saved_model.load(str(model_dir))
+    serve = model.signatures["serving_examples"]
+    parts = []
+    for start in range(0, len(user_ids), _USERS_PER_CALL):
+        asked = [states[user_id].serialized for user_id in user_ids[start : start + _USERS_PER_CALL]]
+        found = serve(examples=tf.constant(asked))["item_ids"].numpy()[:, :LIST_LENGTH]
+        parts.append(np.array([[code_of[item_id] for item_id in row] for row in found], np.int64))
+    return np.concatenate(parts)
