@@ -128,7 +128,9 @@ def test_what_has_no_default_is_asked_for(tmp_path: Path, path: tuple[str | int,
         load(tmp_path, (path, None))
 
 
-@pytest.mark.parametrize("name", ["item_id", "hour_of_day", "history_item_ids", "score", "click", "surface"])
+@pytest.mark.parametrize(
+    "name", ["item_id", "hour_of_day", "history_item_ids", "user_type", "score", "click"]
+)
 def test_a_feature_may_not_take_a_name_of_the_contract(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=f"'{name}' is taken by the contract"):
         load(tmp_path, (("users", "features"), [{"name": name, "kind": "categorical"}]))
@@ -200,6 +202,22 @@ def test_a_column_has_one_source(tmp_path: Path) -> None:
 def test_a_watch_time_cap_needs_durations(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"item_duration_s"):
         load(tmp_path, (("watch_time_cap_durations",), 5))
+
+
+def test_the_length_of_histories_and_the_pause_between_sessions_have_defaults(tmp_path: Path) -> None:
+    spec = load(tmp_path)
+    assert spec.max_history == 50 and spec.session_gap_hours is None
+    given = load(tmp_path, (("max_history",), 200), (("session_gap_hours",), 0.5))
+    assert given.max_history == 200 and given.session_gap_hours == 0.5
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("max_history", 0), ("max_history", 501), ("session_gap_hours", 0), ("session_gap_hours", -1)],
+)
+def test_a_history_or_a_pause_out_of_range_is_named(tmp_path: Path, key: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=rf"{key}: Input should be"):
+        load(tmp_path, ((key,), value))
 
 
 def test_an_unknown_dataset_names_the_built_in_ones() -> None:
