@@ -1,7 +1,7 @@
 """What each part of the retrieval model is worth: one setting changed at a time, the rest as in the run.
 
-Each variant is trained on the examples of a finished run, exported, and judged through its ScaNN signature on the
-users of `benchmarks.protocols.global_temporal`. Needs no extra.
+Each variant is trained on the examples of a finished run, exported, and judged through its ScaNN signature on
+the users of `benchmarks.protocols.global_temporal`. Needs no extra.
 
 Example, from the root of the repository:
   python -m benchmarks.retrieval_ablation --run-dir runs/movielens --data-dir data --out out/
