@@ -85,14 +85,14 @@ class Judged:
     by_user: Mapping[str, FloatArray]
     coverage: FloatArray
 
-    def summary(self) -> dict[str, dict[str, float]]:
-        """Metric -> mean over users and seeds, and standard deviation over seeds (NaN for one seed)."""
+    def summary(self) -> dict[str, dict[str, float | None]]:
+        """Metric -> `mean` over users and seeds, and `std` over seeds, None for one seed."""
         per_seed = {name: values.mean(axis=1) for name, values in self.by_user.items()}
         per_seed["coverage_at_10"] = self.coverage
         return {
             name: {
                 "mean": float(values.mean()),
-                "std": float(values.std(ddof=1)) if len(values) > 1 else float("nan"),
+                "std": float(values.std(ddof=1)) if len(values) > 1 else None,
             }
             for name, values in per_seed.items()
         }

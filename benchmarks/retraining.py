@@ -86,7 +86,7 @@ def _latest(folder: Path) -> Path:
 
 
 def lists_of(model_dir: Path, run_dir: Path, tables: Tables, user_ids: Sequence[str]) -> IntArray:
-    """What an exported model answers (`serving_examples`, ScaNN) as of the end of training, less what was seen.
+    """What an exported model answers (`serving_examples`, ScaNN) as of the end of training.
 
     Args:
       model_dir: SavedModel of a retrieval model trained on the examples of the run.

@@ -11,6 +11,7 @@ Example, from the root of the repository:
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,7 @@ from benchmarks.comparison import (
     recommend,
 )
 from benchmarks.protocols import EvaluationUsers, Tables, TemporalProtocol, global_temporal, load_tables
+from benchmarks.retraining import lists_of, retrained
 from schema.contract import FeatureKind
 from schema.errors import DataError, FunnelError
 from tfx_pipeline.config import RunPaths
@@ -98,12 +100,17 @@ def cold_item_baselines(
 ) -> dict[str, list[ScoreHistories]]:
     """Rankings that can find an item without interactions: newest first, kin of popular ones, random."""
     published = tables.items[PUBLISHED[tables.spec.name]].cast(pl.Float64).fill_null(0.0).to_numpy()
-    num_items = len(protocol.item_ids)
     return {
         "newest first": [same_for_all(published)],
         "content popularity": [same_for_all(content_popularity(tables, protocol))],
-        "random": [same_for_all(np.random.default_rng(seed).random(num_items)) for seed in range(seeds)],
+        "random": [_random_order(seed) for seed in range(seeds)],
     }
+
+
+def _random_order(seed: int) -> ScoreHistories:
+    """Another order for every user."""
+    generator = np.random.default_rng(seed)
+    return lambda history: generator.random(history.shape)
 
 
 def content_popularity(tables: Tables, protocol: TemporalProtocol) -> FloatArray:
@@ -196,12 +203,21 @@ def compare(judged: Mapping[str, Judged]) -> dict[str, Any]:
     return figures
 
 
-def benchmark(tables: Tables, run_dirs: Sequence[Path], seeds: int, progress: Progress) -> dict[str, Any]:
+def retrained_lists(run_dir: Path, tables: Tables, user_ids: Sequence[str], seed: int) -> IntArray:
+    """As `exported_lists`, of the run's model trained again with another seed, through its ScaNN index."""
+    with retrained(run_dir, {"seed": seed}) as (model_dir, _):
+        return lists_of(model_dir, run_dir, tables, user_ids)
+
+
+def benchmark(
+    tables: Tables, run_dirs: Sequence[Path], retrained_seeds: int, seeds: int, progress: Progress
+) -> dict[str, Any]:
     """All figures of one dataset, ready for JSON.
 
     Args:
       tables: the dataset.
       run_dirs: finished runs, one per seed; none judges the baselines alone.
+      retrained_seeds: above 0, each run is trained again with so many seeds, and these are judged.
       seeds: fits of the baselines that depend on a seed.
       progress: shows what is being fitted.
     """
@@ -230,13 +246,17 @@ def benchmark(tables: Tables, run_dirs: Sequence[Path], seeds: int, progress: Pr
             ranked[slice_name][name] = [recommend(model, users) for model in fits]
             progress.advance(task)
     validation = []
-    for run_dir in run_dirs:
-        parts = {**slices, "validation": protocol.validation}
-        asked = list(dict.fromkeys(user_id for users in parts.values() for user_id in users.user_ids))
-        task = progress.add_task(f"asking {run_dir.name}", total=len(asked))
-        lists = exported_lists(
-            run_dir, tables, asked, lambda done, task=task: progress.update(task, completed=done)
-        )
+    parts = {**slices, "validation": protocol.validation}
+    asked = list(dict.fromkeys(user_id for users in parts.values() for user_id in users.user_ids))
+    for run_dir, seed in itertools.product(run_dirs, range(max(1, retrained_seeds))):
+        task = progress.add_task(f"asking {run_dir.name}, seed {seed}", total=len(asked))
+        if retrained_seeds:
+            lists = retrained_lists(run_dir, tables, asked, seed)
+            progress.update(task, completed=len(asked))
+        else:
+            lists = exported_lists(
+                run_dir, tables, asked, lambda done, task=task: progress.update(task, completed=done)
+            )
         row_of = {user_id: row for row, user_id in enumerate(asked)}
         answers = {name: lists[[row_of[u] for u in users.user_ids]] for name, users in parts.items()}
         for slice_name in slices:
@@ -300,12 +320,12 @@ def _header(columns: Sequence[str]) -> list[str]:
     return [f"| model | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
 
 
-def _figures_table(models: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
+def _figures_table(models: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> list[str]:
     lines = _header(list(_SHORT_NAMES.values()))
     for name, values in models.items():
         cells = (values[metric] for metric in _SHORT_NAMES)
         texts = (
-            f"{cell['mean']:.4f}" if np.isnan(cell["std"]) else f"{cell['mean']:.4f} ± {cell['std']:.4f}"
+            f"{cell['mean']:.4f}" if cell["std"] is None else f"{cell['mean']:.4f} ± {cell['std']:.4f}"
             for cell in cells
         )
         lines.append(f"| {name} | {' | '.join(texts)} |")
@@ -338,16 +358,31 @@ def _differences_table(rivals: Mapping[str, Mapping[str, Mapping[str, float]]]) 
     help="Output directory of a finished 'funnel run'; repeat it, one per seed.",
 )
 @click.option(
+    "--retrained-seeds",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Train the model of each run again with so many seeds, on its examples, and judge these.",
+)
+@click.option(
     "--seeds", type=click.IntRange(1), default=5, show_default=True, help="Fits of seeded baselines."
 )
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the report."
 )
-def main(dataset: str, data_dir: Path | None, run_dirs: tuple[Path, ...], seeds: int, out: Path) -> None:
+def main(
+    dataset: str,
+    data_dir: Path | None,
+    run_dirs: tuple[Path, ...],
+    retrained_seeds: int,
+    seeds: int,
+    out: Path,
+) -> None:
     """Writes <out>/<dataset>.json and <out>/<dataset>.md."""
     try:
         with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True)) as progress:
-            figures = benchmark(load_tables(dataset, data_dir, Path(folder)), run_dirs, seeds, progress)
+            tables = load_tables(dataset, data_dir, Path(folder))
+            figures = benchmark(tables, run_dirs, retrained_seeds, seeds, progress)
     except FunnelError as error:
         raise click.ClickException(str(error)) from error
     out.mkdir(parents=True, exist_ok=True)
