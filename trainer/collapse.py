@@ -71,7 +71,8 @@ def collapse_metrics(
       anybody's top 10.
     """
     return {
-        QUERY_RANK: effective_rank(np.reshape(query_vectors, [-1, query_vectors.shape[-1]])),
+        # A user's interests side by side: the directions in which users differ, not their interests.
+        QUERY_RANK: effective_rank(np.reshape(query_vectors, [len(query_vectors), -1])),
         CANDIDATE_RANK: effective_rank(candidate_vectors),
         DISTINCT_ITEMS: float(distinct_items_at_k(ranked_rows, DISTINCT_K)),
     }

@@ -145,19 +145,19 @@ def pair_keys(user_ids: Any, item_ids: Any) -> Any:
     return user_ids * 2**31 + item_ids
 
 
-def known_positives(windows: Iterable[Mapping[str, tf.Tensor]]) -> np.ndarray:
+def known_positives(windows: Iterable[Mapping[str, tf.Tensor]], positive: str) -> np.ndarray:
     """What the users are known to like.
 
     Args:
       windows: training windows.
+      positive: label that makes an example a positive.
 
     Returns:
-      int64 [P], sorted: the distinct `pair_keys` of the training positives, those outside the cap per user
-      excepted.
+      int64 [P], sorted: the distinct `pair_keys` of all training positives, also of those beyond the cap.
     """
     keys = []
     for window in windows:
-        is_positive = window[features.RETRIEVAL_WEIGHT].numpy() > 0
+        is_positive = window[positive].numpy() > 0
         users, items = (window[name].numpy()[is_positive].astype(np.int64) for name in (_USER_ID, _ITEM_ID))
         keys.append(np.unique(pair_keys(users, items)))
     return np.unique(np.concatenate(keys))

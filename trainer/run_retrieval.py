@@ -82,7 +82,7 @@ def run_fn(fn_args: Any) -> None:
         model = RetrievalModel(config, features.feature_space(spec), sizes, log_q, popularity, item_vectors)
     batches = shuffled_batches(train_windows, config.batch_size, config.seed, keep=is_positive)
     log_file = Path(fn_args.model_run_dir) / TRAINING_LOG
-    known = known_positives(train_windows) if config.loss.hard_negatives else None
+    known = known_positives(train_windows, spec.positive) if config.loss.hard_negatives else None
     fit(model, batches, int(counts.sum()), catalogue, users, config, log_file, known)
 
     arrays = {

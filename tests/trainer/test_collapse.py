@@ -130,3 +130,13 @@ def test_few_users_or_items_are_not_judged() -> None:
     ranked = np.tile(np.arange(10), (9, 1))
     same = np.ones((9, 4))
     check_not_collapsed(collapse_metrics(same, same, ranked), 9, 9)
+
+
+def test_the_same_interests_for_every_user_are_a_collapse() -> None:
+    rng = np.random.default_rng(0)
+    interests = np.tile(rng.normal(size=(1, 4, 8)), (50, 1, 1))
+    lists = np.tile(np.arange(10), (50, 1)) + np.arange(50)[:, np.newaxis]
+    measured = collapse_metrics(interests, rng.normal(size=(200, 8)), lists)
+    assert measured[QUERY_RANK] == 0.0
+    with pytest.raises(CollapsedModelError, match="query vectors differ in 0.00 directions"):
+        check_not_collapsed(measured, 50, 200)

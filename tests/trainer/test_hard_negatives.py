@@ -93,14 +93,16 @@ def test_large_catalogue_is_searched_with_scann(monkeypatch: pytest.MonkeyPatch)
     assert np.mean([len(np.intersect1d(a, b)) / 20 for a, b in zip(rows, exact, strict=True)]) > 0.3
 
 
-def test_known_positives_are_the_distinct_pairs_with_weight() -> None:
+def test_known_positives_are_the_distinct_pairs_inside_and_outside_the_cap() -> None:
     window = {
-        "user_id_id": tf.constant([5, 5, 5, 4]),
-        "item_id_id": tf.constant([3, 3, 2, 9]),
-        "retrieval_weight": tf.constant([1.0, 1.0, 0.0, 1.0]),
+        "user_id_id": tf.constant([5, 5, 5, 5, 4]),
+        "item_id_id": tf.constant([3, 3, 2, 8, 9]),
+        "click": tf.constant([1.0, 1.0, 0.0, 1.0, 1.0]),
+        "retrieval_weight": tf.constant([1.0, 1.0, 0.0, 0.0, 1.0]),
     }
     other = {name: column[:1] for name, column in window.items()}
-    assert known_positives([window, other]).tolist() == [4 * 2**31 + 9, 5 * 2**31 + 3]
+    pairs = known_positives([window, other], "click").tolist()
+    assert pairs == [4 * 2**31 + 9, 5 * 2**31 + 3, 5 * 2**31 + 8]
 
 
 def test_more_hard_negatives_than_searched_ranks_are_refused() -> None:

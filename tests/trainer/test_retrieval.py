@@ -60,7 +60,7 @@ def _fit(
         tf.data.Dataset.from_tensor_slices(window).shuffle(20_000, seed=0).batch(config.batch_size, True)
     )
     num_positives = len(window["retrieval_weight"])
-    pairs = known_positives([window])
+    pairs = known_positives([{**window, "click": window["retrieval_weight"]}], "click")
     return fit(
         model, batches, num_positives, world.catalogue(), world.validation_users(), config, log_file, pairs
     )
