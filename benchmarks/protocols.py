@@ -21,6 +21,7 @@ from schema.contract import DatasetSpec, load_dataset_spec
 from schema.errors import DataError, ShapeError
 from schema.tables import INTERACTIONS, ITEMS, prepare_tables
 from tfx_pipeline.datasets.archives import prepare_source
+from tfx_pipeline.run_result import RunResult, read_run
 from trainer.metrics import FloatArray, IntArray
 
 _TIME_ORDER = ("event_time_unix_s", "row_number")
@@ -69,6 +70,25 @@ def load_tables(dataset: str, data_dir: Path | None, work_dir: Path) -> Tables:
     )
     items = pl.read_parquet(folder / ITEMS).unique("item_id", keep="first", maintain_order=True)
     return Tables(spec, pl.read_parquet(folder / INTERACTIONS), items)
+
+
+def read_run_on(tables: Tables, run_dir: Path) -> RunResult:
+    """Reads a finished run that is to be judged on these tables.
+
+    Args:
+      tables: of the benchmark.
+      run_dir: output directory of a `funnel run`.
+
+    Raises:
+      DataError: there is no finished run, or it is of another dataset or split.
+    """
+    run = read_run(run_dir)
+    if run.config.dataset != tables.spec:
+        raise DataError(
+            f"{run_dir} holds a run of {run.dataset!r} whose declaration differs from that of "
+            f"{tables.spec.name!r} here; give run folders of this dataset and split"
+        )
+    return run
 
 
 @dataclasses.dataclass(frozen=True)

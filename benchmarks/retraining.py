@@ -16,10 +16,10 @@ import scann  # noqa: F401 - registers the operations of the exported index
 import tensorflow as tf
 
 from benchmarks.comparison import LIST_LENGTH
-from benchmarks.protocols import Tables
+from benchmarks.protocols import Tables, read_run_on
 from schema.errors import DataError
+from schema.tables import read_summary
 from tfx_pipeline.config import RunPaths
-from tfx_pipeline.run_result import read_run
 from tfx_pipeline.user_states import find_user_states
 from trainer.config import RetrievalConfig
 from trainer.metrics import IntArray
@@ -29,11 +29,14 @@ _USERS_PER_CALL = 256
 
 
 @contextlib.contextmanager
-def retrained(run_dir: Path, overrides: Mapping[str, Any]) -> Iterator[tuple[Path, list[dict[str, float]]]]:
+def retrained(
+    run_dir: Path, tables: Tables, overrides: Mapping[str, Any]
+) -> Iterator[tuple[Path, list[dict[str, float]]]]:
     """Trains and exports a retrieval model to a temporary folder.
 
     Args:
       run_dir: output directory of a finished `funnel run`.
+      tables: of the benchmark that the model is for.
       overrides: settings of `trainer.config.RetrievalConfig` that differ from the run's; nested mappings are
         merged.
 
@@ -41,9 +44,9 @@ def retrained(run_dir: Path, overrides: Mapping[str, Any]) -> Iterator[tuple[Pat
       The exported SavedModel's folder, which is gone afterwards, and the training log.
 
     Raises:
-      DataError: there is no finished run, or its examples are gone.
+      DataError: there is no finished run, it is of another dataset or split, or its examples are gone.
     """
-    run = read_run(run_dir)
+    run = read_run_on(tables, run_dir)
     settings = _merged(run.config.retrieval.model_dump(), overrides)
     root = RunPaths(run_dir).pipeline_root
     # The catalogue and the transform graph are not in run.json; the latest are those of the last run.
@@ -56,6 +59,7 @@ def retrained(run_dir: Path, overrides: Mapping[str, Any]) -> Iterator[tuple[Pat
                 custom_config={
                     "dataset": run.config.dataset.model_dump_json(),
                     "config": RetrievalConfig.model_validate(settings).model_dump_json(),
+                    "train_end_unix_s": read_summary(Path(run.tables_dir)).train_end_unix_s,
                     "catalogue": [f"{catalogue}/Split-catalogue/*.gz"],
                     "user_states": [run.user_states],
                 },
@@ -98,9 +102,9 @@ def lists_of(model_dir: Path, run_dir: Path, tables: Tables, user_ids: Sequence[
       int64 [U, LIST_LENGTH] item codes, best first, -1 where a list is short.
 
     Raises:
-      DataError: a user has no state.
+      DataError: the run is of another dataset or split, or a user has no state.
     """
-    run = read_run(run_dir)
+    run = read_run_on(tables, run_dir)
     states = find_user_states([run.user_states], run.config.dataset, user_ids)
     strangers = [user_id for user_id in user_ids if user_id not in states]
     if strangers:

@@ -58,7 +58,7 @@ def measure(
     """Metrics of a variant: split -> metric -> one mean over users per seed."""
     measured: dict[str, dict[str, list[float]]] = {name: {m: [] for m in USER_METRICS} for name in users}
     for seed in seeds:
-        with retrained(run_dir, {**overrides, "seed": seed}) as (model_dir, _):
+        with retrained(run_dir, tables, {**overrides, "seed": seed}) as (model_dir, _):
             for name, asked in users.items():
                 values = judge(lists_of(model_dir, run_dir, tables, asked.user_ids), asked.positives)
                 for metric in USER_METRICS:

@@ -34,13 +34,19 @@ from benchmarks.comparison import (
     paired_difference,
     recommend,
 )
-from benchmarks.protocols import EvaluationUsers, Tables, TemporalProtocol, global_temporal, load_tables
+from benchmarks.protocols import (
+    EvaluationUsers,
+    Tables,
+    TemporalProtocol,
+    global_temporal,
+    load_tables,
+    read_run_on,
+)
 from benchmarks.retraining import lists_of, retrained
 from schema.contract import FeatureKind
 from schema.errors import DataError, FunnelError
 from tfx_pipeline.config import RunPaths
 from tfx_pipeline.recommend import batch_recommend
-from tfx_pipeline.run_result import read_run
 from trainer.metrics import FloatArray, IntArray
 
 OURS = "Funnel"
@@ -162,12 +168,7 @@ def exported_lists(
       DataError: the run is of another dataset or split, or recommends an item outside the catalogue.
       ServingError: the run pushed no retrieval model.
     """
-    run = read_run(run_dir)
-    if run.config.dataset != tables.spec:
-        raise DataError(
-            f"{run_dir} holds a run of {run.dataset!r} whose declaration differs from that of "
-            f"{tables.spec.name!r} here; give run folders of this dataset and split"
-        )
+    run = read_run_on(tables, run_dir)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "recommendations.parquet"
         batch_recommend(run, RunPaths(run_dir), user_ids, LIST_LENGTH, False, out, on_progress)
@@ -205,7 +206,7 @@ def compare(judged: Mapping[str, Judged]) -> dict[str, Any]:
 
 def retrained_lists(run_dir: Path, tables: Tables, user_ids: Sequence[str], seed: int) -> IntArray:
     """As `exported_lists`, of the run's model trained again with another seed, through its ScaNN index."""
-    with retrained(run_dir, {"seed": seed}) as (model_dir, _):
+    with retrained(run_dir, tables, {"seed": seed}) as (model_dir, _):
         return lists_of(model_dir, run_dir, tables, user_ids)
 
 

@@ -13,6 +13,7 @@ import yaml
 from schema.contract import DatasetSpec, load_dataset_spec, parse_model, read_yaml
 from schema.errors import ConfigError
 from trainer import features
+from trainer.allow_list_inputs import check_attributes
 from trainer.config import RankingConfig, RetrievalConfig
 
 BUILT_IN_CONFIGS = Path(__file__).parent / "configs"
@@ -122,6 +123,11 @@ class RunConfig(_Config):
                     f"retrieval.ignored_features: {name!r} is no feature that the towers can do without; "
                     f"those are: {', '.join(sorted(read))}"
                 )
+        try:
+            check_attributes(self.retrieval.index.allow_list, self.dataset)
+        except ConfigError as error:
+            # pydantic takes only a ValueError as a finding of its own, to be told with the others.
+            raise ValueError(str(error)) from error
         return self
 
 

@@ -149,6 +149,7 @@ def create_pipeline(
                 "dataset": dataset,
                 "config": getattr(config, model).model_dump_json(),
                 "model_name": model,
+                "train_end_unix_s": locations.train_end_unix_s,
                 "code_version": locations.code_version,
             },
             base_model=base_models.get(model),

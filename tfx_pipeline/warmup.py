@@ -12,7 +12,7 @@ from schema.contract import DatasetSpec
 from serving.warmup import write_warmup_requests
 from tfx_pipeline.config import RETRIEVAL
 from tfx_pipeline.user_states import UserState, padded, query_arrays, read_user_states
-from trainer.allow_lists import input_name
+from trainer.allow_list_inputs import input_name
 
 _USERS = 3
 _K = 10

@@ -6,50 +6,15 @@ list.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import tensorflow as tf
 
-from schema.contract import DatasetSpec, FeatureKind
-from schema.errors import ConfigError
-from trainer import features
+from trainer.allow_list_inputs import input_name
 
-_PREFIX = "allow_"
 # Code of "no value" in an item's values; real values start at 1.
 _NO_VALUE = 0
-
-
-def input_name(attribute: str) -> str:
-    """Name of the request input that holds the allow-list of an attribute."""
-    return _PREFIX + attribute
-
-
-def check_attributes(attributes: Iterable[str], spec: DatasetSpec) -> None:
-    """Checks that requests can filter by these attributes.
-
-    Args:
-      attributes: `index.allow_list` of the configuration.
-      spec: the declaration of the dataset.
-
-    Raises:
-      ConfigError: an attribute is not a categorical or multi-categorical item feature of the dataset, or a
-        query feature has a name like that of an allow-list.
-    """
-    kinds = (FeatureKind.CATEGORICAL, FeatureKind.MULTI_CATEGORICAL)
-    possible = {f.name for f in features.feature_space(spec).candidate if f.kind in kinds}
-    for attribute in attributes:
-        if attribute not in possible:
-            raise ConfigError(
-                f"index.allow_list: {attribute!r} is not a categorical or multi_categorical item feature of "
-                f"dataset {spec.name!r}; valid: {', '.join(sorted(possible)) or 'none'}"
-            )
-    for raw in features.raw_query_inputs(spec):
-        if raw.name.startswith(_PREFIX):
-            raise ConfigError(
-                f"user feature {raw.name!r} of dataset {spec.name!r} is named like an allow-list; "
-                f"give it a name that does not start with {_PREFIX!r}, and 'column: {raw.name}'"
-            )
 
 
 class AllowLists(tf.Module):

@@ -74,7 +74,7 @@ class Checkpoint:
       version: of the Funnel that wrote it.
       spec: the declaration of the dataset that the model was trained on.
       config: the model's settings as JSON.
-      settings: what else, besides arrays, the model was built with; JSON-able.
+      settings: what else, besides arrays, it takes to build the model or to train it on; JSON-able.
       arrays: arrays that are not weights.
       weights: value of every variable by its attribute path.
       transform_output: the Transform graph and its vocabularies.
@@ -163,7 +163,7 @@ def write_checkpoint(
       config: the model's settings.
       transform_output: the Transform graph and its vocabularies.
       catalogue: gzipped TFRecord files of the exported catalogue's examples.
-      settings: what else, besides arrays, the model's constructor takes; JSON-able.
+      settings: what else, besides arrays, is needed to build the model or to train it on; JSON-able.
       arrays: arrays that are not weights.
 
     Raises:

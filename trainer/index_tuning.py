@@ -24,8 +24,9 @@ _MIN_ITEMS_TO_PARTITION = 2_000
 _LEAVES = (1.0, 2.0, 4.0)
 # Numbers of leaves to search that are tried: each about a quarter above the last.
 _LEAF_STEP = 1.25
-# Numbers of candidates whose scores are computed exactly, in neighbours.
-_REORDERING = (2.0, 1.5, 1.0, 3.0, 5.0, 8.0)
+# Numbers of candidates whose scores are computed exactly, in neighbours. A few neighbours among many close
+# items need tens of candidates each.
+_REORDERING = (2.0, 1.5, 1.0, 3.0, 5.0, 8.0, 13.0, 21.0, 34.0)
 
 logger = logging.getLogger(__name__)
 

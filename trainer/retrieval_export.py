@@ -21,7 +21,7 @@ import tensorflow as tf
 from schema.contract import DatasetSpec
 from trainer import features as ft
 from trainer import raw_inputs
-from trainer.allow_lists import check_attributes
+from trainer.allow_list_inputs import check_attributes
 from trainer.catalogue import Catalogue
 from trainer.index import NO_ROW, CandidateIndex
 from trainer.index_build import IndexFacts

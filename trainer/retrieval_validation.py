@@ -84,6 +84,8 @@ def load_validation_users(
         has_history = tf.reduce_any(raw[ft.HISTORY] != "", axis=1).numpy()
         users = [u for u, found in enumerate(positive_rows) if found and has_history[u]]
         users = users[: max_users - len(positives)]
+        if not users:
+            continue
         positives += [positive_rows[u] for u in users]
         seen += [rows(ids) for ids in tf.gather(raw[ft.SEEN_ITEMS], users).numpy()]
         query = transform({name: raw[name] for name in raw_inputs.query_signature(spec)})

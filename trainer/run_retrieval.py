@@ -17,7 +17,7 @@ import tensorflow_transform as tft
 from schema.contract import DatasetSpec, dataset_spec_from_json
 from schema.errors import ConfigError
 from trainer import features
-from trainer.allow_lists import check_attributes
+from trainer.allow_list_inputs import check_attributes
 from trainer.catalogue import Catalogue
 from trainer.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from trainer.config import RetrievalConfig
@@ -30,8 +30,8 @@ from trainer.preprocessing import vocabulary_sizes
 from trainer.raw_inputs import parse_candidate_examples
 from trainer.retrieval import RetrievalModel, count_positives, fit, is_positive, item_log_q
 from trainer.retrieval_export import ServedRetrieval, export
-from trainer.retrieval_validation import load_validation_users
-from trainer.warm_start import towers, vocabularies, warm_start
+from trainer.retrieval_validation import ValidationUsers, load_validation_users
+from trainer.warm_start import check_no_future, towers, vocabularies, warm_start
 
 TRAINING_LOG = "training_log.json"
 # Queries on which ScaNN is compared with exact search: enough for a mean to within a percent.
@@ -44,8 +44,9 @@ def run_fn(fn_args: Any) -> None:
     """Trains the retrieval model, builds the index and exports both.
 
     Args:
-      fn_args: TFX's FnArgs; `custom_config` holds `dataset` and `config` as JSON, `catalogue` and
-        `user_states` as file patterns; `base_model` is the exported model to start from, or None.
+      fn_args: TFX's FnArgs; `custom_config` holds `dataset` and `config` as JSON, `train_end_unix_s`,
+        and `catalogue` and `user_states` as file patterns; `base_model` is the exported model to start from,
+        or None.
 
     Writes the SavedModel with its checkpoint to `serving_model_dir`, and `training_log.json` (a list of one
     record per epoch, see `trainer.retrieval.fit`) to `model_run_dir`.
@@ -54,10 +55,12 @@ def run_fn(fn_args: Any) -> None:
       DataError: there is nothing to train or to validate on, or the loss is no longer finite.
       CollapsedModelError: the model says the same to everybody.
       IndexBuildError: the index does not reach the required recall.
-      CheckpointError, ConfigError: the base model does not fit the code, or this run's model.
+      CheckpointError, ConfigError: the base model does not fit the code, or this run's model, or it was
+        trained on what is the future of this run.
     """
     spec = dataset_spec_from_json(fn_args.custom_config["dataset"])
     config = RetrievalConfig.model_validate_json(fn_args.custom_config["config"])
+    train_end_unix_s = int(fn_args.custom_config["train_end_unix_s"])
     transform_output = tft.TFTransformOutput(fn_args.transform_output)
     layer = transform_output.transform_features_layer()
     sizes = vocabulary_sizes(transform_output, spec)
@@ -75,7 +78,9 @@ def run_fn(fn_args: Any) -> None:
     )
     probe = next(iter(train_windows))
     if config.warm_start and fn_args.base_model:
-        model = _started_from(fn_args.base_model, config, spec, transform_output, log_q, popularity, probe)
+        model = _started_from(
+            fn_args.base_model, train_end_unix_s, config, spec, transform_output, log_q, popularity, probe
+        )
     else:
         _logger.info("phase=start kind=cold warm_start=%s", config.warm_start)
         item_vectors = _item_vectors(train_windows, sizes[features.ITEM_SPACE], spec, config)
@@ -89,7 +94,7 @@ def run_fn(fn_args: Any) -> None:
         "log_q": log_q,
         "popularity": popularity[:, :1],
         "num_positives": counts,
-        "sample_queries": model.encode_users(users.query)[:_SAMPLE_QUERIES],
+        "sample_queries": model.encode_users(_sample(users, config.seed)),
     }
     _export(model, layer, catalogue, catalogue_files, spec, config, arrays, fn_args.serving_model_dir)
     write_checkpoint(
@@ -100,7 +105,10 @@ def run_fn(fn_args: Any) -> None:
         config=config,
         transform_output=transform_output,
         catalogue=catalogue_files,
-        settings={"embedding_widths": dict(model.embedding_widths)},
+        settings={
+            "embedding_widths": dict(model.embedding_widths),
+            "train_end_unix_s": train_end_unix_s,
+        },
         arrays=arrays,
     )
 
@@ -149,6 +157,7 @@ def restore(checkpoint: Checkpoint) -> RetrievalModel:
 
 def _started_from(
     base_dir: str,
+    train_end_unix_s: int,
     config: RetrievalConfig,
     spec: DatasetSpec,
     transform_output: tft.TFTransformOutput,
@@ -158,6 +167,7 @@ def _started_from(
 ) -> RetrievalModel:
     """A new model with the weights of an exported one."""
     checkpoint = read_checkpoint(base_dir)
+    check_no_future(checkpoint.settings.get("train_end_unix_s"), train_end_unix_s)
     space, base_space = features.feature_space(spec), features.feature_space(checkpoint.spec)
     if (space.query, space.candidate) != (base_space.query, base_space.candidate):
         changed = {*space.all} ^ {*base_space.all}
@@ -178,6 +188,13 @@ def _started_from(
         " ".join(f"{name}:{count}/{len(values[name])}" for name, count in kept.items()),
     )
     return model
+
+
+def _sample(users: ValidationUsers, seed: int) -> dict[str, np.ndarray]:
+    """Query features of _SAMPLE_QUERIES users drawn at random, or of all where there are fewer."""
+    size = min(_SAMPLE_QUERIES, len(users))
+    chosen = np.random.default_rng(seed).choice(len(users), size, replace=False)
+    return {name: column[chosen] for name, column in users.query.items()}
 
 
 def _item_vectors(

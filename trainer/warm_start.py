@@ -9,7 +9,7 @@ import tensorflow as tf
 import tensorflow_transform as tft
 
 from schema.contract import DatasetSpec
-from schema.errors import ConfigError
+from schema.errors import CheckpointError, ConfigError
 from trainer import features
 from trainer.checkpoint import Network, differences
 from trainer.encoder import EmbeddingTables
@@ -32,6 +32,33 @@ def vocabularies(transform_output: tft.TFTransformOutput, spec: DatasetSpec) -> 
     clock = {feature.space for feature in features.CLOCK_FEATURES}
     spaces = {f.space for f in features.feature_space(spec).all if f.is_categorical} - clock
     return {space: transform_output.vocabulary_by_name(space) for space in sorted(spaces)}
+
+
+def check_no_future(base_train_end_unix_s: int | None, train_end_unix_s: int) -> None:
+    """Checks that a base model has learnt from nothing after the end of this run's training.
+
+    What it had learnt from later interactions may be what this run is validated and tested on.
+
+    Args:
+      base_train_end_unix_s: end of the base's training, None where its checkpoint does not tell.
+      train_end_unix_s: end of this run's training.
+
+    Raises:
+      CheckpointError: it is unknown when the base's training ended.
+      ConfigError: the base's training ended later.
+    """
+    advice = "start anew with --set retrieval.warm_start=false"
+    if base_train_end_unix_s is None:
+        raise CheckpointError(
+            "retrieval.warm_start: the checkpoint of the last blessed model, written by an older version of "
+            f"Funnel, does not tell when its training ended, which may be after this run's; {advice}"
+        )
+    if base_train_end_unix_s > train_end_unix_s:
+        raise ConfigError(
+            f"retrieval.warm_start: the training of the last blessed model ended at {base_train_end_unix_s} "
+            f"(unix seconds), this run's at {train_end_unix_s}: it may know what this run is judged on; "
+            f"{advice}, or give later data"
+        )
 
 
 def warm_start(

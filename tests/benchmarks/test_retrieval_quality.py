@@ -4,10 +4,11 @@ import numpy as np
 import polars as pl
 import pytest
 
-from benchmarks import comparison, retrieval_quality
+from benchmarks import comparison, protocols, retrieval_quality
 from benchmarks.baselines import Baseline, same_for_all
 from benchmarks.comparison import USER_METRICS, Judged
 from benchmarks.protocols import global_temporal
+from benchmarks.retraining import lists_of, retrained
 from benchmarks.retrieval_quality import (
     OURS,
     compare,
@@ -60,7 +61,7 @@ def fake_run(monkeypatch):
         assert not include_seen
         pl.DataFrame(answers, schema=["user_id", "rank", "item_id"], orient="row").write_parquet(out)
 
-    monkeypatch.setattr(retrieval_quality, "read_run", lambda folder: run)
+    monkeypatch.setattr(protocols, "read_run", lambda folder: run)
     monkeypatch.setattr(retrieval_quality, "batch_recommend", recommend)
     return types.SimpleNamespace(run=run, answers=answers)
 
@@ -77,6 +78,10 @@ def test_a_run_of_another_dataset_is_refused(fake_run, tmp_path):
     fake_run.run.config.dataset = spec.model_copy(update={"utc_offset_hours": 3.0})
     with pytest.raises(DataError, match="declaration differs"):
         exported_lists(tmp_path, split_tables(), ["u"], lambda done: None)
+    with pytest.raises(DataError, match="declaration differs"):
+        lists_of(tmp_path / "model", tmp_path, split_tables(), ["u"])
+    with pytest.raises(DataError, match="declaration differs"), retrained(tmp_path, split_tables(), {}):
+        pass
 
 
 def test_an_item_outside_the_catalogue_is_refused(fake_run, tmp_path):

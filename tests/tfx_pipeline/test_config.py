@@ -101,6 +101,7 @@ def test_the_last_of_two_overrides_wins() -> None:
         # The towers never read the user id; history and item bias go by the item id.
         ("retrieval.ignored_features=[surface, user_id]", "'user_id' is no feature"),
         ("retrieval.ignored_features=[item_id]", "those are: account_age_days"),
+        ("retrieval.index.allow_list=[genre]", "retrieval.index.allow_list: 'genre' is not a categorical"),
         ("retrieval.history.encoder=lstm", "'mean', 'attention' or 'transformer'"),
         ("retrieval.popularity_half_lives_days=[7, 0]", "greater than 0"),
         ("retrieval={history: {interests: 2}, loss: {hard_negatives: 5}}", "history.interests is 2"),
@@ -147,6 +148,13 @@ def test_slices_take_the_surface_only_where_it_is_mapped(write: Write) -> None:
     assert load_run_config(write(slices=["surface", "country"])).slices == ("surface", "country")
     del dataset["interactions"]["columns"]["surface"]
     with pytest.raises(ConfigError, match="'surface' is no user feature or surface; declared: age, country"):
+        load_run_config(write(dataset=dataset))
+
+
+def test_a_user_feature_named_like_an_allow_list_is_an_error(write: Write) -> None:
+    dataset = yaml.safe_load(taste_world.CONFIG)["dataset"]
+    dataset["users"]["features"].append({"name": "allow_tags", "kind": "categorical"})
+    with pytest.raises(ConfigError, match=r"user feature 'allow_tags' .* is named like an allow-list"):
         load_run_config(write(dataset=dataset))
 
 

@@ -138,5 +138,5 @@ def test_the_same_interests_for_every_user_are_a_collapse() -> None:
     lists = np.tile(np.arange(10), (50, 1)) + np.arange(50)[:, np.newaxis]
     measured = collapse_metrics(interests, rng.normal(size=(200, 8)), lists)
     assert measured[QUERY_RANK] == 0.0
-    with pytest.raises(CollapsedModelError, match="query vectors differ in 0.00 directions"):
+    with pytest.raises(CollapsedModelError, match=r"query vectors differ in 0\.00 directions"):
         check_not_collapsed(measured, 50, 200)

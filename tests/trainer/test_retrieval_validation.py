@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
+from tests.trainer import retrieval_world as world
 from trainer import retrieval_validation
 from trainer.index import NO_ROW
-from trainer.retrieval_validation import NDCG, RECALL, ValidationUsers, validate
+from trainer.retrieval_validation import NDCG, RECALL, ValidationUsers, load_validation_users, validate
 
 NUM_USERS, NUM_ITEMS = 23, 400
 rng = np.random.default_rng(0)
@@ -57,3 +60,37 @@ def test_a_catalogue_smaller_than_the_list_is_ranked_as_far_as_it_goes() -> None
     measured = validate(np.ones((1, 1), np.float32), np.array([[3.0], [2.0], [1.0]], np.float32), users)
     assert measured[RECALL] == 1.0
     assert measured[NDCG] == pytest.approx(1 / np.log2(3))
+
+
+def _user_state(user_id: str, **lists: list[str]) -> bytes:
+    feature = {
+        name: tf.train.Feature(bytes_list=tf.train.BytesList(value=[value.encode() for value in values]))
+        for name, values in {"user_id": [user_id], "segment": ["s0"], **lists}.items()
+    }
+    feature["event_time_unix_s"] = tf.train.Feature(int64_list=tf.train.Int64List(value=[1_700_000_000]))
+    return tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
+
+
+def test_batches_without_a_user_to_validate_on_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retrieval_validation, "_BATCH", 2)
+    states = [
+        _user_state("u0"),
+        _user_state("u1", history_item_ids=["i1"]),
+        _user_state("u2", eval_item_ids=["i2"]),
+        _user_state("u3"),
+        _user_state("u4", history_item_ids=["i7", "i8"], seen_item_ids=["i7"], eval_item_ids=["i9"]),
+        _user_state("u5"),
+    ]
+    with tf.io.TFRecordWriter(str(tmp_path / "states.gz"), "GZIP") as writer:
+        for state in states:
+            writer.write(state)
+    users = load_validation_users(
+        [str(tmp_path / "*.gz")], world.FakeTransform(), world.catalogue(), world.SPEC, max_users=10
+    )
+    # Row r of the catalogue is item r; its transformed id, and that of user r, is r + 2.
+    assert list(users.positive_rows) == [[9]]
+    assert users.seen_rows.tolist() == [[7]]
+    assert users.query["user_id_id"].tolist() == [6]
+    assert users.query["history_item_ids_ids"].tolist() == [[9, 10]]

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from schema.errors import ConfigError
+from schema.errors import CheckpointError, ConfigError
 from tests.trainer import retrieval_world as world
 from trainer.config import RetrievalConfig
 from trainer.encoder import EmbeddingTables
 from trainer.retrieval import RetrievalModel
-from trainer.warm_start import towers, warm_start
+from trainer.warm_start import check_no_future, towers, warm_start
 
 CONFIG = RetrievalConfig(embedding_dim=8, hidden_layers=(16,))
 NUM_NEW_ITEMS = 1_000  # a vocabulary of this size would have wider embeddings
@@ -127,3 +127,18 @@ def test_a_model_of_another_shape_is_refused_by_name(
         warm_start(model, base, BASE_VALUES, BASE_VALUES)
     for path, variable in towers(model).variables().items():
         np.testing.assert_array_equal(variable.numpy(), before[path])
+
+
+@pytest.mark.parametrize("base_end", [99, 100])
+def test_a_base_trained_up_to_the_same_moment_or_earlier_is_taken(base_end: int) -> None:
+    check_no_future(base_end, 100)
+
+
+def test_a_base_trained_on_what_is_the_future_of_this_run_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"ended at 101 .* this run's at 100.*retrieval\.warm_start=false"):
+        check_no_future(101, 100)
+
+
+def test_a_base_of_unknown_age_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"does not tell when.*retrieval\.warm_start=false"):
+        check_no_future(None, 100)
