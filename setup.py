@@ -34,6 +34,7 @@ LIBRARIES = [
     "pydantic>=2.14,<3",
     "pyyaml>=6.0,<7",
     "rich>=15.0,<16",
+    "scipy",
     "setuptools>=70.1,<81",  # 81 drops pkg_resources, which TensorBoard and TF Hub import
 ]
 
@@ -41,10 +42,11 @@ EXTRAS = {
     "vertex": ["tfx[kfp]==1.16.0", "kfp==2.5.0"],
     "benchmarks": [
         "faiss-cpu==1.15.1",
-        "hnswlib==0.8.0",
         "implicit==0.7.3",
         "rectools==0.13.0",  # the last that takes the SciPy of the tested set
     ],
+    # Not locked: it is built from source and wants a C++ compiler. benchmarks/index.py alone needs it.
+    "index-benchmark": ["hnswlib==0.8.0"],
     "dev": [
         "hypothesis>=6.168,<7",
         "mypy>=2.4,<3",

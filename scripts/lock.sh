@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Resolves setup.py, extras included, into requirements.lock. Arguments go to `uv pip compile` (--upgrade).
+# Resolves setup.py and its extras, those built from source excepted, into requirements.lock. Arguments go to `uv pip compile` (--upgrade).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -13,7 +13,7 @@ uv=$(command -v uv) || {
 }
 # Written beside and renamed: an interrupted resolution leaves the old lock whole.
 cp requirements.lock "$work/requirements.lock" 2>/dev/null || true
-"$uv" pip compile setup.py --all-extras --generate-hashes --python "$python" --no-emit-index-url \
+"$uv" pip compile setup.py --extra vertex --extra benchmarks --extra dev --generate-hashes --python "$python" --no-emit-index-url \
   --custom-compile-command "make lock" --output-file "$work/requirements.lock" --quiet "$@"
 mv "$work/requirements.lock" requirements.lock
 echo "requirements.lock: $(grep -c '^[^ #].*==' requirements.lock) packages"
