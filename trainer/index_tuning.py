@@ -24,9 +24,10 @@ _MIN_ITEMS_TO_PARTITION = 2_000
 _LEAVES = (1.0, 2.0, 4.0)
 # Numbers of leaves to search that are tried: each about a quarter above the last.
 _LEAF_STEP = 1.25
-# Numbers of candidates whose scores are computed exactly, in neighbours. A few neighbours among many close
-# items need tens of candidates each.
-_REORDERING = (2.0, 1.5, 1.0, 3.0, 5.0, 8.0, 13.0, 21.0, 34.0)
+# Numbers of candidates whose scores are computed exactly, in neighbours.
+_REORDERING = (2.0, 1.5, 1.0, 3.0, 5.0, 8.0)
+# Tried where none of those is enough: a few neighbours among very many close items need tens of candidates.
+_MORE_REORDERING = (13.0, 21.0, 34.0)
 
 logger = logging.getLogger(__name__)
 
@@ -136,9 +137,11 @@ def tuned_index(vectors: np.ndarray, exact: ExactResults, min_recall: float) -> 
 
 def _cheapest(index: ScannIndex, model: WorkModel, exact: ExactResults, k: int, min_recall: float) -> Effort:
     """The least work that finds enough of the top k; everything there is when nothing less does."""
-    best = Effort(k, index.num_leaves, index.num_items)
+    everything = best = Effort(k, index.num_leaves, index.num_items)
     ladder = _leaf_ladder(index.num_leaves)
-    for multiple in _REORDERING:
+    for multiple in (*_REORDERING, *_MORE_REORDERING):
+        if multiple in _MORE_REORDERING and best is not everything:
+            break
         candidates = min(index.num_items, math.ceil(multiple * k))
         efforts = [Effort(k, leaves, candidates) for leaves in ladder]
         least = model.work(index.num_leaves, best)
