@@ -5,9 +5,9 @@ Example:
   python benchmarks/index.py --items 1000000 --width 64
 
 Needs the extras `benchmarks` and `index-benchmark`. Every library is tuned to the same recall at 100 by its
-own settings, and then all take turns, one thread per query. Speed is counted in queries per second of processor
-time, all threads of the process together; a busy machine lowers all figures, by what the contenders lose of its
-caches.
+own settings, and then all take turns, one thread per query. Speed is counted in queries per second of
+processor time, all threads of the process together; a busy machine lowers all figures, by what the
+contenders lose of its caches.
 
 Vectors: a mixture of Gaussians, one for about 150 items, with cluster sizes that fall with the square root of
 their rank. The spread within a cluster is that of the cluster centres: a vector is as far from its centre as
