@@ -13,54 +13,60 @@ _MODEL = "model"
 _EXAMPLES = "examples"
 
 
-class LatestOtherBlessedModelStrategy(ResolverStrategy):
-    """The latest blessed model other than the candidate.
+class _LatestBlessedModelWithout(ResolverStrategy):
+    """The latest blessed model that has nothing to do with a further input."""
+
+    # Name of the further input.
+    further = ""
+
+    def resolve_artifacts(self, store: Any, input_dict: dict[str, list[Any]]) -> dict[str, list[Any]] | None:
+        """Resolves the inputs `model` and `model_blessing`; the further input passes through.
+
+        Args:
+          store: of ML Metadata.
+          input_dict: all models and blessings so far, and the further input.
+
+        Returns:
+          At most one model and its blessing.
+        """
+        inputs = dict(input_dict)
+        further = inputs.pop(self.further)
+        ids = {artifact.id for artifact in further}
+        inputs[_MODEL] = [model for model in inputs[_MODEL] if not ids & self.related(store, model.id)]
+        resolved = LatestBlessedModelStrategy().resolve_artifacts(store, inputs)
+        return None if resolved is None else {**resolved, self.further: further}
+
+    def related(self, store: Any, model_id: int) -> set[int]:
+        """Ids of the artifacts whose presence in the further input rules the model out."""
+        raise NotImplementedError
+
+
+class LatestOtherBlessedModelStrategy(_LatestBlessedModelWithout):
+    """The latest blessed model other than the input `candidate`.
 
     With TFX's own strategy, a repeated run meets its own model as the last blessed one and judges it against
     itself, which tells nothing and keeps the first judgement from being reused.
     """
 
-    def resolve_artifacts(self, store: Any, input_dict: dict[str, list[Any]]) -> dict[str, list[Any]] | None:
-        """Resolves the inputs `model` and `model_blessing`; `candidate` passes through.
+    further = _CANDIDATE
 
-        Args:
-          store: of ML Metadata.
-          input_dict: all models and blessings so far, and the candidate.
-
-        Returns:
-          At most one model and its blessing.
-        """
-        inputs = dict(input_dict)
-        candidate = inputs.pop(_CANDIDATE)
-        itself = {artifact.id for artifact in candidate}
-        inputs[_MODEL] = [model for model in inputs[_MODEL] if model.id not in itself]
-        resolved = LatestBlessedModelStrategy().resolve_artifacts(store, inputs)
-        return None if resolved is None else {**resolved, _CANDIDATE: candidate}
+    def related(self, store: Any, model_id: int) -> set[int]:
+        """The model itself."""
+        return {model_id}
 
 
-class LatestBlessedModelOfOtherExamplesStrategy(ResolverStrategy):
-    """The latest blessed model that was not trained on the examples of this run.
+class LatestBlessedModelOfOtherExamplesStrategy(_LatestBlessedModelWithout):
+    """The latest blessed model that was not trained on the input `examples`.
 
     With TFX's own strategy, a repeated run would start from its own model: it would train once more on the
     same examples, and could never be reused.
     """
 
-    def resolve_artifacts(self, store: Any, input_dict: dict[str, list[Any]]) -> dict[str, list[Any]] | None:
-        """Resolves the inputs `model` and `model_blessing`; `examples` passes through.
+    further = _EXAMPLES
 
-        Args:
-          store: of ML Metadata.
-          input_dict: all models and blessings so far, and the examples.
-
-        Returns:
-          At most one model and its blessing.
-        """
-        inputs = dict(input_dict)
-        examples = inputs.pop(_EXAMPLES)
-        seen = {artifact.id for artifact in examples}
-        inputs[_MODEL] = [model for model in inputs[_MODEL] if not seen & _trained_on(store, model.id)]
-        resolved = LatestBlessedModelStrategy().resolve_artifacts(store, inputs)
-        return None if resolved is None else {**resolved, _EXAMPLES: examples}
+    def related(self, store: Any, model_id: int) -> set[int]:
+        """What the model was trained on."""
+        return _trained_on(store, model_id)
 
 
 def _trained_on(store: Any, model_id: int) -> set[int]:
