@@ -44,12 +44,20 @@ def retrained(
       The exported SavedModel's folder, which is gone afterwards, and the training log.
 
     Raises:
-      DataError: there is no finished run, it is of another dataset or split, or its examples are gone.
+      DataError: there is no finished run, it is of another dataset or split, or its examples are gone or
+        older than those of another run in the folder.
     """
     run = read_run_on(tables, run_dir)
     settings = _merged(run.config.retrieval.model_dump(), overrides)
     root = RunPaths(run_dir).pipeline_root
-    # The catalogue and the transform graph are not in run.json; the latest are those of the last run.
+    # Of its artifacts run.json names the user states only. When they are the latest, so are the others: all
+    # are made of the same tables and settings.
+    user_states = _latest(root / "UserStateGen" / "examples")
+    if user_states.resolve() not in Path(run.user_states).resolve().parents:
+        raise DataError(
+            f"{run_dir} holds newer examples ({user_states}) than those of its last run "
+            f"({run.user_states}), which reused cached ones; give the run an output directory of its own"
+        )
     interactions = _latest(root / "InteractionGen" / "examples")
     catalogue = _latest(root / "CatalogueGen" / "examples")
     folder = Path(tempfile.mkdtemp(prefix="retrained-"))
