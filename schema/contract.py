@@ -34,6 +34,9 @@ OPTIONAL_INTERACTION_COLUMNS = (
 ITEM_COLUMNS = ("item_id", "creator_id", "upload_time_unix_s", "valid_from_unix_s")
 USER_COLUMNS = ("user_id", "valid_from_unix_s")
 WATCH_TIME = "watch_time_s"
+ITEM_DURATION = "item_duration_s"
+# The label min(1, watch_time_s / item_duration_s), which every dataset with both columns has.
+COMPLETION = "completion"
 
 # Feature names that the pipeline itself makes; a declared feature may not take one of them.
 RESERVED_NAMES = frozenset(
@@ -41,12 +44,20 @@ RESERVED_NAMES = frozenset(
         *REQUIRED_INTERACTION_COLUMNS,
         *OPTIONAL_INTERACTION_COLUMNS,
         *ITEM_COLUMNS,
+        COMPLETION,
         "row_number",
         "split",
         "title",
         "k",
         "score",
         "history_item_ids",
+        "impression_item_ids",
+        "impression_event_time_unix_s",
+        "impression_surfaces",
+        "impression_ages_s",
+        "item_counts",
+        "item_counters",
+        "label_means_so_far",
         "prior_sessions_item_ids",
         "days_to_train_end",
         "retrieval_weight",
@@ -56,6 +67,7 @@ RESERVED_NAMES = frozenset(
         "hour_of_day",
         "day_of_week",
         "candidate_item_ids",
+        "score_weights",
         "exclude_item_ids",
         "eval_item_ids",
         "test_item_ids",
@@ -167,16 +179,123 @@ class TaskKind(str, enum.Enum):
     BINARY = "binary"
     WATCH_TIME = "watch_time"
     REGRESSION = "regression"
+    COMPLETION = "completion"
+
+
+class WatchTimeMethod(str, enum.Enum):
+    """How a watch_time task is learnt; docs/adr/0004-watch-time-odds.md compares them."""
+
+    WEIGHTED_LOGISTIC = "weighted_logistic"
+    COVINGTON_LOGISTIC = "covington_logistic"
+    DURATION_QUANTILES = "duration_quantiles"
+    ORDINAL = "ordinal"
+    REGRESSION = "regression"
+    LOG_REGRESSION = "log_regression"
+
+
+Served = Literal["mean", "median", "mean_rank"]
+
+# What a method can serve of the watch times that it expects; the first is the default.
+_SERVED: Mapping[WatchTimeMethod, tuple[Served, ...]] = {
+    WatchTimeMethod.WEIGHTED_LOGISTIC: ("mean",),
+    WatchTimeMethod.COVINGTON_LOGISTIC: ("mean",),
+    WatchTimeMethod.DURATION_QUANTILES: ("mean_rank", "median"),
+    WatchTimeMethod.ORDINAL: ("mean", "median"),
+    WatchTimeMethod.REGRESSION: ("mean", "median"),
+    WatchTimeMethod.LOG_REGRESSION: ("median",),
+}
+# Further fields of watch_time tasks: the methods that may have one, and those that need it.
+_ALLOWED: Mapping[str, tuple[WatchTimeMethod, ...]] = {
+    "click_label": (WatchTimeMethod.COVINGTON_LOGISTIC,),
+    "duration_feature": (WatchTimeMethod.DURATION_QUANTILES, WatchTimeMethod.ORDINAL),
+    "num_thresholds": (WatchTimeMethod.ORDINAL,),
+}
+_NEEDED: Mapping[WatchTimeMethod, str] = {
+    WatchTimeMethod.COVINGTON_LOGISTIC: "click_label",
+    WatchTimeMethod.DURATION_QUANTILES: "duration_feature",
+}
 
 
 class TaskSpec(_Model):
-    """One ranking objective. `score_weight` is its weight in the final score; it may be negative."""
+    """One ranking objective. `score_weight` is its weight in the final score; it may be negative.
+
+    The other fields are for watch_time tasks alone. `method` is weighted_logistic unless given. `serve` is
+    the mean or the median of the watch times that the model expects, as far as the method knows it;
+    duration_quantiles may also serve the quantile at the mean rank. `click_label` is the 0/1 label that tells
+    covington_logistic its positives. `duration_feature` is a continuous item feature whose quantile buckets
+    are the duration groups: duration_quantiles needs it, and ordinal gets thresholds of its own in each
+    group. `num_thresholds` is that of ordinal, 32 unless given.
+    """
 
     name: Name
     label: Name
     kind: TaskKind
-    loss_weight: float = pydantic.Field(default=1.0, ge=0)
-    score_weight: float = 0.0
+    loss_weight: float = pydantic.Field(default=1.0, ge=0, allow_inf_nan=False)
+    score_weight: float = pydantic.Field(default=0.0, allow_inf_nan=False)
+    method: WatchTimeMethod | None = None
+    serve: Served | None = None
+    click_label: Name | None = None
+    duration_feature: Name | None = None
+    num_thresholds: int | None = pydantic.Field(default=None, ge=1, le=200)
+
+    @property
+    def watch_time_method(self) -> WatchTimeMethod:
+        """The method of a watch_time task, given or not."""
+        return self.method or WatchTimeMethod.WEIGHTED_LOGISTIC
+
+    @property
+    def served(self) -> Served:
+        """What a watch_time task serves, given or not."""
+        return self.serve or _SERVED[self.watch_time_method][0]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Every label that training on this task reads."""
+        return (self.label,) if self.click_label is None else (self.label, self.click_label)
+
+    @pydantic.model_validator(mode="after")
+    def _fields_fit_the_method(self) -> TaskSpec:
+        method = self.watch_time_method
+        for field in ("method", "serve", *_ALLOWED):
+            if self.kind is not TaskKind.WATCH_TIME and getattr(self, field) is not None:
+                raise ValueError(f"task {self.name!r}: only a watch_time task has {field!r}; remove it")
+        for field, methods in _ALLOWED.items():
+            if getattr(self, field) is not None and method not in methods:
+                names = " or ".join(m.value for m in methods)
+                raise ValueError(
+                    f"task {self.name!r}: {field!r} is for method {names}, not for {method.value}; "
+                    "remove it, or change the method"
+                )
+        needed = _NEEDED.get(method)
+        if needed is not None and getattr(self, needed) is None:
+            raise ValueError(f"task {self.name!r}: method {method.value} needs {needed!r}")
+        if self.served not in _SERVED[method]:
+            able = ", ".join(m.value for m, served in _SERVED.items() if self.served in served)
+            raise ValueError(
+                f"task {self.name!r}: method {method.value} cannot serve the {self.served}; these can: {able}"
+            )
+        return self
+
+
+class CountersSpec(_Model):
+    """Which events of the log the ranker counts: of an item, of what is like it, and of a user with both.
+
+    `keys` are the attributes that events are counted by: item_id, creator_id, or categorical item features.
+    `windows_days` are the lengths of the windows before the event; all time is counted besides. A rate starts
+    from the training mean with the weight of `smoothing` impressions.
+    """
+
+    keys: tuple[Name, ...] = ("item_id",)
+    windows_days: tuple[pydantic.PositiveFloat, ...] = (1.0, 7.0)
+    smoothing: pydantic.PositiveFloat = 20.0
+
+    @pydantic.model_validator(mode="after")
+    def _ordered(self) -> CountersSpec:
+        if len(set(self.keys)) < len(self.keys):
+            raise ValueError(f"counters.keys {list(self.keys)} name a key twice")
+        if sorted(set(self.windows_days)) != list(self.windows_days):
+            raise ValueError(f"counters.windows_days {list(self.windows_days)} must grow")
+        return self
 
 
 class SplitSpec(_Model):
@@ -214,36 +333,71 @@ class DatasetSpec(_Model):
     watch_time_cap_durations: float | None = pydantic.Field(default=None, gt=0)
     # A user's latest positives that make up the history.
     max_history: int = pydantic.Field(default=50, ge=1, le=500)
+    # A user's latest impressions, of whatever outcome, that the ranker reads.
+    max_impressions: int = pydantic.Field(default=50, ge=1, le=500)
+    counters: CountersSpec = CountersSpec()
     # A longer pause ends a session. When given, retrieval learns from histories as of the session's start.
     session_gap_hours: float | None = pydantic.Field(default=None, gt=0)
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Every label a row can have, in a stable order: declared ones, then watch time when it is mapped."""
-        watch_time = (WATCH_TIME,) if WATCH_TIME in self.interactions.columns else ()
-        return (*self.interactions.labels, *watch_time)
+        """Every label a row can have, in a stable order.
+
+        The declared ones, then watch time when it is mapped, then completion when the item's duration is too.
+        """
+        columns = self.interactions.columns
+        watch_time = (WATCH_TIME,) if WATCH_TIME in columns else ()
+        completion = (COMPLETION,) if watch_time and ITEM_DURATION in columns else ()
+        return (*self.interactions.labels, *watch_time, *completion)
+
+    @property
+    def task_labels(self) -> tuple[str, ...]:
+        """The labels that tasks predict, each once, in the order of the tasks."""
+        return tuple(dict.fromkeys(task.label for task in self.tasks))
+
+    @property
+    def surface_is_mapped(self) -> bool:
+        """Whether interactions say where in the product they happened."""
+        return "surface" in self.interactions.columns
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> DatasetSpec:
         _check_columns(self.users.columns, USER_COLUMNS, ("user_id",))
         _check_columns(self.items.columns, ITEM_COLUMNS, ("item_id",))
         names = [f.name for f in self.users.features + self.items.features]
+        of_impressions = [f"impression_{label}" for label in self.task_labels]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"feature {name!r} is declared twice; names are unique over users and items")
-            if name in RESERVED_NAMES or name in self.labels:
+            if name in RESERVED_NAMES or name in (*self.labels, *of_impressions):
                 raise ValueError(
                     f"feature name {name!r} is taken by the contract; "
                     f"give it another name and 'column: {name}'"
                 )
         for label in self.interactions.labels:
-            if label in RESERVED_NAMES:
+            if label in RESERVED_NAMES or f"impression_{label}" in RESERVED_NAMES:
                 raise ValueError(f"label name {label!r} is taken by the contract; give it another name")
+        countable = ["item_id", *(["creator_id"] if "creator_id" in self.items.columns else [])]
+        kinds = (FeatureKind.CATEGORICAL, FeatureKind.MULTI_CATEGORICAL)
+        countable += [f.name for f in self.items.features if f.kind in kinds]
+        for key in self.counters.keys:
+            if key not in countable:
+                raise ValueError(
+                    f"counters.keys names {key!r}, which is no id or categorical feature of items, "
+                    f"{_nearest(key, countable)}"
+                )
         tasks = [t.name for t in self.tasks]
         for task in self.tasks:
-            if task.label not in self.labels:
+            for label in task.labels:
+                if label not in self.labels:
+                    raise ValueError(
+                        f"task {task.name!r} uses label {label!r}, {_nearest(label, self.labels)}"
+                    )
+            durations = [f.name for f in self.items.features if f.kind is FeatureKind.CONTINUOUS]
+            if task.duration_feature is not None and task.duration_feature not in durations:
                 raise ValueError(
-                    f"task {task.name!r} uses label {task.label!r}, {_nearest(task.label, self.labels)}"
+                    f"task {task.name!r}: duration_feature {task.duration_feature!r} is not a continuous "
+                    f"item feature, {_nearest(task.duration_feature, durations)}"
                 )
             if tasks.count(task.name) > 1 or task.name in {"score", "item_is_known"}:
                 raise ValueError(f"task name {task.name!r} is taken")
@@ -251,7 +405,7 @@ class DatasetSpec(_Model):
             raise ValueError(
                 f"positive {self.positive!r} is not a label, {_nearest(self.positive, self.labels)}"
             )
-        if self.watch_time_cap_durations is not None and "item_duration_s" not in self.interactions.columns:
+        if self.watch_time_cap_durations is not None and ITEM_DURATION not in self.interactions.columns:
             raise ValueError("watch_time_cap_durations needs interactions.columns.item_duration_s")
         return self
 

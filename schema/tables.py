@@ -20,6 +20,9 @@ from typing import Any
 import polars as pl
 
 from schema.contract import (
+    COMPLETION,
+    ITEM_DURATION,
+    REQUIRED_INTERACTION_COLUMNS,
     WATCH_TIME,
     ColumnSpec,
     DatasetSpec,
@@ -30,6 +33,7 @@ from schema.contract import (
     unix_s,
 )
 from schema.errors import DataError
+from schema.point_in_time import EVENT_TIME, item_counts
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -39,7 +43,7 @@ ITEMS = "items.parquet"
 SUMMARY = "summary.json"
 
 # To be raised when this module writes other tables from the same source, so that older ones are not reused.
-_TABLES_VERSION = 1
+_TABLES_VERSION = 2
 
 # Event times outside these are taken for a wrong unit: 1990-01-01 and 2100-01-01.
 _EARLIEST_UNIX_S = 631_152_000
@@ -55,6 +59,10 @@ _MISSING = ["", "NaN", "nan", "null", "NULL", "None"]
 
 # Place of a source row among all rows of its table's files, counted from 0.
 _ROW = "__row"
+
+# Whether a row is the same as an earlier one of the file in every column, declared or not.
+IS_REPEATED = "is_repeated"
+_TO_FIX_MAPPING = "map the right source column in the YAML"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +90,20 @@ class TablesSummary:
     train_end_unix_s: int
     label_means: dict[str, float]
     warnings: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class InteractionRows:
+    """A file of interactions, row for row.
+
+    Attributes:
+      table: every contract column and label of the declaration, null where the file has none; `row_number`
+        from 0; IS_REPEATED. One row per row of the file, in its order.
+      absent: contract columns and labels that the file has no source column for.
+    """
+
+    table: pl.DataFrame
+    absent: tuple[str, ...]
 
 
 def read_summary(tables_dir: Path) -> TablesSummary:
@@ -131,6 +153,9 @@ def prepare_tables(spec: DatasetSpec, source_dir: Path, data_root: Path) -> Path
     interactions, train_end = _assign_splits(interactions, spec)
     _check_labels(interactions, spec, warnings)
     summary = _summarise(spec, interactions, users, items, train_end, warnings)
+    interactions = interactions.with_columns(item_counts(interactions, interactions, items, spec))
+    at_train_end = items.select("item_id", pl.lit(train_end, dtype=pl.Int64).alias(EVENT_TIME))
+    items = items.with_columns(item_counts(interactions, at_train_end, items, spec))
 
     data_root.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".tables-", dir=data_root))
@@ -168,6 +193,46 @@ def read_items(spec: DatasetSpec, files: Sequence[Path]) -> pl.DataFrame:
     return items
 
 
+def read_interactions(spec: DatasetSpec, path: Path) -> InteractionRows:
+    """Reads a file of interactions by itself: no row is dropped, and only ids and time are required.
+
+    Values are read and mended as `prepare_tables` does: units, `at_least`, the cap on watch time, completion.
+    Neither `interactions.start` nor the catalogue applies.
+
+    Args:
+      spec: the declaration.
+      path: CSV or Parquet with source columns of the declaration's interactions table; it may have others.
+
+    Raises:
+      DataError: no such file or one that cannot be read, no rows, no column for user, item or time, or a row
+        without one of them; values that cannot be read as declared; times in the wrong unit.
+    """
+    if not path.is_file():
+        raise DataError(f"no interactions file {path}")
+    _check_files({"interactions": [path]})
+    columns = {**spec.interactions.columns, **spec.interactions.labels}
+    required = [columns[name].column for name in REQUIRED_INTERACTION_COLUMNS]
+    advice = f"the file must be in the source format of dataset {spec.name}"
+    scan = _scan([path], [name for name in required if name is not None], "interactions", advice)
+    present = scan.collect_schema().names()
+    wanted = dict.fromkeys(c.column for c in columns.values() if c.column in present)
+    try:
+        numbered = scan.with_row_index(_ROW)
+        source = numbered.select(_ROW, *wanted).collect()
+        first = numbered.unique(pl.selectors.exclude(_ROW), keep="first").select(_ROW).collect()
+    except pl.exceptions.PolarsError as error:
+        raise DataError(f"interactions: cannot read {path}: {error}") from error
+    warnings: list[str] = []
+    table = _mend_watch_time(_typed_interactions(source, spec), spec, warnings)
+    for warning in warnings:
+        _LOGGER.warning("%s", warning)
+    is_first = pl.col("row_number").is_in(first[_ROW].cast(pl.Int64).implode())
+    absent = [name for name, c in columns.items() if c.column is not None and c.column not in present]
+    if COMPLETION in spec.labels and not {WATCH_TIME, ITEM_DURATION}.isdisjoint(absent):
+        absent.append(COMPLETION)
+    return InteractionRows(table.with_columns((~is_first).alias(IS_REPEATED)), tuple(absent))
+
+
 def _check_files(sources: dict[str, list[Path]]) -> None:
     missing = [f"{table}: {path}" for table, paths in sources.items() for path in paths if not path.is_file()]
     if missing:
@@ -188,7 +253,9 @@ def _fingerprint(spec: DatasetSpec, paths: Iterable[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _scan(paths: Sequence[Path], wanted: Sequence[str], table: str) -> pl.LazyFrame:
+def _scan(
+    paths: Sequence[Path], wanted: Sequence[str], table: str, advice: str = _TO_FIX_MAPPING
+) -> pl.LazyFrame:
     """All files of a table, CSV as text, in file order, after a check that every wanted column is there."""
     frames = []
     for path in paths:
@@ -205,8 +272,7 @@ def _scan(paths: Sequence[Path], wanted: Sequence[str], table: str) -> pl.LazyFr
         if absent:
             raise DataError(
                 f"{table}: {path} has no column {', '.join(map(repr, absent))}; "
-                f"it has: {', '.join(present)}; "
-                "map the right source column in the YAML"
+                f"it has: {', '.join(present)}; {advice}"
             )
         frames.append(frame)
     return pl.concat(frames, how="vertical_relaxed") if len(frames) > 1 else frames[0]
@@ -231,16 +297,7 @@ def _read_distinct(
 def _read_interactions(paths: list[Path], spec: DatasetSpec, warnings: list[str]) -> pl.DataFrame:
     columns = {**spec.interactions.columns, **spec.interactions.labels}
     wanted = list(dict.fromkeys(c.column for c in columns.values() if c.column is not None))
-    source = _read_distinct(paths, wanted, "interactions", warnings)
-    table = pl.DataFrame(
-        [
-            _cast(source, name, column, _interaction_dtype(name), "interactions", spec.utc_offset_hours)
-            for name, column in columns.items()
-        ]
-    ).with_columns(source[_ROW].cast(pl.Int64).alias("row_number"))
-    _require(table, source[_ROW], ("user_id", "item_id", "event_time_unix_s"), "interactions")
-    _check_times(table["event_time_unix_s"], "interactions.event_time_unix_s")
-
+    table = _typed_interactions(_read_distinct(paths, wanted, "interactions", warnings), spec)
     start = spec.interactions.start
     if start is not None:
         kept = table.filter(pl.col("event_time_unix_s") >= unix_s(start))
@@ -249,18 +306,43 @@ def _read_interactions(paths: list[Path], spec: DatasetSpec, warnings: list[str]
                 f"interactions: dropped {len(table) - len(kept):,} rows before start {start.isoformat()}"
             )
         table = kept
-    for name in (WATCH_TIME, "item_duration_s"):
+    return _mend_watch_time(table, spec, warnings)
+
+
+def _typed_interactions(source: pl.DataFrame, spec: DatasetSpec) -> pl.DataFrame:
+    """Contract columns, labels and row number of source rows; null where there is no source column."""
+    series = []
+    for name, column in {**spec.interactions.columns, **spec.interactions.labels}.items():
+        dtype = _interaction_dtype(name)
+        if column.column is None or column.column in source.columns:
+            values = _cast(source, name, column, dtype, "interactions", spec.utc_offset_hours)
+        else:
+            values = pl.Series(name, [None], dtype).new_from_index(0, len(source))
+        series.append(values)
+    table = pl.DataFrame(series).with_columns(source[_ROW].cast(pl.Int64).alias("row_number"))
+    _require(table, source[_ROW], REQUIRED_INTERACTION_COLUMNS, "interactions")
+    _check_times(table["event_time_unix_s"], "interactions.event_time_unix_s")
+    return table
+
+
+def _mend_watch_time(table: pl.DataFrame, spec: DatasetSpec, warnings: list[str]) -> pl.DataFrame:
+    """Takes what cannot be for missing, caps what says nothing, and adds completion."""
+    for name in (WATCH_TIME, ITEM_DURATION):
         if name in table.columns:
             table = _nonnegative(table, name, warnings)
-    if "item_duration_s" in table.columns:
-        zero = int((table["item_duration_s"] == 0).sum())
+    if ITEM_DURATION in table.columns:
+        zero = int((table[ITEM_DURATION] == 0).sum())
         if zero:
-            warnings.append(f"interactions: {zero:,} rows have item_duration_s 0, taken as missing")
-            table = table.with_columns(pl.col("item_duration_s").replace(0.0, None))
+            warnings.append(f"interactions: {zero:,} rows have {ITEM_DURATION} 0, taken as missing")
+            table = table.with_columns(pl.col(ITEM_DURATION).replace(0.0, None))
     if spec.watch_time_cap_durations is not None and WATCH_TIME in table.columns:
-        cap = spec.watch_time_cap_durations * pl.col("item_duration_s")
+        cap = spec.watch_time_cap_durations * pl.col(ITEM_DURATION)
         watched = pl.col(WATCH_TIME)
         table = table.with_columns(pl.when(watched > cap).then(cap).otherwise(watched).alias(WATCH_TIME))
+    if COMPLETION in spec.labels:
+        # A loop watches more than the whole item; where one of the two is unknown, so is the share.
+        share = (pl.col(WATCH_TIME) / pl.col(ITEM_DURATION)).clip(upper_bound=1.0)
+        table = table.with_columns(share.cast(pl.Float32).alias(COMPLETION))
     return table
 
 
@@ -514,23 +596,19 @@ def _check_labels(table: pl.DataFrame, spec: DatasetSpec, warnings: list[str]) -
     for task in spec.tasks:
         label = train[task.label].drop_nulls()
         if task.kind is TaskKind.BINARY:
-            odd = label.filter(~label.is_in([0.0, 1.0]))
-            if len(odd):
-                raise DataError(
-                    f"task {task.name}: label {task.label} must be 0 or 1, got {odd[0]}; "
-                    "use 'at_least' to cut it"
-                )
-            positives = int(label.sum())
-            if positives in (0, len(label)):
-                kind = "positives" if positives == 0 else "negatives"
-                raise DataError(
-                    f"task {task.name}: label {task.label} has no {kind} in {len(label):,} train rows; "
-                    "remove the task"
-                )
+            _check_binary(task.name, label)
         elif label.is_empty() or label.n_unique() == 1:
             raise DataError(
                 f"task {task.name}: label {task.label} has fewer than two values in the train split; "
                 "remove the task"
+            )
+        if task.click_label is not None:
+            _check_binary(task.name, train[task.click_label].drop_nulls())
+        if task.kind is TaskKind.COMPLETION and not label.is_between(0, 1).all():
+            odd = label.filter(~label.is_between(0, 1))
+            raise DataError(
+                f"task {task.name}: label {task.label} must be a share from 0 to 1, got {odd[0]}; "
+                f"use the label {COMPLETION!r}, or kind: regression"
             )
         missing = len(train) - len(label)
         if missing:
@@ -538,6 +616,21 @@ def _check_labels(table: pl.DataFrame, spec: DatasetSpec, warnings: list[str]) -
                 f"task {task.name}: {missing:,} of {len(train):,} train rows have no {task.label}; "
                 "they get no weight"
             )
+
+
+def _check_binary(task_name: str, label: pl.Series) -> None:
+    odd = label.filter(~label.is_in([0.0, 1.0]))
+    if len(odd):
+        raise DataError(
+            f"task {task_name}: label {label.name} must be 0 or 1, got {odd[0]}; use 'at_least' to cut it"
+        )
+    positives = int(label.sum())
+    if positives in (0, len(label)):
+        kind = "positives" if positives == 0 else "negatives"
+        raise DataError(
+            f"task {task_name}: label {label.name} has no {kind} in {len(label):,} train rows; "
+            "remove the task"
+        )
 
 
 def _summarise(

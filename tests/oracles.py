@@ -1,7 +1,8 @@
 """Slow versions of the metrics, written from the formulas with loops and sets, apart from the code."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from fractions import Fraction
 
 PADDING = ("", b"")
@@ -103,6 +104,23 @@ def ece(labels: Sequence[float], predictions: Sequence[float], num_bins: int) ->
         mean_prediction = sum(predictions[i] for i in rows) / len(rows)
         error += len(rows) / len(labels) * abs(mean_label - mean_prediction)
     return error if bins else math.nan
+
+
+def weighted_pairwise_loss(
+    clicks: Sequence[float],
+    watch_times: Sequence[float],
+    predictions: Sequence[float],
+    groups: Sequence[Hashable],
+) -> float:
+    lost = total = 0.0
+    for i, j in itertools.product(range(len(clicks)), repeat=2):
+        if groups[i] == groups[j] and clicks[i] == 1 and clicks[j] == 0:
+            total += watch_times[i]
+            if predictions[i] < predictions[j]:
+                lost += watch_times[i]
+            elif predictions[i] == predictions[j]:
+                lost += watch_times[i] / 2
+    return lost / total if total else math.nan
 
 
 def sampled_softmax(

@@ -80,6 +80,13 @@ def test_watch_time_is_a_label_only_where_it_is_mapped(tmp_path: Path) -> None:
     assert without.labels == ("click", "loved")
 
 
+def test_completion_is_a_label_where_watch_time_and_duration_are_mapped(tmp_path: Path) -> None:
+    with_duration = (("interactions", "columns", "item_duration_s"), "length")
+    assert load(tmp_path, with_duration).labels == ("click", "loved", "watch_time_s", "completion")
+    unwatched = (("interactions", "columns", "watch_time_s"), None), (("tasks", 1), None)
+    assert load(tmp_path, with_duration, *unwatched).labels == ("click", "loved")
+
+
 @pytest.mark.parametrize(
     ("path", "value", "told"),
     [
@@ -129,14 +136,21 @@ def test_what_has_no_default_is_asked_for(tmp_path: Path, path: tuple[str | int,
 
 
 @pytest.mark.parametrize(
-    "name", ["item_id", "hour_of_day", "history_item_ids", "user_type", "score", "click"]
+    "name",
+    [
+        *("item_id", "hour_of_day", "history_item_ids", "user_type", "score", "click", "item_counts"),
+        *("impression_item_ids", "impression_click", "score_weights"),
+    ],
 )
 def test_a_feature_may_not_take_a_name_of_the_contract(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=f"'{name}' is taken by the contract"):
         load(tmp_path, (("users", "features"), [{"name": name, "kind": "categorical"}]))
 
 
-@pytest.mark.parametrize("name", ["user_id", "position", "retrieval_weight", "watch_time_s"])
+@pytest.mark.parametrize(
+    "name",
+    ["user_id", "position", "retrieval_weight", "watch_time_s", "completion", "item_counts", "surfaces"],
+)
 def test_a_label_may_not_take_a_name_of_the_contract(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=f"'{name}' is taken by the contract"):
         load(tmp_path, (("interactions", "labels", name), "x"))
@@ -156,6 +170,113 @@ def test_a_task_name_is_unique_and_not_an_output_of_the_ranker(tmp_path: Path, n
 def test_a_task_on_an_unknown_label_names_the_labels(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"label 'clik', did you mean 'click'.*loved"):
         load(tmp_path, (("tasks", 0, "label"), "clik"))
+
+
+_DURATION = (("items", "features"), [{"name": "duration_s", "kind": "continuous"}])
+
+
+def watch_task(**fields: Any) -> tuple[tuple[str | int, ...], Any]:
+    return ("tasks", 1), {"name": "watch", "label": "watch_time_s", "kind": "watch_time", **fields}
+
+
+@pytest.mark.parametrize(
+    ("fields", "served"),
+    [
+        pytest.param({}, ("weighted_logistic", "mean"), id="nothing given"),
+        pytest.param({"method": "ordinal"}, ("ordinal", "mean"), id="ordinal"),
+        pytest.param(
+            {"method": "ordinal", "serve": "median", "duration_feature": "duration_s", "num_thresholds": 9},
+            ("ordinal", "median"),
+            id="all of ordinal",
+        ),
+        pytest.param(
+            {"method": "duration_quantiles", "duration_feature": "duration_s"},
+            ("duration_quantiles", "mean_rank"),
+            id="quantiles",
+        ),
+        pytest.param(
+            {"method": "covington_logistic", "click_label": "click"},
+            ("covington_logistic", "mean"),
+            id="covington",
+        ),
+        pytest.param({"method": "log_regression"}, ("log_regression", "median"), id="log regression"),
+    ],
+)
+def test_a_watch_time_task_names_its_method_and_what_it_serves(
+    tmp_path: Path, fields: dict[str, Any], served: tuple[str, str]
+) -> None:
+    spec = load(tmp_path, _DURATION, watch_task(**fields))
+    assert (spec.tasks[1].watch_time_method.value, spec.tasks[1].served) == served
+    assert dataset_spec_from_json(spec.model_dump_json()) == spec
+
+
+def test_training_reads_the_click_label_of_a_task_too(tmp_path: Path) -> None:
+    task = load(tmp_path, watch_task(method="covington_logistic", click_label="loved")).tasks[1]
+    assert task.labels == ("watch_time_s", "loved")
+    assert load(tmp_path).tasks[1].labels == ("watch_time_s",)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        pytest.param({"method": "covington_logistic"}, "needs 'click_label'", id="no click label"),
+        pytest.param({"method": "duration_quantiles"}, "needs 'duration_feature'", id="no groups"),
+        pytest.param(
+            {"click_label": "click"},
+            "'click_label' is for method covington_logistic, not for weighted_logistic",
+            id="click label of another method",
+        ),
+        pytest.param(
+            {"method": "regression", "duration_feature": "duration_s"},
+            "is for method duration_quantiles or ordinal, not for regression",
+            id="groups of another method",
+        ),
+        pytest.param({"num_thresholds": 5}, "is for method ordinal", id="thresholds of another method"),
+        pytest.param(
+            {"method": "weighted_logistic", "serve": "median"},
+            "weighted_logistic cannot serve the median; these can: duration_quantiles, ordinal, regression, "
+            "log_regression",
+            id="median of odds",
+        ),
+        pytest.param(
+            {"method": "duration_quantiles", "duration_feature": "duration_s", "serve": "mean"},
+            "duration_quantiles cannot serve the mean",
+            id="mean of ranks",
+        ),
+        pytest.param(
+            {"method": "ordinal", "duration_feature": "duration"},
+            "'duration' is not a continuous item feature, did you mean 'duration_s'",
+            id="unknown feature",
+        ),
+        pytest.param(
+            {"method": "covington_logistic", "click_label": "clik"},
+            "label 'clik', did you mean 'click'",
+            id="unknown label",
+        ),
+        pytest.param({"method": "ordinal", "num_thresholds": 0}, "tasks.1.num_thresholds", id="no threshold"),
+        pytest.param({"method": "odds"}, "tasks.1.method", id="unknown method"),
+    ],
+)
+def test_a_watch_time_task_that_does_not_fit_together_is_refused(
+    tmp_path: Path, fields: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, _DURATION, watch_task(**fields))
+    assert told in str(error.value)
+
+
+def test_a_duration_feature_is_a_continuous_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'genre' is not a continuous item feature, valid: none"):
+        load(tmp_path, watch_task(method="ordinal", duration_feature="genre"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("method", "ordinal"), ("serve", "mean"), ("click_label", "click"), ("num_thresholds", 3)],
+)
+def test_only_a_watch_time_task_has_a_method(tmp_path: Path, field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"task 'click': only a watch_time task has '{field}'"):
+        load(tmp_path, (("tasks", 0, field), value))
 
 
 def test_a_positive_that_is_no_label_names_the_labels(tmp_path: Path) -> None:
@@ -213,7 +334,14 @@ def test_the_length_of_histories_and_the_pause_between_sessions_have_defaults(tm
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("max_history", 0), ("max_history", 501), ("session_gap_hours", 0), ("session_gap_hours", -1)],
+    [
+        ("max_history", 0),
+        ("max_history", 501),
+        ("max_impressions", 0),
+        ("max_impressions", 501),
+        ("session_gap_hours", 0),
+        ("session_gap_hours", -1),
+    ],
 )
 def test_a_history_or_a_pause_out_of_range_is_named(tmp_path: Path, key: str, value: int) -> None:
     with pytest.raises(ConfigError, match=rf"{key}: Input should be"):
@@ -242,3 +370,46 @@ def test_a_yaml_that_is_not_a_declaration_is_refused(tmp_path: Path, content: st
     (tmp_path / "odd.yaml").write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError, match=r"odd.yaml"):
         load_dataset_spec(tmp_path / "odd.yaml")
+
+
+def test_counters_are_of_the_item_within_a_day_and_a_week_unless_declared(tmp_path: Path) -> None:
+    assert load(tmp_path).counters.model_dump() == {
+        "keys": ("item_id",),
+        "windows_days": (1.0, 7.0),
+        "smoothing": 20.0,
+    }
+    with_creator = (("items", "columns", "creator_id"), "author")
+    declared = {"keys": ["creator_id", "genre"], "windows_days": [0.5], "smoothing": 3}
+    spec = load(tmp_path, with_creator, (("counters",), declared))
+    assert spec.counters.keys == ("creator_id", "genre")
+    assert dataset_spec_from_json(spec.model_dump_json()) == spec
+
+
+_CONTINUOUS = (("items", "features"), [{"name": "genre", "kind": "continuous"}])
+
+
+@pytest.mark.parametrize(
+    ("counters", "change", "told"),
+    [
+        pytest.param({"keys": ["gnre"]}, None, "'gnre'.*did you mean 'genre'", id="unknown"),
+        pytest.param({"keys": ["creator_id"]}, None, "'creator_id', which is no id", id="creator not mapped"),
+        pytest.param({"keys": ["genre"]}, _CONTINUOUS, "'genre', which is no id", id="continuous"),
+        pytest.param({"keys": ["item_id", "item_id"]}, None, "name a key twice", id="twice"),
+        pytest.param({"windows_days": [7, 1]}, None, r"counters: .*\[7.0, 1.0\] must grow", id="falling"),
+        pytest.param({"windows_days": [1, 1]}, None, "must grow", id="equal"),
+        pytest.param({"windows_days": [0]}, None, "counters.windows_days.0", id="empty window"),
+        pytest.param({"smoothing": 0}, None, "counters.smoothing", id="no smoothing"),
+    ],
+)
+def test_counters_that_cannot_be_counted_are_refused(
+    tmp_path: Path, counters: dict[str, Any], change: Any, told: str
+) -> None:
+    changes = [(("counters",), counters), *([change] if change else [])]
+    with pytest.raises(ConfigError, match=told):
+        load(tmp_path, *changes)
+
+
+def test_a_label_of_two_tasks_is_one_label_of_tasks(tmp_path: Path) -> None:
+    spec = load(tmp_path, (("tasks", 1), {"name": "again", "label": "click", "kind": "regression"}))
+    assert spec.task_labels == ("click",)
+    assert load(tmp_path).task_labels == ("click", "watch_time_s")

@@ -138,7 +138,9 @@ def test_values_arrive_renamed_typed_and_in_seconds(source: Source) -> None:
         "loved": pl.Float32,
         "shown": pl.Float32,
         "row_number": pl.Int64,
+        "completion": pl.Float32,
         "split": pl.String,
+        "item_counts": pl.List(pl.Float32),
     }
     assert table["watch_time_s"].to_list() == [1.5, 0, 20, 3, 4, None, 6, 7]
     assert table["loved"].to_list() == [1, 0, 1, 0, None, 1, 1, 0]
@@ -457,6 +459,66 @@ def test_the_watch_time_cap_is_in_durations_and_invents_no_watch_time(source: So
     source.log["played_ms"] = [1_500, 0, 20_000, 90_000, 4_000, None, 60_000, None]
     # Row 3 ran over 5 x 2 s; row 4 has no duration; rows 6 and 8 have no watch time.
     assert source.read()["watch_time_s"].to_list() == [1.5, 0, 10, 90, 4, None, 50, None]
+
+
+def test_completion_is_the_share_watched_at_most_all_and_unknown_where_either_part_is(source: Source) -> None:
+    source.log["played_ms"] = [1_500, 0, 20_000, 3_000, -1, None, 6_000, 7_000]
+    source.log["length_s"] = [10, 10, 2, 0, 10, 10, None, 7]
+    # Row 3 looped ten times; rows 4 and 7 have no duration, rows 5 and 6 no watch time; row 8 saw the end.
+    assert source.read()["completion"].to_list() == pytest.approx([0.15, 0, 1, None, None, None, None, 1])
+    assert read_summary(source.prepare()).label_means["completion"] == pytest.approx(1.15 / 3)
+
+
+def test_completion_of_a_capped_watch_time_below_one_duration_is_capped_too(source: Source) -> None:
+    source.declaration["watch_time_cap_durations"] = 0.5
+    assert source.read()["completion"].to_list()[:4] == pytest.approx([0.15, 0, 0.5, 0.3])
+
+
+def test_a_dataset_without_durations_has_no_completion(source: Source) -> None:
+    del source.columns()["item_duration_s"]
+    assert "completion" not in source.read().columns
+
+
+def test_a_completion_task_takes_shares_only(source: Source) -> None:
+    source.declaration["tasks"].append({"name": "share", "label": "completion", "kind": "completion"})
+    source.prepare()
+    source.declaration["tasks"][1]["label"] = "watch_time_s"
+    with pytest.raises(
+        DataError, match=r"task share: label watch_time_s must be a share from 0 to 1, got 1.5"
+    ):
+        source.prepare()
+
+
+def test_a_click_label_that_a_watch_time_task_cannot_learn_is_refused(source: Source) -> None:
+    task = {"name": "watch", "label": "watch_time_s", "kind": "watch_time", "method": "covington_logistic"}
+    source.declaration["tasks"].append({**task, "click_label": "shown"})
+    source.refuse("task watch: label shown has no negatives in 4 train rows")
+
+
+def test_every_row_counts_the_log_before_it_and_an_item_that_before_the_end_of_training(
+    source: Source,
+) -> None:
+    # Impressions and clicks: of the log; of the item within a day, within a week, and in all.
+    counts = source.read()["item_counts"].to_list()
+    assert counts[0] == [0] * 8
+    # c at hour 72: clicked at hour 24, shown without a click at hour 60.
+    assert counts[6] == [6, 4, 1, 0, 2, 1, 2, 1]
+    # b at hour 80: last shown more than a day ago, in the eval split, where it was clicked.
+    assert counts[7] == [7, 5, 0, 0, 2, 1, 2, 1]
+    # a was clicked at hours 0 and 30, b was not at hour 5; at hour 48, when training ends, b is shown again.
+    assert source.read(ITEMS).select("item_id", "item_counts").rows() == [
+        ("a", [4, 3, 1, 1, 2, 2, 2, 2]),
+        ("b", [4, 3, 0, 0, 1, 0, 1, 0]),
+        ("c", [4, 3, 1, 1, 1, 1, 1, 1]),
+    ]
+
+
+def test_counts_are_by_the_declared_keys_and_windows(source: Source) -> None:
+    source.declaration["counters"] = {"keys": ["tags"], "windows_days": [0.5]}
+    # Tags: a has x and y, b has y, c has none. b at hour 48: a at hour 0 and b at hour 5 share y; a at 30.
+    assert source.read()["item_counts"].to_list()[4] == [4, 3, 0, 0, 3, 2]
+    # a at hour 48: its tag x had two clicks, y three impressions and two clicks.
+    assert source.read(ITEMS)["item_counts"].to_list()[0] == [4, 3, 0, 0, 5, 4]
 
 
 def test_rows_before_the_start_are_dropped_and_counted(source: Source) -> None:
