@@ -1,0 +1,38 @@
+"""Settings of the ranker's position tower."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pydantic
+
+
+class PositionConfig(pydantic.BaseModel):
+    """What the ranker does about the position at which an item was shown.
+
+    Attributes:
+      kind: "none"; "additive", a logit per surface and position that is added in training and left out of
+        serving; or "pal", the probability of being seen there, which multiplies the probability of a click
+        (or the expected watch time) once seen.
+      max_position: positions above it share its row; about as many rows are learnt per surface.
+      dropout_fraction: share of the training rows that read their position as unknown, so that the body
+        cannot rely on it.
+      learn_from: "all" rows, along with the ranker; or the "exploration" bucket alone, before training: less
+        data, but its positions know nothing about relevance. Needs "pal".
+    """
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["none", "additive", "pal"] = "none"
+    max_position: int = pydantic.Field(default=50, ge=1)
+    dropout_fraction: float = pydantic.Field(default=0.0, ge=0, lt=1)
+    learn_from: Literal["all", "exploration"] = "all"
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> PositionConfig:
+        if self.learn_from == "exploration" and self.kind == "additive":
+            raise ValueError(
+                "learn_from is 'exploration', whose click rates give ratios of probabilities, but kind "
+                "'additive' needs log odds of single rows; set kind to 'pal', or learn_from to 'all'"
+            )
+        return self
