@@ -6,6 +6,8 @@ Metric keys are `retrieval/<metric>_at_<k>` and `ranking/<task>/<metric>`, for i
 `retrieval/recall_at_100` and `ranking/click/auc`. A value that the data cannot define is NaN, never zero.
 """
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,11 +26,15 @@ RANKING_METRICS = {
     TaskKind.BINARY: ("auc", "gauc", "log_loss", "ece"),
     TaskKind.WATCH_TIME: ("mae", "xauc"),
     TaskKind.REGRESSION: ("mae", "xauc"),
+    TaskKind.COMPLETION: ("mae", "xauc"),
 }
 LOWER_IS_BETTER = frozenset({"log_loss", "ece", "mae"})
 
 # Probabilities are kept this far from 0 and 1: one sure and wrong prediction costs 16, not infinity.
 _PROBABILITY_MARGIN = 1e-7
+
+# 97.5 % of a normal distribution lie below it.
+_NORMAL_QUANTILE = 1.96
 
 
 def metric_key(stage: str, metric: str, *, task: str | None = None, k: int | None = None) -> str:
@@ -225,7 +231,7 @@ def auc(labels: npt.ArrayLike, predictions: npt.ArrayLike) -> float:
     0.875
     """
     y, p = _binary_pairs(labels, predictions)
-    return float(_auc_by_group(y, p, np.zeros(len(y), dtype=np.int64))[0][0])
+    return float(auc_by_group(y, p, np.zeros(len(y), dtype=np.int64))[0][0])
 
 
 def gauc(labels: npt.ArrayLike, predictions: npt.ArrayLike, user_ids: npt.ArrayLike) -> float:
@@ -250,11 +256,34 @@ def gauc(labels: npt.ArrayLike, predictions: npt.ArrayLike, user_ids: npt.ArrayL
     users = np.asarray(user_ids)
     if users.shape != y.shape:
         raise ShapeError(f"user_ids has shape {users.shape}; expected {y.shape}, one user per label.")
-    auc_of_user, num_rows = _auc_by_group(y, p, np.unique(users, return_inverse=True)[1])
+    auc_of_user, num_rows = auc_by_group(y, p, np.unique(users, return_inverse=True)[1])
     defined = ~np.isnan(auc_of_user)
     if not defined.any():
         return float("nan")
     return float(np.average(auc_of_user[defined], weights=num_rows[defined]))
+
+
+def auc_by_group(
+    labels: FloatArray, predictions: FloatArray, groups: IntArray
+) -> tuple[FloatArray, IntArray]:
+    """AUC within each group, for instance each user.
+
+    Args:
+      labels: float64 [n], 0 or 1.
+      predictions: float64 [n], finite.
+      groups: int64 [n], 0 to G - 1; without rows there is one group.
+
+    Returns:
+      float64 [G], AUC, NaN where a class is missing; int64 [G], number of rows.
+    """
+    size = int(groups.max()) + 1 if len(groups) else 1
+    num_rows = np.bincount(groups, minlength=size)
+    num_positive = np.bincount(groups, weights=labels, minlength=size)
+    num_pairs = num_positive * (num_rows - num_positive)
+    rank_sum = np.bincount(groups, weights=labels * _mid_ranks(predictions, groups), minlength=size)
+    result = np.full(size, np.nan)
+    np.divide(rank_sum - num_positive * (num_positive + 1) / 2, num_pairs, out=result, where=num_pairs > 0)
+    return result, num_rows
 
 
 def log_loss(labels: npt.ArrayLike, predictions: npt.ArrayLike) -> float:
@@ -304,14 +333,82 @@ def ece(labels: npt.ArrayLike, predictions: npt.ArrayLike, num_bins: int = 20) -
     """
     y, p = _binary_pairs(labels, predictions)
     _check_probabilities(p)
-    if num_bins < 1:
-        raise ConfigError(f"num_bins is {num_bins}; expected at least 1.")
+    _check_num_bins(num_bins)
     if not len(y):
         return float("nan")
-    # In whole numbers (twice the mid-rank is one), so that no bin edge depends on rounding.
-    doubled_ranks = (2 * _mid_ranks(p, np.zeros(len(p), dtype=np.int64))).astype(np.int64)
-    bins = (doubled_ranks - 1) * num_bins // (2 * len(y))
-    return float(np.abs(np.bincount(bins, weights=y - p)).sum() / len(y))
+    return float(np.abs(np.bincount(_equal_mass_bins(p, num_bins), weights=y - p)).sum() / len(y))
+
+
+@dataclasses.dataclass(frozen=True)
+class ReliabilityBin:
+    """Examples of like predictions.
+
+    Attributes:
+      count: examples, at least 1.
+      mean_prediction: of these, in the unit of the label.
+      mean_label: of these; equal to the mean prediction where the model is calibrated.
+      label_low, label_high: 95 % confidence interval of the mean label.
+    """
+
+    count: int
+    mean_prediction: float
+    mean_label: float
+    label_low: float
+    label_high: float
+
+
+def reliability_table(
+    labels: npt.ArrayLike, predictions: npt.ArrayLike, num_bins: int = 15
+) -> list[ReliabilityBin]:
+    """Mean label by level of the prediction, in bins of equal mass; for labels of any kind.
+
+    Bins: as `ece`, in ascending order of the prediction; empty ones are left out. No examples: no bins.
+    Interval: Wilson's where all labels are 0 or 1 (JASA 1927, doi:10.1080/01621459.1927.10502953), which has
+    a width also in a bin of one class; else mean ± 1.96 s / √n, s with n − 1, NaN for a single example.
+
+    Args:
+      labels, predictions: [n], same unit.
+      num_bins: at least 1.
+
+    Raises:
+      ShapeError: the arrays are not one-dimensional or differ in length.
+      DataError: a value is not finite.
+      ConfigError: num_bins is below 1.
+
+    >>> # low bin: 0 of 2; high bin: 1 of 2, between .0945 and .9055
+    >>> for row in reliability_table([0, 0, 1, 0], [0.1, 0.3, 0.7, 0.9], num_bins=2):
+    ...     print(row.count, row.mean_prediction, row.mean_label, round(row.label_low, 4))
+    2 0.2 0.0 0.0
+    2 0.8 0.5 0.0945
+    """
+    y, p = _pairs(labels, predictions)
+    _check_num_bins(num_bins)
+    bins = _equal_mass_bins(p, num_bins)
+    is_binary = bool(((y == 0) | (y == 1)).all())
+    table = []
+    for place in np.unique(bins):
+        mine = bins == place
+        low, high = _mean_interval(y[mine], is_binary)
+        table.append(
+            ReliabilityBin(
+                int(mine.sum()), float(p[mine].mean()), float(y[mine].mean()), float(low), float(high)
+            )
+        )
+    return table
+
+
+def calibration_error(table: Sequence[ReliabilityBin]) -> float:
+    """Mean distance of mean label and mean prediction over the examples, in the unit of the label.
+
+    Formula: Σ_b n_b / n · |mean label of b − mean prediction of b|: `ece`, for labels of any kind. No bins:
+    NaN.
+
+    >>> round(calibration_error(reliability_table([0, 0, 30, 60], [5, 5, 40, 40], num_bins=2)), 4)
+    5.0
+    """
+    count = sum(row.count for row in table)
+    total = sum(row.count * abs(row.mean_label - row.mean_prediction) for row in table)
+    return total / count if count else float("nan")
 
 
 def mae(labels: npt.ArrayLike, predictions: npt.ArrayLike) -> float:
@@ -364,6 +461,43 @@ def xauc(labels: npt.ArrayLike, predictions: npt.ArrayLike) -> float:
     # labels.
     num_wrong = _count_inversions(codes)
     return (num_different - num_wrong - num_tied_prediction / 2) / num_different
+
+
+def weighted_pairwise_loss(
+    clicks: npt.ArrayLike, watch_times: npt.ArrayLike, predictions: npt.ArrayLike, group_ids: npt.ArrayLike
+) -> float:
+    """Share of watch time that goes to clicked rows ranked below an unclicked row of the same group.
+
+    Formula: Σ T_i · [p_i < p_j] / Σ T_i over the pairs of a clicked row i and an unclicked row j of one
+    group; all pairs, O(n log n). Range 0 to 1; .5 = no better than chance. Ties: a tied pair counts half.
+    No pair, or no watch time in one: NaN. Source: Covington et al., RecSys 2016,
+    doi:10.1145/2959100.2959190, section 4.3 and table 2, where a group is a page shown to a user.
+
+    Args:
+      clicks: [n], 0 or 1.
+      watch_times: [n], at least 0; those of unclicked rows are not read.
+      predictions: [n], any increasing score.
+      group_ids: [n], any type that sorts: the page, the session or the user.
+
+    Raises:
+      ShapeError: the arrays are not one-dimensional or differ in length.
+      DataError: a click is not 0 or 1, or a value is not finite.
+
+    >>> # u: the clicked 30 s are above one unclicked row and below the other; v: 10 s, below; w: no pair
+    >>> weighted_pairwise_loss([1, 0, 0, 1, 0, 1], [30, 0, 0, 10, 5, 9], [4, 3, 5, 1, 2, 7], list("uuuvvw"))
+    0.5714285714285714
+    """
+    y, p = _binary_pairs(clicks, predictions)
+    _, watched = _pairs(clicks, watch_times)
+    groups = np.unique(np.asarray(group_ids), return_inverse=True)[1]
+    if groups.shape != y.shape:
+        raise ShapeError(f"group_ids has shape {groups.shape}; expected {y.shape}, one group per row.")
+    clicked = y == 1
+    # Among the rows ranked below a clicked one, those that are not clicked: all less the clicked.
+    num_below = _mid_ranks(p, groups)[clicked] - _mid_ranks(p[clicked], groups[clicked])
+    num_unclicked = np.bincount(groups[~clicked], minlength=len(y))[groups[clicked]]
+    total = float((watched[clicked] * num_unclicked).sum())
+    return float((watched[clicked] * (num_unclicked - num_below)).sum()) / total if total else float("nan")
 
 
 def ranking_metrics(
@@ -469,6 +603,31 @@ def _num_pairs(counts: IntArray) -> int:
     return int((counts * (counts - 1) // 2).sum())
 
 
+def _check_num_bins(num_bins: int) -> None:
+    if num_bins < 1:
+        raise ConfigError(f"num_bins is {num_bins}; expected at least 1.")
+
+
+def _equal_mass_bins(predictions: FloatArray, num_bins: int) -> IntArray:
+    """Bin of each example, 0 to num_bins − 1: its mid-rank / n."""
+    # In whole numbers (twice the mid-rank is one), so that no bin edge depends on rounding.
+    ranks = _mid_ranks(predictions, np.zeros(len(predictions), dtype=np.int64))
+    doubled = (2 * ranks).astype(np.int64)
+    return np.asarray((doubled - 1) * num_bins // max(2 * len(predictions), 1), dtype=np.int64)
+
+
+def _mean_interval(values: FloatArray, is_binary: bool) -> tuple[float, float]:
+    """95 % confidence interval of the mean of at least one value."""
+    n, mean, z = len(values), values.mean(), _NORMAL_QUANTILE
+    if is_binary:
+        center = (mean + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
+        # The exact bound of a bin of one class is 0 or 1; rounding may miss it.
+        return max(0.0, center - half), min(1.0, center + half)
+    half = z * values.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    return mean - half, mean + half
+
+
 def _mid_ranks(values: FloatArray, groups: IntArray) -> FloatArray:
     """Ranks 1..n_g within each group, the average rank for equal values."""
     order = np.lexsort((values, groups))
@@ -482,20 +641,6 @@ def _mid_ranks(values: FloatArray, groups: IntArray) -> FloatArray:
     ranks = np.empty(len(values))
     ranks[order] = (first_of_tie + (size_of_tie + 1) / 2)[tie] - group_start
     return ranks
-
-
-def _auc_by_group(
-    labels: FloatArray, predictions: FloatArray, groups: IntArray
-) -> tuple[FloatArray, IntArray]:
-    """AUC (NaN where a class is missing) and number of rows of every group 0..max; one group without rows."""
-    size = int(groups.max()) + 1 if len(groups) else 1
-    num_rows = np.bincount(groups, minlength=size)
-    num_positive = np.bincount(groups, weights=labels, minlength=size)
-    num_pairs = num_positive * (num_rows - num_positive)
-    rank_sum = np.bincount(groups, weights=labels * _mid_ranks(predictions, groups), minlength=size)
-    result = np.full(size, np.nan)
-    np.divide(rank_sum - num_positive * (num_positive + 1) / 2, num_pairs, out=result, where=num_pairs > 0)
-    return result, num_rows
 
 
 def _count_inversions(codes: IntArray) -> int:
