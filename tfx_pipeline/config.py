@@ -123,12 +123,33 @@ class RunConfig(_Config):
                     f"retrieval.ignored_features: {name!r} is no feature that the towers can do without; "
                     f"those are: {', '.join(sorted(read))}"
                 )
+        _check_ranking(self.ranking, space)
         try:
             check_attributes(self.retrieval.index.allow_list, self.dataset)
         except ConfigError as error:
             # pydantic takes only a ValueError as a finding of its own, to be told with the others.
             raise ValueError(str(error)) from error
         return self
+
+
+def _check_ranking(config: RankingConfig, space: features.FeatureSpace) -> None:
+    """Checks the features that the ranker's settings name."""
+    single = {f.name for f in space.query if not f.is_list}
+    categorical = {f.name for f in space.query if f.is_categorical and not f.is_list}
+    candidate = {f.name for f in space.candidate}
+    named = [
+        ("ignored_features", config.ignored_features, {f.name for f in space.all}),
+        ("crosses", [left for left, _ in config.crosses], single),
+        ("crosses", [right for _, right in config.crosses], candidate),
+        ("calibration.slice_feature", [config.calibration.slice_feature or ""], categorical | {""}),
+    ]
+    for field, names, known in named:
+        for name in names:
+            if name not in known:
+                raise ValueError(
+                    f"ranking.{field}: {name!r} is no feature for this place; "
+                    f"those are: {', '.join(sorted(known - {''}))}"
+                )
 
 
 def load_run_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

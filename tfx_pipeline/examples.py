@@ -14,11 +14,11 @@ import polars as pl
 import pyarrow as pa
 
 from schema.contract import DatasetSpec
+from schema.point_in_time import TIME_BITS, join_as_of
 from trainer import features
 
-# Event times are below 2**33 seconds, so user and time fit one sortable int64 key.
-_TIME_BITS = 33
 _SECONDS_PER_HOUR = 3_600
+_KNOWN_UNTIL = "_known_until"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +29,13 @@ class ExampleSettings:
       train_end_unix_s: moment as of which user states and catalogue are taken.
       max_positives_per_user: a user's latest positives of the train split that retrieval learns from, so that
         a few heavy users do not dominate the loss (Covington et al. 2016, section 3.4).
+      history_until_unix_s: moment that histories, searches and impressions end with, for events after it;
+        None lets them reach up to each event, as a live system would know them.
     """
 
     train_end_unix_s: int
     max_positives_per_user: int
+    history_until_unix_s: int | None = None
 
 
 def interaction_columns(
@@ -41,6 +44,7 @@ def interaction_columns(
     items: pl.DataFrame,
     spec: DatasetSpec,
     settings: ExampleSettings,
+    log: pl.DataFrame | None = None,
 ) -> pl.DataFrame:
     """One row per interaction: query, candidate and label columns, with the column `split`.
 
@@ -50,18 +54,26 @@ def interaction_columns(
       items: the whole items table.
       spec: the declaration.
       settings: see ExampleSettings.
+      log: interactions of the same users that are known; None for `events` themselves. When given, `events`
+        are rows to predict, of which any number may be left out, and none of the train split.
 
     Returns:
-      The rows of `events` sorted by (event time, row number). The history of a row holds the user's positives
-      with an event time strictly earlier than the row's, whatever their split: what a live system would know.
+      The rows of `events` sorted by (event time, row number). History and impressions of a row hold the known
+      events of its user with a time strictly earlier than the row's, whatever their split.
     """
-    events = events.with_columns(pl.col("user_id").rank("dense").cast(pl.Int64).alias("_user"))
-    events = events.sort("_user", features.EVENT_TIME, "row_number")
+    users_of = events["user_id"] if log is None else pl.concat([events["user_id"], log["user_id"]])
+    codes = users_of.rank("dense").cast(pl.Int64).alias("_user")
+    in_order = ("_user", features.EVENT_TIME, "row_number")
+    known = None if log is None else log.with_columns(codes[len(events) :]).sort(in_order)
+    events = events.with_columns(codes[: len(events)]).sort(in_order)
+    known = events if known is None else known
     is_positive = pl.col(spec.positive).fill_null(0) > 0
-    watched = events.filter(is_positive)
+    watched = known.filter(is_positive)
+    events = events.with_columns(_known_until(settings))
     columns: list[pl.Series | pl.Expr] = [_history(events, watched, spec.max_history).alias(features.HISTORY)]
+    columns += _impressions(events, known, spec)
     if features.SEARCH_TOKENS in events.columns:
-        columns.append(_search_history(events).alias(features.SEARCH_TOKENS))
+        columns.append(_search_history(events, known).alias(features.SEARCH_TOKENS))
     # Rank from the latest: 1 is a user's latest train positive.
     latest_first = (is_positive & (pl.col("split") == "train")).cum_sum(reverse=True).over("_user")
     in_cap = (pl.col("split") != "train") | (latest_first <= settings.max_positives_per_user)
@@ -71,9 +83,10 @@ def interaction_columns(
         events = events.with_columns(
             _prior_sessions(events, watched, spec.max_history, spec.session_gap_hours)
         )
-    events = _join_as_of(events, users, "user_id")
-    events = _join_as_of(events, items, "item_id")
-    return events.sort(features.EVENT_TIME, "row_number").drop("_user")
+    events = join_as_of(events, users, "user_id")
+    # The counts of the items table are those at the end of training; the event has its own.
+    events = join_as_of(events, items.drop(features.ITEM_COUNTS), "item_id")
+    return events.sort(features.EVENT_TIME, "row_number").drop("_user", _KNOWN_UNTIL)
 
 
 def user_state_columns(
@@ -130,6 +143,10 @@ def user_state_columns(
         .alias(features.USER_TYPE),
     )
     past = events.filter(pl.col("split") == "train")
+    impressions = past.group_by("user_id", maintain_order=True).agg(
+        column.tail(spec.max_impressions).alias(name) for name, column in _impression_columns(spec).items()
+    )
+    states = states.join(impressions, on="user_id", how="left")
     if features.SURFACE in events.columns:
         last = past.group_by("user_id").agg(pl.col(features.SURFACE).drop_nulls().last())
         states = states.join(last, on="user_id", how="left")
@@ -144,26 +161,71 @@ def user_state_columns(
             how="left",
         )
     states = states.with_columns(pl.lit(settings.train_end_unix_s, dtype=pl.Int64).alias(features.EVENT_TIME))
-    return _join_as_of(states, users, "user_id")
+    return join_as_of(states, users, "user_id")
+
+
+def interaction_inputs(spec: DatasetSpec, group: str) -> dict[str, str]:
+    """Feature name to dtype of one group of an interaction example: "query", "candidate" or "labels"."""
+    if group == "query":
+        inputs = (*features.raw_query_inputs(spec), *features.raw_impression_inputs(spec))
+        return {raw.name: raw.dtype for raw in inputs}
+    if group == "candidate":
+        inputs = features.raw_candidate_inputs(spec)
+        return {**{raw.name: raw.dtype for raw in inputs}, features.ITEM_COUNTS: "float32"}
+    labels = dict.fromkeys([*features.feature_space(spec).labels, features.RETRIEVAL_WEIGHT], "float32")
+    labels |= {raw.name: raw.dtype for raw in features.raw_logged_inputs(spec)}
+    if spec.session_gap_hours is not None:
+        labels[features.PRIOR_SESSIONS] = "string"
+    return labels
 
 
 def catalogue_inputs(spec: DatasetSpec) -> dict[str, str]:
     """Feature name to dtype of a catalogue example: what the models read, and the title for people."""
-    return {**{raw.name: raw.dtype for raw in features.raw_candidate_inputs(spec)}, "title": "string"}
+    inputs = {raw.name: raw.dtype for raw in features.raw_candidate_inputs(spec)}
+    return {**inputs, features.ITEM_COUNTS: "float32", "title": "string"}
 
 
 def catalogue_columns(items: pl.DataFrame, as_of_unix_s: int) -> pl.DataFrame:
     """One row per item with its features as of a moment."""
     ids = items.select("item_id").unique(maintain_order=True)
     as_of = ids.with_columns(pl.lit(as_of_unix_s, dtype=pl.Int64).alias(features.EVENT_TIME))
-    return _join_as_of(as_of, items, "item_id").drop(features.EVENT_TIME)
+    return join_as_of(as_of, items, "item_id").drop(features.EVENT_TIME)
+
+
+def _known_until(settings: ExampleSettings) -> pl.Expr:
+    """The moment that what is known of each event's past ends with."""
+    known = pl.col(features.EVENT_TIME)
+    if settings.history_until_unix_s is not None:
+        known = pl.min_horizontal(known, pl.lit(settings.history_until_unix_s, dtype=pl.Int64))
+    return known.alias(_KNOWN_UNTIL)
+
+
+def _impression_columns(spec: DatasetSpec) -> dict[str, pl.Expr]:
+    """Feature name to its value in one impression; a missing label is NaN, so that the lists stay parallel."""
+    columns = {
+        features.IMPRESSION_ITEMS: pl.col("item_id"),
+        features.IMPRESSION_TIMES: pl.col(features.EVENT_TIME),
+    }
+    if spec.surface_is_mapped:
+        columns[features.IMPRESSION_SURFACES] = pl.col(features.SURFACE).fill_null("")
+    for label in spec.task_labels:
+        columns[features.impression_label(label)] = pl.col(label).fill_null(float("nan"))
+    return columns
+
+
+def _impressions(events: pl.DataFrame, log: pl.DataFrame, spec: DatasetSpec) -> list[pl.Series]:
+    """The latest impressions of each event's user, of whatever outcome, before the event; oldest first."""
+    start, end = _window(_key(events, _KNOWN_UNTIL), _key(log), events["_user"].to_numpy() << TIME_BITS)
+    start = np.maximum(start, end - spec.max_impressions)
+    columns = log.select(column.alias(name) for name, column in _impression_columns(spec).items())
+    return [_gather_lists(columns[name], start, end).alias(name) for name in columns.columns]
 
 
 def _history(
-    events: pl.DataFrame, watched: pl.DataFrame, max_history: int, before: str = features.EVENT_TIME
+    events: pl.DataFrame, watched: pl.DataFrame, max_history: int, before: str = _KNOWN_UNTIL
 ) -> pl.Series:
     """Latest watched item ids of each event's user with a time strictly before a column's; oldest first."""
-    start, end = _window(_key(events, before), _key(watched), events["_user"].to_numpy() << _TIME_BITS)
+    start, end = _window(_key(events, before), _key(watched), events["_user"].to_numpy() << TIME_BITS)
     return _gather_lists(watched["item_id"], np.maximum(start, end - max_history), end)
 
 
@@ -184,13 +246,13 @@ def _prior_sessions(
     return frame.select(rolled_back.alias(features.PRIOR_SESSIONS))[features.PRIOR_SESSIONS]
 
 
-def _search_history(events: pl.DataFrame) -> pl.Series:
+def _search_history(events: pl.DataFrame, log: pl.DataFrame) -> pl.Series:
     """Latest search tokens of each event's user, of searches strictly before the event."""
-    searches = _distinct_searches(events)
+    searches = _distinct_searches(log)
     tokens = searches.select("_user", features.EVENT_TIME, features.SEARCH_TOKENS).explode(
         features.SEARCH_TOKENS
     )
-    start, end = _window(_key(events), _key(tokens), events["_user"].to_numpy() << _TIME_BITS)
+    start, end = _window(_key(events, _KNOWN_UNTIL), _key(tokens), events["_user"].to_numpy() << TIME_BITS)
     return _gather_lists(
         tokens[features.SEARCH_TOKENS], np.maximum(start, end - features.MAX_SEARCH_TOKENS), end
     )
@@ -204,7 +266,7 @@ def _distinct_searches(events: pl.DataFrame) -> pl.DataFrame:
 
 
 def _key(table: pl.DataFrame, time: str = features.EVENT_TIME) -> np.ndarray:
-    return (table["_user"].to_numpy() << _TIME_BITS) | table[time].to_numpy()
+    return (table["_user"].to_numpy() << TIME_BITS) | table[time].to_numpy()
 
 
 def _window(at: np.ndarray, past: np.ndarray, user_start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -220,22 +282,6 @@ def _gather_lists(values: pl.Series, start: np.ndarray, end: np.ndarray) -> pl.S
     flat = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - start, lengths)
     taken = pa.LargeListArray.from_arrays(pa.array(offsets), _arrow(values).take(pa.array(flat)))
     return pl.Series(pl.from_arrow(taken))
-
-
-def _join_as_of(left: pl.DataFrame, right: pl.DataFrame, key: str) -> pl.DataFrame:
-    """Adds the columns of users or items that were valid at the event time."""
-    if "valid_from_unix_s" not in right.columns:
-        return left.join(right, on=key, how="left", maintain_order="left")
-    order = left.with_row_index("_order").sort(features.EVENT_TIME)
-    joined = order.join_asof(
-        right.sort("valid_from_unix_s"),
-        left_on=features.EVENT_TIME,
-        right_on="valid_from_unix_s",
-        by=key,
-        strategy="backward",
-        check_sortedness=False,
-    )
-    return joined.sort("_order").drop("_order", "valid_from_unix_s")
 
 
 def example_batch(table: pl.DataFrame, inputs: Mapping[str, str]) -> pa.RecordBatch:

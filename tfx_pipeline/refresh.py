@@ -16,6 +16,7 @@ from tfx_bsl.coders import example_coder
 
 from schema.contract import DatasetSpec
 from schema.errors import DataError
+from schema.point_in_time import log_count_names
 from schema.tables import read_items
 from tfx_pipeline.components.infra_validator import choose_users, validate_serving
 from tfx_pipeline.components.pusher import REFRESHED_FINGERPRINT
@@ -117,8 +118,9 @@ def refresh_index(
     _check_pair(checkpoints)
     spec = checkpoints[RETRIEVAL].spec
     with phase("read items"):
-        given = encode_items(read_items(spec, files), spec, as_of_unix_s=int(time.time()))
         before = read_catalogue(catalogue_files(pushed[RETRIEVAL]))
+        items = with_counts(read_items(spec, files), before, spec)
+        given = encode_items(items, spec, as_of_unix_s=int(time.time()))
         after = given if complete else {**before, **given}
         change = compare(before, after)
     allow_list = checkpoints[RETRIEVAL].read_config(RetrievalConfig).index.allow_list
@@ -153,6 +155,19 @@ def refresh_index(
         for folder in staged.values():
             _clear(folder.parent)
     return Refresh(change, len(after), num_untrained, index, version, seconds)
+
+
+def with_counts(items: pl.DataFrame, before: Examples, spec: DatasetSpec) -> pl.DataFrame:
+    """Adds the counts of the log as the last run knew them: a new item has none, the log is that of all."""
+    counts: dict[str, list[float]] = {}
+    for item_id, example in before.items():
+        held = tf.train.Example.FromString(example).features.feature[features.ITEM_COUNTS]
+        counts[item_id] = list(held.float_list.value)
+    of_log = len(log_count_names(spec))
+    anything = next(iter(counts.values()))
+    unmet = anything[:of_log] + [0.0] * (len(anything) - of_log)
+    column = [counts.get(item_id, unmet) for item_id in items[features.ITEM_ID]]
+    return items.with_columns(pl.Series(features.ITEM_COUNTS, column, dtype=pl.List(pl.Float32)))
 
 
 def encode_items(items: pl.DataFrame, spec: DatasetSpec, as_of_unix_s: int) -> dict[str, bytes]:

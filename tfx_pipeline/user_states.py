@@ -14,6 +14,7 @@ from trainer import features
 from trainer.input_pipeline import expand
 from trainer.raw_inputs import MISSING
 
+_DTYPES = {"string": object, "int64": np.int64, "float32": np.float32}
 _KINDS = {"string": "bytes_list", "int64": "int64_list", "float32": "float_list"}
 
 
@@ -24,6 +25,7 @@ class UserState:
     Attributes:
       user_id: the user.
       query: raw query features by name, as a request gives them; absent ones are left out.
+      impressions: the user's latest impressions, which only the ranker reads, by name; likewise.
       seen_item_ids: all items of the user's training positives.
       serialized: the tf.Example it was read from, for the `serving_examples` signature.
     """
@@ -32,6 +34,12 @@ class UserState:
     query: Mapping[str, Any]
     seen_item_ids: tuple[str, ...]
     serialized: bytes
+    impressions: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """All that a request for recommendations says of the user."""
+        return {**self.query, **self.impressions}
 
 
 def read_user_states(patterns: Sequence[str], spec: DatasetSpec) -> Iterator[UserState]:
@@ -64,16 +72,20 @@ def find_user_states(
 def parse_user_state(serialized: bytes, spec: DatasetSpec) -> UserState:
     """Reads one serialized user-state example."""
     values = tf.train.Example.FromString(serialized).features.feature
-    query: dict[str, Any] = {}
-    for raw in features.raw_query_inputs(spec):
-        found = [
-            v.decode() if isinstance(v, bytes) else v
-            for v in getattr(values[raw.name], _KINDS[raw.dtype]).value
-        ]
-        if found:
-            query[raw.name] = found if raw.is_list else found[0]
+
+    def read(inputs: Sequence[features.RawInput]) -> dict[str, Any]:
+        found = {}
+        for raw in inputs:
+            held = getattr(values[raw.name], _KINDS[raw.dtype]).value
+            value = [v.decode() if isinstance(v, bytes) else v for v in held]
+            if value:
+                found[raw.name] = value if raw.is_list else value[0]
+        return found
+
+    query = read(features.raw_query_inputs(spec))
     seen = tuple(v.decode() for v in values[features.SEEN_ITEMS].bytes_list.value)
-    return UserState(str(query[features.USER_ID]), query, seen, serialized)
+    impressions = read(features.raw_impression_inputs(spec))
+    return UserState(str(query[features.USER_ID]), query, seen, serialized, impressions)
 
 
 def unknown_user_state(user_id: str, like: UserState) -> UserState:
@@ -90,23 +102,33 @@ def unknown_user_state(user_id: str, like: UserState) -> UserState:
 
 
 def query_arrays(states: Sequence[UserState], spec: DatasetSpec) -> dict[str, np.ndarray]:
-    """Raw query features of several users as signature inputs: [B], lists padded with "" as [B, L]."""
+    """Raw query features of several users as signature inputs: [B], lists padded on the right as [B, L]."""
+    return _arrays([state.query for state in states], features.raw_query_inputs(spec))
+
+
+def ranking_arrays(states: Sequence[UserState], spec: DatasetSpec) -> dict[str, np.ndarray]:
+    """Raw query features and impressions of several users as inputs of the ranker."""
+    inputs = (*features.raw_query_inputs(spec), *features.raw_impression_inputs(spec))
+    return _arrays([state.request for state in states], inputs)
+
+
+def _arrays(
+    values: Sequence[Mapping[str, Any]], inputs: Sequence[features.RawInput]
+) -> dict[str, np.ndarray]:
     arrays = {}
-    for raw in features.raw_query_inputs(spec):
+    for raw in inputs:
         if raw.is_list:
-            arrays[raw.name] = padded([state.query.get(raw.name, ()) for state in states])
+            arrays[raw.name] = padded([value.get(raw.name, ()) for value in values], raw.dtype)
         else:
-            dtype = {"string": object, "int64": np.int64, "float32": np.float32}[raw.dtype]
-            arrays[raw.name] = np.array(
-                [state.query.get(raw.name, MISSING[raw.dtype]) for state in states], dtype=dtype
-            )
+            given = [value.get(raw.name, MISSING[raw.dtype]) for value in values]
+            arrays[raw.name] = np.array(given, dtype=_DTYPES[raw.dtype])
     return arrays
 
 
-def padded(lists: Sequence[Sequence[str]]) -> np.ndarray:
-    """Lists of ids as an object array [B, L], padded on the right with ""."""
+def padded(lists: Sequence[Sequence[Any]], dtype: str = "string") -> np.ndarray:
+    """Lists as an array [B, L], padded on the right with what stands for a missing value of their type."""
     width = max((len(values) for values in lists), default=0)
-    result = np.full((len(lists), width), "", dtype=object)
+    result = np.full((len(lists), width), MISSING[dtype], dtype=_DTYPES[dtype])
     for row, values in enumerate(lists):
         result[row, : len(values)] = values
     return result

@@ -11,7 +11,13 @@ import numpy as np
 from schema.contract import DatasetSpec
 from serving.warmup import write_warmup_requests
 from tfx_pipeline.config import RETRIEVAL
-from tfx_pipeline.user_states import UserState, padded, query_arrays, read_user_states
+from tfx_pipeline.user_states import (
+    UserState,
+    padded,
+    query_arrays,
+    ranking_arrays,
+    read_user_states,
+)
 from trainer.allow_list_inputs import input_name
 
 _USERS = 3
@@ -42,12 +48,11 @@ def _request(
     model: str, state: UserState, spec: DatasetSpec, allow_list: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """One user's request to a model as signature inputs, batch of one."""
-    inputs = query_arrays([state], spec)
     if model == RETRIEVAL:
         return {
-            **inputs,
+            **query_arrays([state], spec),
             "k": np.array([_K], np.int32),
             "exclude_item_ids": padded([state.seen_item_ids[:1]]),
             **{input_name(attribute): padded([()]) for attribute in allow_list},
         }
-    return {**inputs, "candidate_item_ids": padded([state.seen_item_ids[:_K]])}
+    return {**ranking_arrays([state], spec), "candidate_item_ids": padded([state.seen_item_ids[:_K]])}

@@ -27,7 +27,7 @@ from trainer.version import __version__
 # TensorFlow Serving leaves this folder of a SavedModel alone.
 CHECKPOINT_DIR = Path("assets.extra") / "checkpoint"
 # To be raised when older checkpoints can no longer be read.
-_FORMAT = 1
+_FORMAT = 2
 
 _MANIFEST, _WEIGHTS, _ARRAYS = "manifest.json", "weights.npz", "arrays.npz"
 _PROBE, _ANSWERS = "probe.npz", "answers.npz"
@@ -172,6 +172,7 @@ def write_checkpoint(
     folder = Path(model_dir) / CHECKPOINT_DIR
     folder.mkdir(parents=True)
     names = {name for feature in features.feature_space(spec).all for name in feature.transformed_names}
+    names |= {*features.impression_names(spec), *features.COUNTER_NAMES}
     rows = {name: column[:_PROBE_ROWS] for name, column in probe.items() if name in names}
     np.savez(folder / _PROBE, **{name: np.asarray(column) for name, column in rows.items()})
     np.savez(folder / _ANSWERS, **{name: np.asarray(value) for name, value in network.answer(rows).items()})

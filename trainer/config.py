@@ -6,6 +6,11 @@ from typing import Literal
 
 import pydantic
 
+from trainer.balancing_config import BalancingConfig
+from trainer.body_config import BehaviourConfig, ExpertsConfig, InteractionConfig
+from trainer.calibration_config import CalibrationConfig
+from trainer.debiasing_config import PositionConfig
+
 
 class _Config(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
@@ -165,23 +170,42 @@ class RankingConfig(_Config):
 
     Attributes:
       max_embedding_width: upper bound of the width of any feature's embedding.
-      hidden_layers: widths of the shared body.
       batch_size: examples per step.
       learning_rate: Adam's.
       max_epochs: upper bound; training stops earlier when the validation loss stops falling.
       patience_epochs: epochs without a lower validation loss before training stops.
-      dropout_fraction: share of each body layer's inputs set to zero in training.
       id_dropout_fraction: share of the ids (user, item, creator, ...) that training reads as unknown; teaches
         the model what to say about ids it has never met, and not to learn known ids by heart.
+      ignored_features: query and candidate features that the ranker does not read, by raw name.
+      crosses: pairs of a query and a candidate feature, by raw name, whose combinations get embeddings of
+        their own; a continuous feature counts by its quantile bucket.
+      interaction: products of features.
+      experts: how the tasks share the body.
+      behaviour: how a candidate is matched with the user's impressions.
+      position: what is done about the position at which an item was shown; the dataset maps `position`.
+      propensity_clip: largest inverse propensity with which a training row counts; null counts all rows
+        alike. The dataset maps `propensity`.
+      negative_rate: share of the training rows to keep that are negative in every binary task; what is kept
+        of them counts that much more.
+      balancing: how the losses of the tasks are summed.
+      calibration: of the outputs, on the eval split.
       seed: of initial weights and shuffling.
     """
 
     max_embedding_width: int = pydantic.Field(default=16, ge=4)
-    hidden_layers: tuple[int, ...] = (128, 64)
     batch_size: int = pydantic.Field(default=1024, ge=1)
     learning_rate: float = pydantic.Field(default=5e-4, ge=0)
     max_epochs: int = pydantic.Field(default=10, ge=1)
     patience_epochs: int = pydantic.Field(default=1, ge=1)
-    dropout_fraction: float = pydantic.Field(default=0.1, ge=0, lt=1)
     id_dropout_fraction: float = pydantic.Field(default=0.1, ge=0, lt=1)
+    ignored_features: tuple[str, ...] = ()
+    crosses: tuple[tuple[str, str], ...] = ()
+    interaction: InteractionConfig = InteractionConfig(kind="dcn", structure="parallel")
+    experts: ExpertsConfig = ExpertsConfig()
+    behaviour: BehaviourConfig = BehaviourConfig()
+    position: PositionConfig = PositionConfig()
+    propensity_clip: float | None = pydantic.Field(default=None, ge=1)
+    negative_rate: float = pydantic.Field(default=1.0, gt=0, le=1)
+    balancing: BalancingConfig = BalancingConfig()
+    calibration: CalibrationConfig = CalibrationConfig(method="isotonic")
     seed: int = 42

@@ -118,13 +118,21 @@ class FeatureEncoder(tf.keras.layers.Layer):
         }
 
     def call(self, inputs: Mapping[str, tf.Tensor]) -> tf.Tensor:
-        """Encodes a batch.
+        """Encodes a batch; see `encode`.
+
+        Returns:
+          float32 [..., D], the encodings side by side.
+        """
+        return tf.concat(self.encode(inputs), axis=-1)
+
+    def encode(self, inputs: Mapping[str, tf.Tensor]) -> list[tf.Tensor]:
+        """Encodes a batch, feature by feature.
 
         Args:
           inputs: transformed features by name; ids int [...], lists of ids int [..., L], cdf float32 [...].
 
         Returns:
-          float32 [..., D].
+          float32 [..., W] of each feature, in their order.
         """
         parts = []
         for feature in self.encoded:
@@ -133,7 +141,73 @@ class FeatureEncoder(tf.keras.layers.Layer):
             elif feature.is_categorical:
                 parts.append(self.tables(feature.space, inputs[feature.id_name]))
             else:
-                x = inputs[feature.cdf_name]
-                parts.append(tf.stack([x, tf.square(x), tf.sqrt(x)], axis=-1))
-                parts.append(self.buckets[feature.name](inputs[feature.bucket_name]))
-        return tf.concat(parts, axis=-1)
+                powers = with_powers(inputs[feature.cdf_name][..., tf.newaxis])
+                bucket = self.buckets[feature.name](inputs[feature.bucket_name])
+                parts.append(tf.concat([powers, bucket], axis=-1))
+        return parts
+
+
+class CrossEncoder(tf.keras.layers.Layer):
+    """Embeddings of the combinations of a query and a candidate feature, such as surface and duration.
+
+    A continuous feature counts by its quantile bucket; of a list, the combinations are averaged.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[tuple[features.Feature, features.Feature]],
+        vocabulary_sizes: Mapping[str, int],
+        width: int = 8,
+        **kwargs: object,
+    ) -> None:
+        """Makes one table per pair.
+
+        Args:
+          pairs: query feature, single-valued, and candidate feature.
+          vocabulary_sizes: ids per vocabulary space, padding and OOV included.
+          width: of each embedding.
+          **kwargs: passed to the Keras layer.
+        """
+        super().__init__(**kwargs)
+        self.pairs = tuple(pairs)
+
+        def size(feature: features.Feature) -> int:
+            return vocabulary_sizes[feature.space] if feature.is_categorical else features.NUM_BUCKETS + 1
+
+        self.sizes = [size(right) for _, right in self.pairs]
+        self.tables = [
+            _table(size(left) * size(right), width, f"cross_{left.name}_{right.name}")
+            for left, right in self.pairs
+        ]
+
+    def call(self, query: Mapping[str, tf.Tensor], candidate: Mapping[str, tf.Tensor]) -> list[tf.Tensor]:
+        """Encodes B rows.
+
+        Args:
+          query: transformed query features, int [B].
+          candidate: transformed candidate features, int [B], lists [B, L].
+
+        Returns:
+          float32 [B, width] of each pair.
+        """
+        parts = []
+        for (left, right), size, table in zip(self.pairs, self.sizes, self.tables, strict=True):
+            first = tf.cast(query[category_name(left)], tf.int64) * size
+            second = tf.cast(candidate[category_name(right)], tf.int64)
+            if right.is_list:
+                mask = tf.cast(tf.not_equal(second, features.PADDING_ID), tf.float32)[..., tf.newaxis]
+                total = tf.reduce_sum(table(first[:, tf.newaxis] + second) * mask, axis=1)
+                parts.append(total / tf.maximum(tf.reduce_sum(mask, axis=1), 1.0))
+            else:
+                parts.append(table(first + second))
+        return parts
+
+
+def category_name(feature: features.Feature) -> str:
+    """Transformed name of the feature as ids: its own, or its quantile bucket."""
+    return feature.id_name if feature.is_categorical else feature.bucket_name
+
+
+def with_powers(x: tf.Tensor) -> tf.Tensor:
+    """x, its square and its root, float32 [..., C] to [..., 3C] (Covington et al. 2016, section 4.1)."""
+    return tf.concat([x, tf.square(x), tf.sqrt(x)], axis=-1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from schema import point_in_time
 from schema.contract import DatasetSpec, FeatureKind
 
 USER_ID = "user_id"
@@ -16,8 +17,14 @@ UPLOAD_TIME = "upload_time_unix_s"
 EVENT_TIME = "event_time_unix_s"
 SURFACE = "surface"
 POSITION = "position"
+EXPLORATION = "exploration"
+PROPENSITY = "propensity"
 SEARCH_TOKENS = "search_tokens"
 HISTORY = "history_item_ids"
+# The user's latest impressions, oldest first; the lists go together.
+IMPRESSION_ITEMS = "impression_item_ids"
+IMPRESSION_TIMES = "impression_event_time_unix_s"
+IMPRESSION_SURFACES = "impression_surfaces"
 RETRIEVAL_WEIGHT = "retrieval_weight"
 # The history as of the start of the session; only in training positives of datasets with session_gap_hours.
 PRIOR_SESSIONS = "prior_sessions_item_ids"
@@ -40,6 +47,18 @@ HOUR_OF_DAY = "hour_of_day"
 DAY_OF_WEEK = "day_of_week"
 EXAMPLE_AGE = "example_age_days"
 ITEM_AGE = "item_age_days"
+
+# Counts of the log before the example's event; of the catalogue, before the end of training.
+ITEM_COUNTS = point_in_time.ITEM_COUNTS
+# float32 [C] in [0, 1]: impressions and smoothed rates of ITEM_COUNTS, as shares of training values below.
+COUNTERS = "item_counters"
+# float32 [L]: mean of each task label over the log before the example's event.
+LABEL_MEANS = "label_means_so_far"
+COUNTER_NAMES = (COUNTERS, LABEL_MEANS)
+# Transformed impressions, [L] each, 0 where padded.
+IMPRESSION_IDS = "impression_item_ids_ids"
+IMPRESSION_SURFACE_IDS = "impression_surfaces_ids"
+IMPRESSION_AGES = "impression_ages_s"
 
 SPLITS = ("train", "eval", "test")
 # Searches are short: more of their words say little that the latest do not.
@@ -180,6 +199,33 @@ def raw_query_inputs(spec: DatasetSpec) -> tuple[RawInput, ...]:
     clock = {f.name for f in CLOCK_FEATURES}
     inputs = [_raw_input(f) for f in feature_space(spec).query if f.name not in clock]
     return (*inputs, RawInput(EVENT_TIME, "int64", False))
+
+
+def raw_impression_inputs(spec: DatasetSpec) -> tuple[RawInput, ...]:
+    """What a request to the ranker says besides about the user's latest impressions, in signature order."""
+    inputs = [RawInput(IMPRESSION_ITEMS, "string", True), RawInput(IMPRESSION_TIMES, "int64", True)]
+    if spec.surface_is_mapped:
+        inputs.append(RawInput(IMPRESSION_SURFACES, "string", True))
+    return (*inputs, *(RawInput(impression_label(label), "float32", True) for label in spec.task_labels))
+
+
+def raw_logged_inputs(spec: DatasetSpec) -> tuple[RawInput, ...]:
+    """How the impression came about, which only the training of the ranker reads: nobody knows it before."""
+    dtypes = {POSITION: "int64", EXPLORATION: "float32", PROPENSITY: "float32"}
+    columns = spec.interactions.columns
+    return tuple(RawInput(name, dtype, False) for name, dtype in dtypes.items() if name in columns)
+
+
+def impression_label(label: str) -> str:
+    """Raw and transformed name of a label of the user's latest impressions."""
+    return f"impression_{label}"
+
+
+def impression_names(spec: DatasetSpec) -> tuple[str, ...]:
+    """Transformed names of the user's latest impressions."""
+    surfaces = (IMPRESSION_SURFACE_IDS,) if spec.surface_is_mapped else ()
+    labels = (impression_label(label) for label in spec.task_labels)
+    return (IMPRESSION_IDS, IMPRESSION_AGES, *surfaces, *labels)
 
 
 def raw_candidate_inputs(spec: DatasetSpec) -> tuple[RawInput, ...]:

@@ -8,6 +8,7 @@ window.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -17,7 +18,12 @@ from schema.contract import DatasetSpec
 from schema.errors import DataError
 from trainer import features
 from trainer.catalogue import Catalogue
-from trainer.raw_inputs import compiled, parse_candidate_examples, transform_candidates
+from trainer.raw_inputs import (
+    compiled,
+    parse_candidate_examples,
+    transform_candidates,
+    transform_counts,
+)
 
 WINDOW_EXAMPLES = 1_000_000
 # Examples parsed and transformed at a time.
@@ -39,6 +45,7 @@ def windows(
     spec: DatasetSpec,
     transform_output: tft.TFTransformOutput,
     window_examples: int = WINDOW_EXAMPLES,
+    ranking: bool = False,
 ) -> tf.data.Dataset:
     """Transformed windows of interaction examples, cached in memory.
 
@@ -50,12 +57,18 @@ def windows(
       spec: the declaration.
       transform_output: holds the Transform graph.
       window_examples: examples per window.
+      ranking: whether what only the ranker reads is among the features: impressions, counters, and how the
+        row came about.
 
     Returns:
       A dataset of dicts of dense tensors with N <= window_examples rows: ids and buckets int32 [N], lists of
       ids int32 [N, L] padded with 0, cdf, labels (NaN where absent) and retrieval_weight float32 [N].
     """
     raw_spec = transform_output.raw_feature_spec()
+    if not ranking:
+        unread = {raw.name for raw in features.raw_impression_inputs(spec) + features.raw_logged_inputs(spec)}
+        unread.add(features.ITEM_COUNTS)
+        raw_spec = {name: value for name, value in raw_spec.items() if name not in unread}
     layer = transform_output.transform_features_layer()
 
     @tf.autograph.experimental.do_not_convert
@@ -173,14 +186,19 @@ def load_catalogue(
     Raises:
       DataError: no files, no items, or item ids that are empty or not unique.
     """
-    transform = compiled(transform_candidates, transform_output.transform_features_layer(), spec)
+    layer = transform_output.transform_features_layer()
+    transform = compiled(transform_candidates, layer, spec)
     raw_parts: list[dict[str, tf.Tensor]] = []
     parts: list[dict[str, np.ndarray]] = []
     records = tf.data.TFRecordDataset(expand(patterns), compression_type="GZIP")
     for serialized in records.batch(_CHUNK_EXAMPLES):
         raw = parse_candidate_examples(serialized, spec)
         raw_parts.append(
-            {name: raw[name] for name in (features.ITEM_ID, features.UPLOAD_TIME) if name in raw}
+            {
+                name: raw[name]
+                for name in (features.ITEM_ID, features.UPLOAD_TIME, features.ITEM_COUNTS)
+                if name in raw
+            }
         )
         parts.append({name: value.numpy() for name, value in transform(raw).items()})
     if not parts:
@@ -197,9 +215,21 @@ def load_catalogue(
         raise DataError(
             f"the catalogue has {len(ids)} rows but {len(set(ids) - {''})} distinct, non-empty item ids"
         )
+    counts = np.concatenate([part[features.ITEM_COUNTS].numpy() for part in raw_parts])
     return Catalogue(
-        ids, {name: _concat_padded([part[name] for part in parts]) for name in parts[0]}, upload_times()
+        ids,
+        {name: _concat_padded([part[name] for part in parts]) for name in parts[0]},
+        upload_times(),
+        _counters(counts, layer, len(spec.task_labels)),
     )
+
+
+def _counters(counts: np.ndarray, layer: Any, num_labels: int) -> dict[str, np.ndarray]:
+    """Counters of raw counts [I, C], and of an item without any event in the last row."""
+    of_log = 1 + num_labels
+    unmet = np.concatenate([counts[0, :of_log], np.zeros(counts.shape[1] - of_log, np.float32)])
+    transformed = transform_counts(layer, tf.constant(np.vstack([counts, unmet])))
+    return {name: value.numpy() for name, value in transformed.items()}
 
 
 def _concat_padded(parts: Sequence[np.ndarray]) -> np.ndarray:

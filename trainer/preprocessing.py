@@ -11,6 +11,7 @@ import tensorflow as tf
 import tensorflow_transform as tft
 
 from schema.contract import DatasetSpec, FeatureKind, dataset_spec_from_json
+from schema.point_in_time import count_names
 from trainer import features
 
 _SECONDS_PER_HOUR = 3_600
@@ -35,7 +36,10 @@ def preprocessing_fn(
     Returns:
       For each feature its transformed names (see trainer.features.Feature); for each label and for
       retrieval_weight a float32 [B] with NaN where absent; DAYS_TO_END int64 [B]; PRIOR_SESSIONS_IDS, as the
-      history, for datasets with session_gap_hours.
+      history, for datasets with session_gap_hours; what is logged of the impression (position int64 [B], -1
+      where absent; exploration and propensity float32 [B], NaN where absent); COUNTERS and LABEL_MEANS,
+      float32 [B, C] and [B, L]; the impressions, sparse: ids, ages in seconds (int64) and labels (float32, 0
+      where missing).
     """
     spec = dataset_spec_from_json(str(custom_config["dataset"]))
     space = features.feature_space(spec)
@@ -74,6 +78,12 @@ def preprocessing_fn(
         outputs[features.PRIOR_SESSIONS_IDS] = _ids(inputs[features.PRIOR_SESSIONS], item_vocabulary)
     for label in (*space.labels, features.RETRIEVAL_WEIGHT):
         outputs[label] = _scalar(inputs[label], float("nan"))
+    for logged in features.raw_logged_inputs(spec):
+        missing = -1 if logged.dtype == "int64" else float("nan")
+        outputs[logged.name] = _scalar(inputs[logged.name], missing)
+    outputs.update(_counters(inputs[features.ITEM_COUNTS], spec))
+    surfaces = learnt_spaces.get(features.SURFACE)
+    outputs.update(_impressions(inputs, event_time, learnt_spaces[features.ITEM_SPACE], surfaces, spec))
     return outputs
 
 
@@ -112,6 +122,78 @@ def _clock(event_time: tf.Tensor, spec: DatasetSpec, train_end_unix_s: int) -> d
         day_of_week.id_name: tf.where(known, day + features.FIRST_VOCABULARY_ID, features.PADDING_ID),
     }
     outputs.update(_quantile_normalised(age, example_age))
+    return outputs
+
+
+def _counters(counts: tf.SparseTensor, spec: DatasetSpec) -> dict[str, tf.Tensor]:
+    """Impressions and smoothed rates of counts, each as the share of training values at or below.
+
+    A rate is (sum + s * mean) / (impressions + s), where the mean is that of the log so far and s the
+    smoothing: what few impressions say is drawn to what is usual.
+    """
+    names = count_names(spec)
+    dense = tf.sparse.to_dense(
+        tf.SparseTensor(counts.indices, counts.values, [counts.dense_shape[0], len(names)])
+    )
+    table = tf.reshape(dense, [-1, len(names) // (1 + len(spec.task_labels)), 1 + len(spec.task_labels)])
+    log, impressions, sums = table[:, :1], table[:, 1:, :1], table[:, 1:, 1:]
+    means = log[..., 1:] / tf.maximum(log[..., :1], 1.0)
+    smoothing = spec.counters.smoothing
+    rates = (sums + smoothing * means) / (impressions + smoothing)
+    width = len(names) - (1 + len(spec.task_labels))
+    values = tf.reshape(tf.concat([impressions, rates], axis=-1), [-1, width])
+    boundaries = tft.quantiles(
+        values, features.NUM_BUCKETS, _QUANTILE_EPSILON, reduce_instance_dims=False, name="counter_quantiles"
+    )
+    return {
+        features.COUNTERS: _interpolated_cdf(values, tf.reshape(boundaries, [width, -1])),
+        features.LABEL_MEANS: tf.squeeze(means, axis=1),
+    }
+
+
+def _interpolated_cdf(values: tf.Tensor, boundaries: tf.Tensor) -> tf.Tensor:
+    """The share of training values at or below each value, linear between the quantiles of its column.
+
+    Args:
+      values: float32 [B, C].
+      boundaries: float32 [C, Q], the inner quantiles of each column, ascending.
+
+    Returns:
+      float32 [B, C]: 0 below the first quantile, 1 from the last on.
+    """
+    last = tf.shape(boundaries)[1] - 1
+    columns = tf.transpose(values)
+    above = tf.searchsorted(boundaries, columns, side="right")
+    upper = tf.clip_by_value(above, 1, tf.maximum(last, 1))
+    low = tf.gather(boundaries, tf.minimum(upper - 1, last), batch_dims=1)
+    high = tf.gather(boundaries, tf.minimum(upper, last), batch_dims=1)
+    within = tf.math.divide_no_nan(columns - low, high - low)
+    position = tf.cast(upper - 1, tf.float32) + tf.clip_by_value(within, 0.0, 1.0)
+    share = position / tf.cast(tf.maximum(last, 1), tf.float32)
+    return tf.transpose(tf.where(above == 0, 0.0, tf.where(above > last, 1.0, share)))
+
+
+def _impressions(
+    inputs: Mapping[str, tf.SparseTensor],
+    event_time: tf.Tensor,
+    item_vocabulary: str,
+    surface_vocabulary: str | None,
+    spec: DatasetSpec,
+) -> dict[str, tf.SparseTensor]:
+    """The user's latest impressions: ids, seconds before the example's event, and labels."""
+    outputs = {features.IMPRESSION_IDS: _ids(inputs[features.IMPRESSION_ITEMS], item_vocabulary)}
+    if surface_vocabulary is not None:
+        surfaces = inputs[features.IMPRESSION_SURFACES]
+        ids = _ids(surfaces, surface_vocabulary)
+        given = tf.where(tf.equal(surfaces.values, ""), tf.zeros_like(ids.values), ids.values)
+        outputs[features.IMPRESSION_SURFACE_IDS] = ids.with_values(given)
+    times = inputs[features.IMPRESSION_TIMES]
+    ages = tf.maximum(tf.gather(event_time, times.indices[:, 0]) - times.values, 0)
+    outputs[features.IMPRESSION_AGES] = times.with_values(ages)
+    for label in spec.task_labels:
+        name = features.impression_label(label)
+        values = inputs[name].values
+        outputs[name] = inputs[name].with_values(tf.where(tf.math.is_nan(values), 0.0, values))
     return outputs
 
 

@@ -1,11 +1,11 @@
-"""The multi-task ranker: a shared body over query, candidate and cross features, one head per task."""
+"""The multi-task ranker: encoded features, interactions, experts, one head per task, calibrated outputs."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,52 +13,106 @@ import numpy.typing as npt
 import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
-from schema.contract import DatasetSpec, TaskKind
-from schema.errors import DataError
+from schema.contract import DatasetSpec, TaskKind, TaskSpec, WatchTimeMethod
+from schema.errors import ConfigError, DataError
+from schema.point_in_time import count_names, log_count_names
 from trainer import features as ft
 from trainer import metrics
+from trainer.behaviour import behaviour
+from trainer.calibration import Calibrator, fit_tasks
+from trainer.calibration_config import CalibrationConfig
 from trainer.config import RankingConfig
-from trainer.encoder import EmbeddingTables, FeatureEncoder, embedding_width
-from trainer.ranking_losses import LabelStatistics, labelled_loss, objective
+from trainer.debiasing import PositionBias, PositionStatistics, has_position_bias
+from trainer.debiasing_config import PositionConfig
+from trainer.encoder import (
+    CrossEncoder,
+    EmbeddingTables,
+    FeatureEncoder,
+    category_name,
+    embedding_width,
+    with_powers,
+)
+from trainer.experts import experts
+from trainer.impressions import Impressions, ItemAttributes, PastOutcomes, read_impressions
+from trainer.interactions import interaction
+from trainer.label_statistics import LabelStatistics
+from trainer.loss_balancing import LossBalancer
+from trainer.ranking_losses import labelled_loss, objective
+from trainer.score import declared_weights, final_score
+from trainer.watch_time import task_context
 
 SCORE = "score"
+# float32 [B]: how much a training row counts, in batches that have it.
+ROW_WEIGHT = "row_weight"
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
 _logger = logging.getLogger(__name__)
 
 
-def body(config: RankingConfig) -> tf.keras.Sequential:
-    """The shared layers between the encoded features and the heads: [B, D] -> [B, last hidden width]."""
-    layers: list[tf.keras.layers.Layer] = []
-    for width in config.hidden_layers:
-        layers += [
-            tf.keras.layers.Dropout(config.dropout_fraction),
-            tf.keras.layers.Dense(width, activation="relu"),
-        ]
-    return tf.keras.Sequential(layers, name="body")
+def calibration_slice(config: CalibrationConfig, space: ft.FeatureSpace) -> str | None:
+    """Transformed name of the feature whose values are calibrated apart, None for none.
+
+    Raises:
+      ConfigError: it is no single-valued categorical query feature.
+    """
+    if config.slice_feature is None:
+        return None
+    able = {f.name: f for f in space.query if f.is_categorical and not f.is_list}
+    if config.slice_feature not in able:
+        raise ConfigError(
+            f"ranking.calibration.slice_feature is {config.slice_feature!r}; expected a single-valued "
+            f"categorical query feature: {', '.join(able)}"
+        )
+    return able[config.slice_feature].id_name
+
+
+def _is_biased(config: PositionConfig, task: TaskSpec) -> bool:
+    """Whether a task has one logit that its position can shift."""
+    logistic = (
+        task.kind is TaskKind.WATCH_TIME and task.watch_time_method is WatchTimeMethod.WEIGHTED_LOGISTIC
+    )
+    return has_position_bias(config, task.kind) and (task.kind is TaskKind.BINARY or logistic)
+
+
+def _initializer(bias: Sequence[float], tower: PositionBias | None) -> Callable[..., tf.Tensor]:
+    """Gives a head the bias with which an untrained model serves the base rate."""
+    values = bias if tower is None else (tower.initial_bias(bias[0]),)
+
+    def initial(shape: Sequence[int], dtype: tf.DType | None = None) -> tf.Tensor:
+        return tf.constant(values, dtype)
+
+    return initial
 
 
 class EncodedQuery(NamedTuple):
     """The query side of the ranker, computed once per request.
 
     Attributes:
-      vector: float32 [B, D], all query features.
-      history: float32 [B, W], mean embedding of the watched items; zeros without history.
+      parts: float32 [U, W] of every query feature.
+      history: float32 [U, W], mean embedding of the watched items; zeros without history.
+      impressions: the user's latest impressions.
+      surface: int [U]; None for a dataset without surfaces.
+      events: float32 [U, L, W], embeddings of what the impressions showed.
+      event_features: float32 [U, L, F], what became of them, and when.
+      crossed: int [U] of the query features that are crossed with those of candidates.
     """
 
-    vector: tf.Tensor
+    parts: tuple[tf.Tensor, ...]
     history: tf.Tensor
-
-    def repeat(self, times: tf.Tensor) -> EncodedQuery:
-        """Each row `times` times in a row: [B * times, ...], one row per candidate."""
-        return EncodedQuery(tf.repeat(self.vector, times, axis=0), tf.repeat(self.history, times, axis=0))
+    impressions: Impressions
+    surface: tf.Tensor | None
+    events: tf.Tensor
+    event_features: tf.Tensor
+    crossed: Mapping[str, tf.Tensor]
 
 
 class RankingModel(tfrs.models.Model):
-    """Shared-bottom multi-task model (Caruana 1997) over the tasks of a dataset declaration.
+    """Multi-task model (Caruana 1997) over the tasks of a dataset declaration.
 
-    The loss is the sum over tasks of loss_weight times the mean loss of the rows that have the task's label.
+    Features of query, candidate and both, counters of the log, and what the user's impressions say about the
+    candidate are encoded, crossed, read by the experts, and turned into one output per task by its head. The
+    loss is the sum over tasks of loss_weight times the mean loss of the rows that have the task's label.
     """
 
     def __init__(
@@ -66,15 +120,19 @@ class RankingModel(tfrs.models.Model):
         spec: DatasetSpec,
         vocabulary_sizes: Mapping[str, int],
         statistics: Mapping[str, LabelStatistics],
+        attributes: ItemAttributes,
         config: RankingConfig,
+        positions: Mapping[str, PositionStatistics] | None = None,
     ) -> None:
-        """Makes an untrained model, which predicts the training mean of every task for every row.
+        """Makes an untrained model, which says of every row what it knows of all: the base rate.
 
         Args:
           spec: declares features and tasks.
           vocabulary_sizes: ids per vocabulary space, padding and OOV included.
           statistics: training labels by task name.
+          attributes: of the items that impressions show.
           config: sizes and regularisation.
+          positions: training labels by position, by task name; needed if `config.position` names a tower.
         """
         super().__init__()
         space = ft.feature_space(spec)
@@ -86,75 +144,209 @@ class RankingModel(tfrs.models.Model):
                 for f in embedded
             },
         )
-        self.query_encoder = FeatureEncoder(space.query, self.tables)
-        self.item_encoder = FeatureEncoder(space.candidate + space.cross, self.tables)
-        self.body = body(config)
+        ignored = config.ignored_features
+        self.query_encoder = FeatureEncoder([f for f in space.query if f.name not in ignored], self.tables)
+        self.item_encoder = FeatureEncoder(
+            [f for f in space.candidate + space.cross if f.name not in ignored], self.tables
+        )
+        pairs = [(space.find(left), space.find(right)) for left, right in config.crosses]
+        self.cross_encoder = CrossEncoder(pairs, vocabulary_sizes)
+        self.past_outcomes = PastOutcomes(spec, statistics)
+        self.keys = {key: space.find(key) for key in spec.counters.keys}
+        width = sum(self.tables.widths[feature.space] for feature in self.keys.values())
+        self.behaviour = behaviour(config.behaviour, width)
+        self.interaction = interaction(config.interaction)
+        self.is_parallel = config.interaction.structure == "parallel"
         self.tasks = spec.tasks
-        self.objectives = {task.name: objective(task.kind, statistics[task.name]) for task in spec.tasks}
+        self.body = experts(config.experts, [task.name for task in spec.tasks])
+        self.objectives = {task.name: objective(task, statistics[task.name]) for task in spec.tasks}
+        self.positions = {
+            task.name: PositionBias(
+                config.position, task.kind, positions[task.name], name=f"position_{task.name}"
+            )
+            for task in spec.tasks
+            if positions is not None and _is_biased(config.position, task)
+        }
         # With a kernel of zeros an untrained head says exactly its bias: the base rate.
         self.heads = {
             name: tf.keras.layers.Dense(
-                1,
+                task.num_logits,
                 kernel_initializer="zeros",
-                bias_initializer=tf.keras.initializers.Constant(task.initial_bias),
+                bias_initializer=_initializer(task.initial_bias, self.positions.get(name)),
                 name=f"head_{name}",
             )
             for name, task in self.objectives.items()
         }
+        self.balancer = LossBalancer({t.name: t.loss_weight for t in spec.tasks}, config.balancing)
         self.mean_loss = tf.keras.metrics.Mean(name="mean_loss")
+        self.calibrators: Mapping[str, Calibrator] = {}
+        self.slice_name = calibration_slice(config.calibration, space)
+        # A plain object, which Keras does not count among the weights.
+        self.attributes = attributes
+        self._spec: Callable[[], DatasetSpec] = lambda: spec
         self._history_id = space.find(ft.HISTORY).id_name
         self._item_id = space.find(ft.ITEM_ID).id_name
+        self._surface_id = space.find(ft.SURFACE).id_name if spec.surface_is_mapped else None
+        self._num_counters = len(count_names(spec)) - len(log_count_names(spec))
         self._single_ids = tuple(f.id_name for f in embedded if not f.is_list)
         self._id_dropout_fraction = config.id_dropout_fraction
+
+    @property
+    def output_features(self) -> tuple[str, ...]:
+        """Transformed query features that outputs depend on besides the logits."""
+        names = (self.slice_name, self._surface_id if self.positions else None)
+        return tuple(dict.fromkeys(name for name in names if name is not None))
 
     # Nothing here branches on a tensor; AutoGraph would spend half a minute on converting Keras' own code.
     train_step = tf.autograph.experimental.do_not_convert(tfrs.models.Model.train_step)
 
     def encode_query(self, features: Mapping[str, tf.Tensor]) -> EncodedQuery:
-        """Encodes the transformed query features of B requests."""
-        history = self.tables.mean(ft.ITEM_SPACE, features[self._history_id])
-        return EncodedQuery(self.query_encoder(features), history)
+        """Encodes the transformed query features and impressions of U requests."""
+        impressions = read_impressions(features, self.attributes, self._spec())
+        return EncodedQuery(
+            tuple(self.query_encoder.encode(features)),
+            self.tables.mean(ft.ITEM_SPACE, features[self._history_id]),
+            impressions,
+            None if self._surface_id is None else features[self._surface_id],
+            self._embed_keys(impressions.keys),
+            tf.concat([impressions.labels, impressions.log_age[..., tf.newaxis]], axis=-1),
+            {category_name(left): features[category_name(left)] for left, _ in self.cross_encoder.pairs},
+        )
 
     def logits(
-        self, query: EncodedQuery, features: Mapping[str, tf.Tensor], training: bool = False
+        self,
+        query: EncodedQuery,
+        features: Mapping[str, tf.Tensor],
+        num_candidates: int | tf.Tensor = 1,
+        training: bool = False,
     ) -> dict[str, tf.Tensor]:
-        """One logit per task for B pairs of a query and an item.
+        """The logits of every task for U queries with N candidates each.
 
         Args:
-          query: encoded queries, one row per pair.
-          features: transformed candidate and cross features, one row per pair.
+          query: U encoded queries.
+          features: transformed candidate and cross features and counters, U × N rows, query by query.
+          num_candidates: N.
           training: whether dropout is on.
 
         Returns:
-          Task name -> float32 [B].
+          Task name -> float32 [U × N, logits of the task].
         """
-        item = self.tables(ft.ITEM_SPACE, features[self._item_id])
-        match = item * query.history
-        similarity = tf.reduce_sum(match, axis=-1, keepdims=True)
-        inputs = tf.concat([query.vector, self.item_encoder(features), match, similarity], axis=-1)
-        shared = self.body(inputs, training=training)
-        return {name: tf.squeeze(head(shared), axis=-1) for name, head in self.heads.items()}
 
-    def predictions(self, logits: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        """What is served: each task's output in its unit; `score` is their sum weighted by score_weight."""
-        outputs = {name: task.output(logits[name]) for name, task in self.objectives.items()}
-        outputs[SCORE] = tf.add_n([task.score_weight * outputs[task.name] for task in self.tasks])
-        return outputs
+        def grouped(rows: tf.Tensor) -> tf.Tensor:
+            return tf.reshape(rows, tf.concat([[-1, num_candidates], tf.shape(rows)[1:]], axis=0))
+
+        def flat(groups: tf.Tensor) -> tf.Tensor:
+            return tf.reshape(groups, [-1, groups.shape[-1]])
+
+        item = self.tables(ft.ITEM_SPACE, features[self._item_id])
+        match = item * tf.repeat(query.history, num_candidates, axis=0)
+        keys = {name: grouped(self._values(features, name)) for name in self.keys}
+        past = self.past_outcomes(query.impressions, query.surface, keys, grouped(features[ft.LABEL_MEANS]))
+        counters = tf.ensure_shape(features[ft.COUNTERS], [None, self._num_counters])
+        attended = self.behaviour.match(
+            self._embed_keys(keys), query.events, query.impressions.is_shown, query.event_features, training
+        )
+        parts = [tf.repeat(part, num_candidates, axis=0) for part in query.parts]
+        parts += self.item_encoder.encode(features)
+        parts += [with_powers(counters), match, tf.reduce_sum(match, axis=-1, keepdims=True)]
+        parts += [flat(past), flat(attended)]
+        crossed = {name: tf.repeat(ids, num_candidates) for name, ids in query.crossed.items()}
+        parts += self.cross_encoder(crossed, features)
+        return self._heads(parts, training)
+
+    def _heads(self, parts: Sequence[tf.Tensor], training: bool) -> dict[str, tf.Tensor]:
+        inputs = tf.concat(parts, axis=-1)
+        crossed = inputs if self.interaction is None else self.interaction(parts, training=training)
+        shared = self.body(inputs if self.is_parallel else crossed, training=training)
+        logits = {}
+        for name, head in self.heads.items():
+            representation = shared[name]
+            if self.is_parallel and self.interaction is not None:
+                representation = tf.concat([representation, crossed], axis=-1)
+            if training:
+                representation = self.balancer.probe(name, representation)
+            logits[name] = head(representation)
+        return logits
+
+    def _values(self, features: Mapping[str, tf.Tensor], key: str) -> tf.Tensor:
+        """Ids of a key of the counters, int [B, T]."""
+        ids = features[self.keys[key].id_name]
+        return ids if self.keys[key].is_list else ids[:, tf.newaxis]
+
+    def _embed_keys(self, keys: Mapping[str, tf.Tensor]) -> tf.Tensor:
+        """What an item shares with others as one vector: [..., T] ids by key to float32 [..., W]."""
+        return tf.concat([self.tables.mean(self.keys[key].space, ids) for key, ids in keys.items()], axis=-1)
+
+    def predictions(
+        self, logits: Mapping[str, tf.Tensor], features: Mapping[str, tf.Tensor]
+    ) -> dict[str, tf.Tensor]:
+        """What is served: each task's calibrated output in its unit, float32 [B].
+
+        Args:
+          logits: from `logits`.
+          features: what else outputs depend on, [B]: duration buckets, `output_features`.
+        """
+        outputs = self.raw_predictions(logits, features)
+        slices = None if self.slice_name is None else features[self.slice_name]
+        return {
+            name: self.calibrators[name].apply(value, slices) if name in self.calibrators else value
+            for name, value in outputs.items()
+        }
+
+    def raw_predictions(
+        self, logits: Mapping[str, tf.Tensor], features: Mapping[str, tf.Tensor]
+    ) -> dict[str, tf.Tensor]:
+        """The outputs before calibration, as at the average position of the surface; see `predictions`."""
+        surface = None if self._surface_id is None else features.get(self._surface_id)
+        served = {**logits}
+        for name, tower in self.positions.items():
+            served[name] = tower.served(logits[name][:, 0], surface)[:, tf.newaxis]
+        return {
+            task.name: self.objectives[task.name].output(served[task.name], task_context(task, features))
+            for task in self.tasks
+        }
+
+    def task_losses(
+        self, logits: Mapping[str, tf.Tensor], inputs: Mapping[str, tf.Tensor], training: bool = False
+    ) -> dict[str, tuple[tf.Tensor, tf.Tensor]]:
+        """Sum of the losses and of the weights of the labelled rows, as they were shown, by task.
+
+        Args:
+          logits: from `logits`.
+          inputs: features, labels, positions and, optionally, weights of B rows.
+          training: whether positions are dropped.
+        """
+        surface = None if self._surface_id is None else inputs[self._surface_id]
+        shown = {**logits}
+        for name, tower in self.positions.items():
+            row = tower(logits[name][:, 0], inputs[ft.POSITION], surface, training=training)
+            shown[name] = row[:, tf.newaxis]
+        return {
+            task.name: labelled_loss(
+                self.objectives[task.name],
+                shown[task.name],
+                inputs[task.label],
+                task_context(task, inputs),
+                inputs.get(ROW_WEIGHT),
+            )
+            for task in self.tasks
+        }
+
+    def score(self, outputs: Mapping[str, tf.Tensor]) -> tf.Tensor:
+        """The final score of calibrated outputs by the declared weights."""
+        return final_score(outputs, declared_weights(self.tasks))
 
     def call(self, features: Mapping[str, tf.Tensor], training: bool = False) -> dict[str, tf.Tensor]:
-        """Logits by task, float32 [B], of B rows of transformed features."""
+        """Logits by task of B rows of transformed features, one candidate each."""
         if training:
             features = self._hide_ids(features)
-        return self.logits(self.encode_query(features), features, training)
+        return self.logits(self.encode_query(features), features, training=training)
 
     def compute_loss(self, inputs: Mapping[str, tf.Tensor], training: bool = False) -> tf.Tensor:
-        """Weighted sum of the task losses of a batch of transformed features and labels, float32 []."""
-        logits = self(inputs, training=training)
-        losses = []
-        for task in self.tasks:
-            total, count = labelled_loss(self.objectives[task.name], logits[task.name], inputs[task.label])
-            losses.append(task.loss_weight * total / tf.maximum(count, 1.0))
-        loss = tf.add_n(losses)
+        """The loss of a batch of transformed features and labels, float32 []."""
+        sums = self.task_losses(self(inputs, training=training), inputs, training)
+        losses = {name: tf.math.divide_no_nan(total, weight) for name, (total, weight) in sums.items()}
+        loss = self.balancer.total(losses)
         self.mean_loss.update_state(loss)
         return loss
 
@@ -217,11 +409,65 @@ def train(
     return log
 
 
+class Judged(NamedTuple):
+    """What a model says about labelled rows.
+
+    Attributes:
+      losses: sum of the losses and number of labelled rows, float64 [2] by task.
+      labels: float32 [N] by label; NaN where missing.
+      raw: outputs before calibration, float32 [N] by task.
+      outputs: calibrated outputs, float32 [N] by task.
+      slices: int [N] of the calibration; None without slices.
+    """
+
+    losses: Mapping[str, FloatArray]
+    labels: Mapping[str, FloatArray]
+    raw: Mapping[str, FloatArray]
+    outputs: Mapping[str, FloatArray]
+    slices: npt.NDArray[Any] | None
+
+
+def judge(model: RankingModel, batches: tf.data.Dataset) -> Judged:
+    """Runs the model over labelled batches. Raises DataError when there are no rows."""
+
+    @tf.function(reduce_retracing=True, autograph=False)
+    def step(batch: Mapping[str, tf.Tensor]) -> dict[str, Any]:
+        logits = model(batch, training=False)
+        losses = {name: tf.stack(sums) for name, sums in model.task_losses(logits, batch).items()}
+        slices = {} if model.slice_name is None else {"": batch[model.slice_name]}
+        return {
+            "losses": losses,
+            "labels": {task.label: batch[task.label] for task in model.tasks},
+            "raw": model.raw_predictions(logits, batch),
+            "outputs": model.predictions(logits, batch),
+            "slices": slices,
+        }
+
+    steps = [tf.nest.map_structure(lambda value: value.numpy(), step(batch)) for batch in batches]
+    if not any(len(value) for one in steps for value in one["labels"].values()):
+        raise DataError("no validation rows for the ranker; the eval split is empty: move split.eval_until.")
+
+    def joined(what: str) -> dict[str, FloatArray]:
+        return {name: np.concatenate([one[what][name] for one in steps]) for name in steps[0][what]}
+
+    losses = {
+        name: sum(one["losses"][name].astype(np.float64) for one in steps) for name in steps[0]["losses"]
+    }
+    slices = joined("slices").get("")
+    return Judged(losses, joined("labels"), joined("raw"), joined("outputs"), slices)
+
+
+def calibrate(model: RankingModel, batches: tf.data.Dataset, config: CalibrationConfig) -> None:
+    """Fits the calibration of every task on labelled batches that the model was not trained on."""
+    judged = judge(model, batches)
+    model.calibrators = fit_tasks(config, model.tasks, judged.raw, judged.labels, judged.slices)
+
+
 def evaluate(model: RankingModel, batches: tf.data.Dataset) -> dict[str, float]:
     """Judges the model on labelled batches.
 
     Returns:
-      `eval_loss`, the training objective with exact means over all labelled rows; and
+      `eval_loss`, the sum over tasks of loss_weight times the mean loss over all labelled rows; and
       `ranking/<task>/<metric>` of the served outputs: `auc` of binary tasks, `mae` and `xauc` of the others,
       and `calibration`, the mean output over the mean label (1 is perfect). A metric that the data cannot
       define is NaN.
@@ -229,33 +475,15 @@ def evaluate(model: RankingModel, batches: tf.data.Dataset) -> dict[str, float]:
     Raises:
       DataError: there are no rows.
     """
-
-    @tf.function(reduce_retracing=True, autograph=False)
-    def judge(batch: Mapping[str, tf.Tensor]) -> dict[str, Any]:
-        logits = model(batch, training=False)
-        losses = {n: labelled_loss(task, logits[n], batch[label[n]]) for n, task in model.objectives.items()}
-        return {"losses": losses, "outputs": model.predictions(logits)}
-
-    label = {task.name: task.label for task in model.tasks}
-    sums = {name: np.zeros(2) for name in label}
-    labels: dict[str, list[FloatArray]] = {name: [] for name in label}
-    outputs: dict[str, list[FloatArray]] = {name: [] for name in label}
-    for batch in batches:
-        judged = judge(batch)
-        for name in label:
-            sums[name] += [float(value) for value in judged["losses"][name]]
-            labels[name].append(batch[label[name]].numpy())
-            outputs[name].append(judged["outputs"][name].numpy())
-    if not any(len(piece) for piece in labels[model.tasks[0].name]):
-        raise DataError("no validation rows for the ranker; the eval split is empty: move split.eval_until.")
-
+    judged = judge(model, batches)
     result = {
         "eval_loss": sum(
-            task.loss_weight * sums[task.name][0] / max(sums[task.name][1], 1) for task in model.tasks
+            float(task.loss_weight * judged.losses[task.name][0] / max(judged.losses[task.name][1], 1))
+            for task in model.tasks
         )
     }
     for task in model.tasks:
-        truth, predicted = np.concatenate(labels[task.name]), np.concatenate(outputs[task.name])
+        truth, predicted = judged.labels[task.label], judged.outputs[task.name]
         known = ~np.isnan(truth)
         truth, predicted = truth[known].astype(np.float64), predicted[known].astype(np.float64)
         for name, value in _task_metrics(task.kind, truth, predicted).items():

@@ -19,7 +19,8 @@ from schema.contract import DatasetSpec
 from trainer import features as ft
 from trainer import raw_inputs
 from trainer.catalogue import Catalogue
-from trainer.ranking import RankingModel
+from trainer.ranking import SCORE, RankingModel
+from trainer.score import SCORE_WEIGHTS, final_score, request_weights
 
 CANDIDATES = "candidate_item_ids"
 IS_KNOWN = "item_is_known"
@@ -29,7 +30,7 @@ _logger = logging.getLogger(__name__)
 
 
 class ServedRanker(tf.Module):
-    """The two signatures of the exported ranker, and the variables that they read."""
+    """The signatures of the exported ranker, and the variables that they read."""
 
     def __init__(self, model: RankingModel, layer: Any, catalogue: Catalogue, spec: DatasetSpec) -> None:
         """Copies the catalogue, with one more row that stands for any unknown item.
@@ -47,6 +48,7 @@ class ServedRanker(tf.Module):
         self.transform_resources = raw_inputs.exported_resources(layer)
         # Only the weights: the Keras model would bring its optimizer and training functions along.
         self.weights = model.weights
+        self.attributes = model.attributes.tables
         # A closure keeps the model itself out of the object graph that is saved.
         self._model: Callable[[], RankingModel] = lambda: model
         self.rows = tf.lookup.StaticHashTable(
@@ -56,24 +58,33 @@ class ServedRanker(tf.Module):
             default_value=self._num_items,
         )
         unknown = _unknown_item(layer, spec)
-        self.items = {
-            name: tf.Variable(
-                _append_row(tf.constant(column), unknown[name]), trainable=False, name=f"item_{name}"
-            )
+        columns = {
+            name: _append_row(tf.constant(column), unknown[name])
             for name, column in catalogue.transformed.items()
+        }
+        columns |= {name: tf.constant(column) for name, column in catalogue.counters.items()}
+        self.items = {
+            name: tf.Variable(column, trainable=False, name=f"item_{name}")
+            for name, column in columns.items()
         }
         if catalogue.upload_time_unix_s is not None:
             upload_time = tf.constant(catalogue.upload_time_unix_s, tf.int64)
             missing = tf.constant([raw_inputs.MISSING["int64"]], tf.int64)
             self.upload_time_unix_s = tf.Variable(tf.concat([upload_time, missing], axis=0), trainable=False)
 
-    def rank(self, raw: Mapping[str, tf.Tensor], candidate_item_ids: tf.Tensor) -> dict[str, tf.Tensor]:
+    def rank(
+        self,
+        raw: Mapping[str, tf.Tensor],
+        candidate_item_ids: tf.Tensor,
+        score_weights: tf.Tensor | None = None,
+    ) -> dict[str, tf.Tensor]:
         """Judges N candidates for each of B requests.
 
         Args:
-          raw: raw query features, see `raw_inputs.query_signature`.
+          raw: raw query features and impressions, see `raw_inputs.ranking_signature`.
           candidate_item_ids: string [B, N]; "" is padding. An id outside the catalogue is judged by the query
             and what unknown items have in common.
+          score_weights: float32 [B, T], see `trainer.score.request_weights`; None for the declared ones.
 
         Returns:
           float32 [B, N] per task and `score`, int64 [B, N] `item_is_known`; zeros where padded.
@@ -81,35 +92,42 @@ class ServedRanker(tf.Module):
         model, ids = self._model(), tf.reshape(candidate_item_ids, [-1])
         num_candidates = tf.shape(candidate_item_ids)[1]
         rows = self.rows.lookup(ids)
-        item = {name: tf.gather(column, rows) for name, column in self.items.items()}
+        pairs = {name: tf.gather(column, rows) for name, column in self.items.items()}
         if ft.feature_space(self._spec).cross:
             event_time = tf.repeat(raw[ft.EVENT_TIME], num_candidates)
             upload_time = tf.gather(self.upload_time_unix_s, rows)
-            item |= raw_inputs.transform_cross(self._layer(), event_time, upload_time, self._spec)
+            pairs |= raw_inputs.transform_cross(self._layer(), event_time, upload_time, self._spec)
         # The query is transformed and encoded once, whatever the number of candidates.
-        query = model.encode_query(raw_inputs.transform_query(self._layer(), raw, self._spec)).repeat(
-            num_candidates
-        )
+        features = raw_inputs.transform_query(self._layer(), raw, self._spec)
+        features |= raw_inputs.transform_impressions(self._layer(), raw, self._spec)
+        for name in model.output_features:
+            pairs[name] = tf.repeat(features[name], num_candidates)
 
-        outputs = model.predictions(model.logits(query, item))
-        outputs[IS_KNOWN] = tf.cast(rows < self._num_items, tf.int64)
-        is_item = tf.not_equal(ids, "")
-        return {
-            name: tf.reshape(tf.where(is_item, value, tf.zeros_like(value)), tf.shape(candidate_item_ids))
-            for name, value in outputs.items()
-        }
+        logits = model.logits(model.encode_query(features), pairs, num_candidates)
+        shape = tf.shape(candidate_item_ids)
+        outputs = {name: tf.reshape(v, shape) for name, v in model.predictions(logits, pairs).items()}
+        if score_weights is None:
+            outputs[SCORE] = model.score(outputs)
+        else:
+            outputs[SCORE] = final_score(outputs, request_weights(score_weights, self._spec.tasks))
+        outputs[IS_KNOWN] = tf.reshape(tf.cast(rows < self._num_items, tf.int64), shape)
+        is_item = tf.not_equal(candidate_item_ids, "")
+        return {name: tf.where(is_item, value, tf.zeros_like(value)) for name, value in outputs.items()}
 
     def rank_examples(self, examples: tf.Tensor) -> dict[str, tf.Tensor]:
         """Judges serialized interaction tf.Examples, string [B]: float32 [B] per task and `score`."""
         model = self._model()
         raw = raw_inputs.parse_interaction_examples(examples, self._spec)
         transformed = raw_inputs.transform_query(self._layer(), raw, self._spec)
+        transformed |= raw_inputs.transform_impressions(self._layer(), raw, self._spec)
         transformed |= raw_inputs.transform_candidates(self._layer(), raw, self._spec)
+        transformed |= raw_inputs.transform_counts(self._layer(), raw[ft.ITEM_COUNTS])
         if ft.feature_space(self._spec).cross:
             transformed |= raw_inputs.transform_cross(
                 self._layer(), raw[ft.EVENT_TIME], raw[ft.UPLOAD_TIME], self._spec
             )
-        return model.predictions(model(transformed, training=False))
+        outputs = model.predictions(model(transformed, training=False), transformed)
+        return {**outputs, SCORE: model.score(outputs)}
 
     def signatures(self) -> dict[str, Any]:
         """Traced signatures by name, as documented in docs/architecture.md."""
@@ -117,13 +135,20 @@ class ServedRanker(tf.Module):
         def serve(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
             return self.rank(inputs, inputs.pop(CANDIDATES))
 
+        def serve_weighted(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
+            return self.rank(inputs, inputs.pop(CANDIDATES), inputs.pop(SCORE_WEIGHTS))
+
         def serve_examples(examples: tf.Tensor) -> dict[str, tf.Tensor]:
             return self.rank_examples(examples)
 
-        request = raw_inputs.query_signature(self._spec)
+        request = raw_inputs.ranking_signature(self._spec)
         request[CANDIDATES] = tf.TensorSpec([None, None], tf.string, name=CANDIDATES)
+        weights = tf.TensorSpec([None, len(self._spec.tasks)], tf.float32, name=SCORE_WEIGHTS)
         return {
             "serving_default": tf.function(serve, autograph=False).get_concrete_function(**request),
+            "serving_weighted": tf.function(serve_weighted, autograph=False).get_concrete_function(
+                **request, **{SCORE_WEIGHTS: weights}
+            ),
             "serving_examples": tf.function(serve_examples, autograph=False).get_concrete_function(
                 tf.TensorSpec([None], tf.string, name=EXAMPLES)
             ),

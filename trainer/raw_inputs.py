@@ -16,6 +16,7 @@ from trainer import features
 from trainer.features import RawInput
 
 _DTYPES = {"string": tf.string, "int64": tf.int64, "float32": tf.float32}
+_COUNTS = RawInput(features.ITEM_COUNTS, "float32", True)
 MISSING: Mapping[str, Any] = {"string": "", "int64": -1, "float32": float("nan")}
 
 
@@ -45,6 +46,45 @@ def transform_candidates(layer: Any, raw: Mapping[str, tf.Tensor], spec: Dataset
     """Raw candidate features (see `trainer.features.raw_candidate_inputs`) to transformed ones."""
     inputs = [r for r in features.raw_candidate_inputs(spec) if r.name != features.UPLOAD_TIME]
     return _transform(layer, raw, inputs, features.feature_space(spec).candidate)
+
+
+def ranking_signature(spec: DatasetSpec) -> dict[str, tf.TensorSpec]:
+    """Tensor specs of a request to the ranker: `query_signature`, and the impressions, lists [B, L]."""
+    impressions = {
+        raw.name: tf.TensorSpec([None, None], _DTYPES[raw.dtype], name=raw.name)
+        for raw in features.raw_impression_inputs(spec)
+    }
+    return {**query_signature(spec), **impressions}
+
+
+def transform_impressions(
+    layer: Any, raw: Mapping[str, tf.Tensor], spec: DatasetSpec
+) -> dict[str, tf.Tensor]:
+    """The user's latest impressions as of the event time of the request: [B, L] each, padded with 0.
+
+    Args:
+      layer: `tft.TFTransformOutput.transform_features_layer()`.
+      raw: EVENT_TIME [B], and tensors as in `ranking_signature`; the other lists count only where
+        IMPRESSION_ITEMS is not "".
+      spec: the declaration.
+    """
+    impressions = features.raw_impression_inputs(spec)
+    for other in impressions[1:]:
+        tf.debugging.assert_equal(
+            tf.shape(raw[other.name]),
+            tf.shape(raw[features.IMPRESSION_ITEMS]),
+            f"{other.name} and {features.IMPRESSION_ITEMS} must be lists of the same length",
+        )
+    inputs = (RawInput(features.EVENT_TIME, "int64", False), *impressions)
+    transformed = layer({r.name: _to_sparse(raw[r.name], r) for r in inputs})
+    return {name: to_dense(transformed[name]) for name in features.impression_names(spec)}
+
+
+def transform_counts(layer: Any, counts: tf.Tensor) -> dict[str, tf.Tensor]:
+    """Counters and label means of raw counts, float32 [M, C], NaN where a row has none."""
+    raw = RawInput(features.ITEM_COUNTS, "float32", True)
+    transformed = layer({raw.name: _to_sparse(counts, raw)})
+    return {name: to_dense(transformed[name]) for name in features.COUNTER_NAMES}
 
 
 def transform_cross(
@@ -106,13 +146,17 @@ def _to_sparse(values: tf.Tensor, raw: RawInput) -> tf.SparseTensor:
 
 
 def parse_interaction_examples(serialized: tf.Tensor, spec: DatasetSpec) -> dict[str, tf.Tensor]:
-    """Raw query and candidate features of serialized interaction examples, string [B], as in a request."""
-    return _parse(serialized, (*features.raw_query_inputs(spec), *features.raw_candidate_inputs(spec)))
+    """Raw features of serialized interaction examples, string [B], as in a request to the ranker.
+
+    Those of query and candidate, the impressions, and ITEM_COUNTS float32 [B, C].
+    """
+    query = (*features.raw_query_inputs(spec), *features.raw_impression_inputs(spec))
+    return _parse(serialized, (*query, *features.raw_candidate_inputs(spec), _COUNTS))
 
 
 def parse_candidate_examples(serialized: tf.Tensor, spec: DatasetSpec) -> dict[str, tf.Tensor]:
-    """Raw candidate features of serialized catalogue examples, string [B]."""
-    return _parse(serialized, features.raw_candidate_inputs(spec))
+    """Raw candidate features of serialized catalogue examples, string [B], and ITEM_COUNTS float32 [B, C]."""
+    return _parse(serialized, (*features.raw_candidate_inputs(spec), _COUNTS))
 
 
 def parse_user_state_examples(serialized: tf.Tensor, spec: DatasetSpec) -> dict[str, tf.Tensor]:

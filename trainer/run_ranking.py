@@ -8,21 +8,27 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
 import tensorflow_transform as tft
 
-from schema.contract import dataset_spec_from_json
-from trainer.checkpoint import Network, read_checkpoint, write_checkpoint
+from schema.contract import DatasetSpec, dataset_spec_from_json
+from trainer import features
+from trainer.calibration import Calibrator
+from trainer.catalogue import Catalogue
+from trainer.checkpoint import Network, catalogue_files, read_checkpoint, write_checkpoint
 from trainer.config import RankingConfig
+from trainer.debiasing import PositionStatistics, position_statistics
+from trainer.impressions import ItemAttributes
 from trainer.input_pipeline import load_catalogue, ordered_batches, shuffled_batches, windows
+from trainer.label_statistics import LabelStatistics, label_statistics
 from trainer.preprocessing import vocabulary_sizes
-from trainer.ranking import RankingModel, train
+from trainer.ranking import ROW_WEIGHT, RankingModel, calibrate, train
 from trainer.ranking_export import export
-from trainer.ranking_losses import LabelStatistics, label_statistics
+from trainer.row_weights import check_debiasing, weighted_windows
 
 TRAINING_LOG = "training_log.json"
 
@@ -44,20 +50,22 @@ def run_fn(fn_args: Any) -> None:
     spec = dataset_spec_from_json(fn_args.custom_config["dataset"])
     config = RankingConfig.model_validate_json(fn_args.custom_config["config"])
     transform_output = tft.TFTransformOutput(fn_args.transform_output)
-    catalogue_files = fn_args.custom_config["catalogue"]
-    catalogue = load_catalogue(catalogue_files, transform_output, spec)
-    train_windows = windows(fn_args.train_files, spec, transform_output)
-    eval_windows = windows(fn_args.eval_files, spec, transform_output)
+    item_files = fn_args.custom_config["catalogue"]
+    catalogue = load_catalogue(item_files, transform_output, spec)
+    train_windows = windows(fn_args.train_files, spec, transform_output, ranking=True)
+    eval_windows = windows(fn_args.eval_files, spec, transform_output, ranking=True)
 
+    check_debiasing(config, spec)
     statistics = label_statistics(train_windows.as_numpy_iterator(), spec.tasks)
+    positions = _positions(train_windows, transform_output, spec, config)
     tf.keras.utils.set_random_seed(config.seed)
-    model = RankingModel(spec, vocabulary_sizes(transform_output, spec), statistics, config)
-    log = train(
-        model,
-        shuffled_batches(train_windows, config.batch_size, config.seed),
-        ordered_batches(eval_windows, config.batch_size),
-        config,
-    )
+    model = _model(spec, transform_output, catalogue, statistics, config, positions)
+    eval_batches = ordered_batches(eval_windows, config.batch_size)
+    weighted = weighted_windows(train_windows, spec, config)
+    is_kept = (lambda window: window[ROW_WEIGHT] > 0) if ROW_WEIGHT in weighted.element_spec else None
+    batches = shuffled_batches(weighted, config.batch_size, config.seed, keep=is_kept)
+    log = train(model, batches, eval_batches, config)
+    calibrate(model, eval_batches, config.calibration)
     _write_log(log, Path(fn_args.model_run_dir))
     export(model, transform_output.transform_features_layer(), catalogue, spec, fn_args.serving_model_dir)
     write_checkpoint(
@@ -67,8 +75,12 @@ def run_fn(fn_args: Any) -> None:
         spec=spec,
         config=config,
         transform_output=transform_output,
-        catalogue=catalogue_files,
-        settings={"statistics": {name: dataclasses.asdict(value) for name, value in statistics.items()}},
+        catalogue=item_files,
+        settings={
+            "statistics": {name: dataclasses.asdict(value) for name, value in statistics.items()},
+            "calibrators": {name: dataclasses.asdict(value) for name, value in model.calibrators.items()},
+            "positions": {name: dataclasses.asdict(value) for name, value in (positions or {}).items()},
+        },
     )
 
 
@@ -88,11 +100,53 @@ def refresh(model_dir: Path, catalogue: Sequence[str], target: Path) -> None:
     spec, transform_output = checkpoint.spec, checkpoint.transform_output
     statistics = {name: LabelStatistics(**v) for name, v in checkpoint.settings["statistics"].items()}
     config = checkpoint.read_config(RankingConfig)
-    model = RankingModel(spec, vocabulary_sizes(transform_output, spec), statistics, config)
+    trained_on = load_catalogue(catalogue_files(model_dir), transform_output, spec)
+    positions = {name: PositionStatistics(**v) for name, v in checkpoint.settings["positions"].items()}
+    model = _model(spec, transform_output, trained_on, statistics, config, positions or None)
     checkpoint.restore(_network(model))
     items = load_catalogue(catalogue, transform_output, spec)
+    model.attributes = _attributes(items, transform_output, spec)
+    model.calibrators = {
+        name: Calibrator.from_dict(v) for name, v in checkpoint.settings["calibrators"].items()
+    }
     export(model, transform_output.transform_features_layer(), items, spec, str(target))
     checkpoint.copy_to(target, catalogue)
+
+
+def _model(
+    spec: DatasetSpec,
+    transform_output: tft.TFTransformOutput,
+    catalogue: Catalogue,
+    statistics: Mapping[str, LabelStatistics],
+    config: RankingConfig,
+    positions: Mapping[str, PositionStatistics] | None,
+) -> RankingModel:
+    attributes = _attributes(catalogue, transform_output, spec)
+    sizes = vocabulary_sizes(transform_output, spec)
+    return RankingModel(spec, sizes, statistics, attributes, config, positions)
+
+
+def _positions(
+    train_windows: tf.data.Dataset,
+    transform_output: tft.TFTransformOutput,
+    spec: DatasetSpec,
+    config: RankingConfig,
+) -> dict[str, PositionStatistics] | None:
+    if config.position.kind == "none":
+        return None
+    surface, num_surfaces = None, 1
+    if spec.surface_is_mapped:
+        surface = features.feature_space(spec).find(features.SURFACE).id_name
+        num_surfaces = vocabulary_sizes(transform_output, spec)[features.SURFACE]
+    return position_statistics(
+        train_windows.as_numpy_iterator(), spec.tasks, config.position, num_surfaces, surface
+    )
+
+
+def _attributes(
+    catalogue: Catalogue, transform_output: tft.TFTransformOutput, spec: DatasetSpec
+) -> ItemAttributes:
+    return ItemAttributes(catalogue, vocabulary_sizes(transform_output, spec)[features.ITEM_SPACE], spec)
 
 
 def _network(model: RankingModel) -> Network:

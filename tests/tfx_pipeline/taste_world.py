@@ -49,7 +49,7 @@ dataset:
   split: {fractions: [0.8, 0.1, 0.1]}
 slices: [surface]
 retrieval: {batch_size: 128, learning_rate: 0.05, max_epochs: 8, hidden_layers: [32], embedding_dim: 16}
-ranking: {batch_size: 128, learning_rate: 0.005, max_epochs: 4, hidden_layers: [32]}
+ranking: {batch_size: 128, learning_rate: 0.005, max_epochs: 4, experts: {hidden_layers: [32]}}
 gates:
   - {metric: retrieval/recall_at_50, min: 0.4, max_drop: 0.05}
   - {metric: ranking/click/auc, min: 0.7, max_drop: 0.02}

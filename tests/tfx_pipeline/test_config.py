@@ -202,7 +202,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_the_resolved_configuration_survives_json() -> None:
-    config = load_run_config("kuairand-pure", ["ranking.hidden_layers=[8]"])
+    config = load_run_config("kuairand-pure", ["ranking.experts.hidden_layers=[8]"])
     assert type(config).model_validate_json(config.model_dump_json()) == config
 
 

@@ -143,6 +143,17 @@ def test_every_event_is_in_one_example_of_its_split_and_users_stay_together(
             if events[p]["user_id"] == row["user_id"] and events[p]["click"]
         ]
         assert text(example, "history_item_ids") == earlier[-50:]
+        shown = [events[p] for p in range(row["position"]) if events[p]["user_id"] == row["user_id"]][-50:]
+        assert text(example, "impression_item_ids") == [event["item_id"] for event in shown]
+        assert text(example, "impression_surfaces") == [event["surface"] for event in shown]
+        times = feature["impression_event_time_unix_s"].int64_list.value
+        assert list(times) == [event["event_time_unix_s"] for event in shown]
+        clicks = [event["click"] for event in shown]
+        assert list(feature["impression_click"].float_list.value) == clicks
+        # Of the log, whoever's: the times are distinct, so that the position counts what is earlier.
+        counts = feature["item_counts"].float_list.value
+        assert counts[:2] == [row["position"], sum(events[p]["click"] for p in range(row["position"]))]
+        assert list(counts) == row["item_counts"]
         assert list(feature["click"].float_list.value) == [row["click"]]
         assert len(feature["age"].float_list.value) == (int(row["user_id"][1:]) >= 5)
         assert "unused" not in feature
@@ -165,8 +176,14 @@ def test_every_user_has_one_state_with_or_without_events_or_a_row(
     table = pl.read_parquet(tables_dir / INTERACTIONS).filter(pl.col("click") > 0)
     seen = table.filter(pl.col("split") == "train").group_by("user_id").agg("item_id")
     expected = {user: set(items) for user, items in seen.iter_rows()}
+    shown = pl.read_parquet(tables_dir / INTERACTIONS).filter(pl.col("split") == "train")
     for example in examples:
-        assert set(text(example, "seen_item_ids")) == expected.get(text(example, "user_id")[0], set())
+        user = text(example, "user_id")[0]
+        assert set(text(example, "seen_item_ids")) == expected.get(user, set())
+        of_user = shown.filter(pl.col("user_id") == user).sort("event_time_unix_s")
+        assert text(example, "impression_item_ids") == of_user["item_id"].to_list()[-50:]
+        clicks = example.features.feature["impression_click"].float_list.value
+        assert list(clicks) == of_user["click"].to_list()[-50:]
 
 
 def test_the_catalogue_holds_every_item_once_in_one_file(
@@ -177,6 +194,13 @@ def test_the_catalogue_holds_every_item_once_in_one_file(
     assert sorted(text(e, "item_id")[0] for e in examples) == sorted(f"i{i}" for i in range(20))
     assert text(examples[0], "tags") == ["a"]
     assert list(examples[0].features.feature["upload_time_unix_s"].int64_list.value) == [START]
+    # As of the end of training: its 360 rows.
+    train = pl.read_parquet(tables_dir / INTERACTIONS).filter(pl.col("split") == "train")
+    for example in examples:
+        mine = train.filter(pl.col("item_id") == text(example, "item_id")[0])
+        counts = example.features.feature["item_counts"].float_list.value
+        assert counts[:2] == [360, train["click"].sum()]
+        assert counts[2:4] == [len(mine), mine["click"].sum()]
 
 
 @pytest.mark.parametrize("num_shards", [1, 3, 64])

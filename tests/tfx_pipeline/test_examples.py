@@ -67,6 +67,7 @@ def random_events(rows: int, num_users: int, num_moments: int, seed: int) -> lis
             "surface": [None, "home", "watch"][rng.integers(3)],
             "search_tokens": searches[rng.integers(len(searches))],
             "click": [None, 0.0, 1.0, 1.0][rng.integers(4)],
+            "item_counts": [float(row)],
             "row_number": row,
             "split": "train"
             if moment < 0.6 * num_moments
@@ -81,7 +82,11 @@ def random_events(rows: int, num_users: int, num_moments: int, seed: int) -> lis
 def frame(rows: list[Row]) -> pl.DataFrame:
     return pl.DataFrame(
         rows,
-        schema_overrides={"search_tokens": pl.List(pl.String), "click": pl.Float32},
+        schema_overrides={
+            "search_tokens": pl.List(pl.String),
+            "click": pl.Float32,
+            "item_counts": pl.List(pl.Float32),
+        },
         infer_schema_length=None,
     )
 
@@ -96,7 +101,7 @@ USERS = entity(
 )
 ITEMS = entity(
     "item_id", [f"i{i}" for i in range(30)], "tags", [[f"t{i}", "all"] if i % 3 else None for i in range(30)]
-)
+).with_columns(item_counts=pl.Series([[-1.0]] * 30, dtype=pl.List(pl.Float32)))
 SPEC = declaration(valid_from=False)
 
 
@@ -143,9 +148,13 @@ def search_oracle(rows: list[Row], at: Row) -> list[str]:
     return words[-50:]
 
 
-def build(rows: list[Row], cap: int = 1_000, spec: DatasetSpec = SPEC) -> list[Row]:
+def build_frame(rows: list[Row], cap: int = 1_000, spec: DatasetSpec = SPEC) -> pl.DataFrame:
     shuffled = frame(rows).sample(fraction=1, shuffle=True, seed=3)
-    return interaction_columns(shuffled, USERS, ITEMS, spec, ExampleSettings(START + 60, cap)).to_dicts()
+    return interaction_columns(shuffled, USERS, ITEMS, spec, ExampleSettings(START + 60, cap))
+
+
+def build(rows: list[Row], cap: int = 1_000, spec: DatasetSpec = SPEC) -> list[Row]:
+    return build_frame(rows, cap, spec).to_dicts()
 
 
 @pytest.mark.parametrize(
@@ -167,7 +176,7 @@ def test_histories_hold_what_was_strictly_earlier(rows: int, moments: int) -> No
 def test_no_row_and_no_value_is_lost_or_changed() -> None:
     events = random_events(300, NUM_USERS, 50, seed=1)
     ages = dict(USERS.iter_rows())
-    tags = dict(ITEMS.iter_rows())
+    tags = dict(ITEMS.select("item_id", "tags").iter_rows())
     built = {row["row_number"]: row for row in build(events)}
     assert len(built) == len(events)
     for row in events:
@@ -176,6 +185,88 @@ def test_no_row_and_no_value_is_lost_or_changed() -> None:
             assert example[name] == row[name]
         assert example["age"] == ages.get(row["user_id"])
         assert example["tags"] == tags[row["item_id"]]
+        assert example["item_counts"] == row["item_counts"]  # not those at the end of training
+
+
+def impressions_oracle(
+    rows: list[Row], user_id: str, before: int, max_impressions: int = 50
+) -> list[tuple[Any, ...]]:
+    """What a user was shown strictly before a moment, whatever came of it; oldest first, the latest ones."""
+    shown = [
+        (row["item_id"], row["event_time_unix_s"], row["surface"] or "", row["click"])
+        for row in in_time_order(rows)
+        if row["user_id"] == user_id and row["event_time_unix_s"] < before
+    ]
+    return shown[-max_impressions:]
+
+
+def impressions_of(row: Row) -> list[tuple[Any, ...]]:
+    """The impressions of a built row, whose lists are equally long; a missing label back to None."""
+    names = ("impression_item_ids", "impression_event_time_unix_s", "impression_surfaces", "impression_click")
+    return [
+        (item, time, surface, None if np.isnan(click) else click)
+        for item, time, surface, click in zip(*(row[name] or [] for name in names), strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "users", "moments", "most"),
+    [(400, NUM_USERS, 100, 50), (600, NUM_USERS, 12, 50), (300, 2, 5_000, 7)],
+    ids=["some ties", "mostly ties", "at most 7"],
+)
+def test_impressions_are_all_that_was_shown_strictly_earlier(
+    rows: int, users: int, moments: int, most: int
+) -> None:
+    events = random_events(rows, users, moments, seed=rows)
+    built = build(events, spec=declaration(valid_from=False, max_impressions=most))
+    for row, at in zip(built, in_time_order(events), strict=True):
+        assert impressions_of(row) == impressions_oracle(events, at["user_id"], at["event_time_unix_s"], most)
+    assert max(len(row["impression_item_ids"]) for row in built) == most
+    assert {click for row in built for *_, click in impressions_of(row)} == {None, 0.0, 1.0}
+
+
+def test_a_dataset_without_surfaces_has_impressions_without_them() -> None:
+    spec = declaration(valid_from=False).model_dump()
+    del spec["interactions"]["columns"]["surface"]
+    events = frame(random_events(20, 2, 9, seed=3)).drop("surface")
+    built = interaction_columns(
+        events, USERS, ITEMS, DatasetSpec.model_validate(spec), ExampleSettings(START, 1)
+    )
+    assert [name for name in built.columns if name.startswith("impression")] == [
+        "impression_item_ids",
+        "impression_event_time_unix_s",
+        "impression_click",
+    ]
+
+
+@pytest.mark.parametrize("until", [0, 30, 1_000])
+def test_what_is_known_of_a_user_can_end_before_the_events(until: int) -> None:
+    events = random_events(300, NUM_USERS, 60, seed=9)
+    settings = ExampleSettings(START + 60, 1_000, history_until_unix_s=START + until)
+    built = interaction_columns(frame(events), USERS, ITEMS, SPEC, settings).to_dicts()
+    for row, at in zip(built, in_time_order(events), strict=True):
+        known = {**at, "event_time_unix_s": min(at["event_time_unix_s"], START + until)}
+        assert row["event_time_unix_s"] == at["event_time_unix_s"]
+        assert row["history_item_ids"] == history_oracle(events, known)
+        assert row["search_tokens"] == search_oracle(events, known)
+        assert impressions_of(row) == impressions_oracle(events, at["user_id"], known["event_time_unix_s"])
+    assert any(row["history_item_ids"] for row in built) == (until > 0)
+
+
+def test_rows_to_predict_know_the_log_and_not_each_other() -> None:
+    events = random_events(400, NUM_USERS, 60, seed=10)
+    log = [row for row in events if row["split"] == "train"]
+    # Of the rows to predict a label may be known, but it must not matter; u99 is not in the log.
+    wanted = [row for row in events if row["split"] != "train"][::3]
+    wanted.append({**wanted[0], "user_id": "u99", "row_number": 999})
+    settings = ExampleSettings(START + 36, 1_000)
+    built = interaction_columns(frame(wanted), USERS, ITEMS, SPEC, settings, frame(log)).to_dicts()
+    assert [row["row_number"] for row in built] == [row["row_number"] for row in in_time_order(wanted)]
+    for row, at in zip(built, in_time_order(wanted), strict=True):
+        assert row["history_item_ids"] == history_oracle(log, at)
+        assert row["search_tokens"] == search_oracle(log, at)
+        assert impressions_of(row) == impressions_oracle(log, at["user_id"], at["event_time_unix_s"])
+        assert (row["user_id"], row["item_id"], row["click"]) == (at["user_id"], at["item_id"], at["click"])
 
 
 @pytest.mark.parametrize("cap", [1, 3, 1_000])
@@ -211,15 +302,15 @@ def session_start_oracle(rows: list[Row], at: Row, gap_s: float) -> int:
 def test_prior_sessions_end_before_the_session_of_the_positive(gap_s: int, cap: int) -> None:
     events = random_events(120, NUM_USERS, 1_000, seed=6)
     spec = declaration(valid_from=False, session_gap_hours=gap_s / 3_600)
-    built = build(events, cap, spec)
-    plain = build(events, cap)
+    built = build_frame(events, cap, spec)
+    # Nothing else changes.
+    assert built.drop("prior_sessions_item_ids").equals(build_frame(events, cap))
     lengths = []
-    for row, without, at in zip(built, plain, in_time_order(events), strict=True):
+    for row, at in zip(built.to_dicts(), in_time_order(events), strict=True):
         learnt = row["split"] == "train" and row["retrieval_weight"] > 0
         start = session_start_oracle(events, at, gap_s)
         expected = history_oracle(events, {**at, "event_time_unix_s": start}) if learnt else []
-        assert row.pop("prior_sessions_item_ids") == expected
-        assert row == without  # nothing else changes
+        assert row["prior_sessions_item_ids"] == expected
         lengths += [(len(expected), len(row["history_item_ids"]))] if learnt else []
     assert any(prior == 0 for prior, _ in lengths) and any(0 < prior < full for prior, full in lengths)
 
@@ -283,6 +374,7 @@ def test_features_are_those_valid_at_the_event_time() -> None:
     users, items = successive("user_id", "u", 4, "age"), successive("item_id", "i", 30, "tags")
     for row in items:
         row["tags"] = [f"t{row['tags']}"]
+        row["item_counts"] = [-1.0]
     spec, settings = declaration(valid_from=True), ExampleSettings(START + 36, 100)
     users_frame = pl.DataFrame(users).with_columns(pl.col("age").cast(pl.Float32))
     items_frame = pl.DataFrame(items).sample(fraction=1, shuffle=True, seed=1)
@@ -328,6 +420,7 @@ def test_user_states_are_what_is_known_at_the_end_of_training() -> None:
         assert (state["history_item_ids"] or []) == watched[-50:]
         assert (state["seen_item_ids"] or []) == _distinct(watched)
         assert (state["search_tokens"] or []) == words[-50:]
+        assert impressions_of(state) == impressions_oracle(train, state["user_id"], START + 240)
         assert state["surface"] == (surfaces[-1] if surfaces else "home")
         assert state["age"] == ages.get(state["user_id"])
         assert state["event_time_unix_s"] == START + 240

@@ -10,11 +10,19 @@ import yaml
 
 from schema.contract import DatasetSpec
 from schema.errors import CheckpointError, DataError, ServingError
+from schema.point_in_time import count_names, log_count_names
 from schema.tables import read_items
 from tests.tfx_pipeline import taste_world
 from tfx_pipeline import refresh
 from tfx_pipeline.config import MODELS, RANKING, RETRIEVAL, RunPaths, load_run_config
-from tfx_pipeline.refresh import compare, encode_items, read_catalogue, refresh_index, write_catalogue
+from tfx_pipeline.refresh import (
+    compare,
+    encode_items,
+    read_catalogue,
+    refresh_index,
+    with_counts,
+    write_catalogue,
+)
 from tfx_pipeline.run_result import RunResult
 
 SPEC = DatasetSpec.model_validate(yaml.safe_load(taste_world.CONFIG)["dataset"])
@@ -32,8 +40,25 @@ def items_file(folder: Path, **changes: list[Any]) -> Path:
     return path
 
 
+LOG = [1.0] * len(log_count_names(SPEC))
+UNMET = LOG + [0.0] * (len(count_names(SPEC)) - len(LOG))
+
+
+def counted(items: pl.DataFrame) -> pl.DataFrame:
+    return items.with_columns(pl.Series("item_counts", [UNMET] * len(items), dtype=pl.List(pl.Float32)))
+
+
 def encoded(folder: Path, **changes: list[Any]) -> dict[str, bytes]:
-    return encode_items(read_items(SPEC, [items_file(folder, **changes)]), SPEC, NOW)
+    return encode_items(counted(read_items(SPEC, [items_file(folder, **changes)])), SPEC, NOW)
+
+
+def test_known_items_keep_their_counts_and_new_ones_have_none(tmp_path: Path) -> None:
+    items = read_items(SPEC, [items_file(tmp_path)])
+    counts = [LOG + [float(row)] * (len(UNMET) - len(LOG)) for row in range(3)]
+    known = items.with_columns(pl.Series("item_counts", counts, dtype=pl.List(pl.Float32)))
+    newer = read_items(SPEC, [items_file(tmp_path, video=["v3", "v9", "v2"])])
+    found = with_counts(newer, encode_items(known, SPEC, NOW), SPEC)
+    assert found["item_counts"].to_list() == [counts[2], UNMET, counts[1]]
 
 
 @pytest.fixture
@@ -79,7 +104,7 @@ def test_values_are_those_valid_at_the_moment(tmp_path: Path) -> None:
     items = SPEC.items.model_dump() | {"columns": columns}
     spec = DatasetSpec.model_validate(SPEC.model_dump() | {"items": items})
     path = items_file(tmp_path, video=["v1", "v1", "v1"], since=[NOW - 20, NOW - 10, NOW + 10])
-    table = read_items(spec, [path])
+    table = counted(read_items(spec, [path]))
     assert b"two" in encode_items(table, spec, NOW)["v1"]
     assert b"one" in encode_items(table, spec, NOW - 15)["v1"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,11 @@ from tfx_pipeline.user_states import (
     find_user_states,
     padded,
     query_arrays,
+    ranking_arrays,
     read_user_states,
     unknown_user_state,
 )
-from trainer import raw_inputs
+from trainer import features, raw_inputs
 
 TIME = 1_700_000_000
 SPEC = DatasetSpec.model_validate(
@@ -57,10 +59,19 @@ STATES = pl.DataFrame(
         "seen_item_ids": [["a", "b"], None, ["c"]],
         "eval_item_ids": [None, ["d"], None],
         "test_item_ids": [None, None, ["e", "f"]],
+        "impression_item_ids": [["a", "z"], None, ["c"]],
+        "impression_event_time_unix_s": [[TIME - 9, TIME - 1], None, [TIME - 5]],
+        "impression_surfaces": [["home", ""], None, ["watch"]],
+        "impression_click": [[1.0, float("nan")], None, [0.0]],
     },
-    schema_overrides={"age": pl.Float32},
+    schema_overrides={"age": pl.Float32, "impression_click": pl.List(pl.Float32)},
 )
-DTYPES = {name: "string" for name in STATES.columns} | {"age": "float32", "event_time_unix_s": "int64"}
+DTYPES = {name: "string" for name in STATES.columns} | {
+    "age": "float32",
+    "event_time_unix_s": "int64",
+    "impression_event_time_unix_s": "int64",
+    "impression_click": "float32",
+}
 
 
 @pytest.fixture
@@ -84,8 +95,17 @@ def test_every_state_is_read_without_what_is_absent(files: list[str]) -> None:
         "event_time_unix_s": TIME,
     }
     assert (ann.user_id, ann.seen_item_ids) == ("ann", ("a", "b"))
+    click = ann.impressions["impression_click"]
+    assert click[0] == 1 and math.isnan(click[1])
+    assert ann.impressions == {
+        "impression_item_ids": ["a", "z"],
+        "impression_event_time_unix_s": [TIME - 9, TIME - 1],
+        "impression_surfaces": ["home", ""],
+        "impression_click": click,
+    }
+    assert ann.request == {**ann.query, **ann.impressions}
     assert bo.query == {"user_id": "bo", "surface": "home", "event_time_unix_s": TIME}
-    assert bo.seen_item_ids == ()
+    assert (bo.seen_item_ids, bo.impressions) == ((), {})
     assert cem.user_id == "çem"
 
 
@@ -124,10 +144,32 @@ def test_an_unknown_user_has_only_a_name_a_moment_and_a_surface(files: list[str]
     like = next(read_user_states(files, SPEC))
     state = unknown_user_state("new", like)
     assert state.query == {"user_id": "new", "event_time_unix_s": TIME, "surface": "home"}
-    assert state.seen_item_ids == ()
+    assert (state.seen_item_ids, state.impressions) == ((), {})
+
+
+@pytest.mark.parametrize("chosen", [[0, 1, 2], [1]], ids=["several", "one without lists"])
+def test_a_request_to_the_ranker_says_the_same_as_the_serialized_example(
+    files: list[str], chosen: list[int]
+) -> None:
+    states = list(read_user_states(files, SPEC))
+    states = [states[index] for index in chosen]
+    # An interaction example has the same query and impressions; what it says of the item is left out here.
+    parsed = raw_inputs.parse_interaction_examples(tf.constant([s.serialized for s in states]), SPEC)
+    arrays = ranking_arrays(states, SPEC)
+    assert list(arrays) == list(raw_inputs.ranking_signature(SPEC))
+    for name, spec in raw_inputs.ranking_signature(SPEC).items():
+        array = tf.constant(arrays[name], spec.dtype)
+        assert spec.shape.is_compatible_with(array.shape)
+        np.testing.assert_array_equal(array.numpy(), parsed[name].numpy())
+    lengths = {arrays[r.name].shape for r in features.raw_impression_inputs(SPEC)}
+    assert lengths == {(len(chosen), 2 if 0 in chosen else 0)}
 
 
 def test_lists_are_padded_on_the_right() -> None:
     assert padded([["a"], [], ["b", "c"]]).tolist() == [["a", ""], ["", ""], ["b", "c"]]
     assert padded([[], []]).shape == (2, 0)
     assert padded([]).shape == (0, 0)
+    assert padded([[], [7, 8]], "int64").tolist() == [[-1, -1], [7, 8]]
+    numbers = padded([[0.5], []], "float32")
+    assert numbers.dtype == np.float32
+    np.testing.assert_array_equal(numbers, [[0.5], [np.nan]])

@@ -8,7 +8,10 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from schema.contract import DatasetSpec
+from schema.point_in_time import count_names
 from trainer import features as ft
+from trainer.catalogue import Catalogue
+from trainer.impressions import ItemAttributes
 
 NUM_USERS = 40
 NUM_ITEMS = 12
@@ -18,6 +21,9 @@ CREATORS = ["c0", "c1", "c2"]
 TAGS = ["t0", "t1"]
 DAY_S = 86_400
 MEAN_WATCH_S = {True: 30.0, False: 6.0}
+
+# Three keys in three windows, each with impressions and the labels click, rating and watch_time_s.
+NUM_COUNTERS = 3 * 3 * 4
 
 Rows = dict[str, npt.NDArray[Any]]
 
@@ -57,6 +63,7 @@ def spec(**changes: Any) -> DatasetSpec:
             {"name": "watch", "label": "watch_time_s", "kind": "watch_time", "score_weight": 0.1},
         ],
         "split": {"fractions": [0.8, 0.1, 0.1]},
+        "counters": {"keys": ["item_id", "creator_id", "tag"], "windows_days": [1, 7]},
     }
     return DatasetSpec.model_validate(values | changes)
 
@@ -72,10 +79,19 @@ VOCABULARY_SIZES = {
 }
 
 
+def attributes(declaration: DatasetSpec) -> ItemAttributes:
+    """Creators and tags of all items, as `rows` has them."""
+    item = np.arange(NUM_ITEMS)
+    columns = {"item_id_id": item + 2, "creator_id_id": item % 3 + 2, "tag_ids": item[:, np.newaxis] % 2 + 2}
+    catalogue = Catalogue(np.array(ITEMS, object), columns, None)
+    return ItemAttributes(catalogue, VOCABULARY_SIZES["item_id"], declaration)
+
+
 def rows(count: int, seed: int) -> Rows:
     """Transformed rows: users of even number like items of even number, the others like the odd ones.
 
-    Every item is liked by half of the users, so that an item's mean says nothing about a click.
+    Every item is liked by half of the users, so that an item's mean says nothing about a click. Counters and
+    impressions are noise.
     """
     rng = np.random.default_rng(seed)
     user, item = rng.integers(NUM_USERS, size=count), rng.integers(NUM_ITEMS, size=count)
@@ -97,6 +113,18 @@ def rows(count: int, seed: int) -> Rows:
     for name in ("age", "length", "example_age_days", "item_age_days"):
         cdf = rng.random(count).astype(np.float32)
         columns |= {f"{name}_cdf": cdf, f"{name}_bucket": 1 + (cdf * 32).astype(np.int32)}
+    is_shown = np.arange(4) < rng.integers(0, 5, count)[:, np.newaxis]
+    impressions = {
+        "impression_item_ids_ids": rng.integers(1, NUM_ITEMS + 2, is_shown.shape),
+        "impression_surfaces_ids": rng.integers(0, 4, is_shown.shape),
+        "impression_ages_s": rng.integers(0, 30 * DAY_S, is_shown.shape),
+        "impression_click": rng.integers(0, 2, is_shown.shape).astype(np.float32),
+        "impression_rating": rng.integers(0, 6, is_shown.shape).astype(np.float32),
+        "impression_watch_time_s": rng.exponential(10, is_shown.shape).astype(np.float32),
+    }
+    columns |= {name: np.where(is_shown, c, 0).astype(c.dtype) for name, c in impressions.items()}
+    columns["item_counters"] = rng.random((count, NUM_COUNTERS), np.float32)
+    columns["label_means_so_far"] = np.tile(np.float32([0.5, 1.8, 18.0]), (count, 1))
     columns = {name: c.astype(np.int32) if c.dtype == np.int64 else c for name, c in columns.items()}
     labels = {"click": click, "watch_time_s": watch, "rating": np.where(click, rating, np.nan)}
     return columns | {name: label.astype(np.float32) for name, label in labels.items()}
@@ -139,6 +167,14 @@ class TransformStub(tf.Module):
                 if name in ("history_item_ids", "tag")
                 else {f"{name}_id": _dense(ids, 0)}
             )
+        if ft.ITEM_COUNTS in raw:
+            counts = tf.ensure_shape(
+                tf.sparse.to_dense(raw[ft.ITEM_COUNTS]), [None, len(count_names(spec()))]
+            )
+            out[ft.COUNTERS] = counts[:, 4:] / (1.0 + counts[:, 4:])
+            out[ft.LABEL_MEANS] = counts[:, 1:4] / tf.maximum(counts[:, :1], 1.0)
+        if ft.IMPRESSION_ITEMS in raw:
+            out |= self._impressions(raw)
         for name in ("age", "length"):
             if name in raw:
                 out |= _continuous(name, _dense(raw[name], float("nan")))
@@ -152,6 +188,19 @@ class TransformStub(tf.Module):
                 age = tf.cast(event_time - upload_time, tf.float32) / DAY_S
                 out |= _continuous("item_age_days", tf.where(upload_time < 0, float("nan"), age))
         return out
+
+    def _impressions(self, raw: Mapping[str, tf.SparseTensor]) -> dict[str, tf.SparseTensor]:
+        items, times = raw[ft.IMPRESSION_ITEMS], raw[ft.IMPRESSION_TIMES]
+        surfaces = raw[ft.IMPRESSION_SURFACES]
+        surface_ids = self.tables["surface"].lookup(surfaces.values)
+        now = tf.gather(_dense(raw[ft.EVENT_TIME], -1), times.indices[:, 0])
+        names = [ft.impression_label(label) for label in spec().task_labels]
+        return {
+            ft.IMPRESSION_IDS: items.with_values(self.tables["item_id"].lookup(items.values)),
+            ft.IMPRESSION_AGES: times.with_values(now - times.values),
+            ft.IMPRESSION_SURFACE_IDS: surfaces.with_values(surface_ids),
+            **{name: raw[name] for name in names},
+        }
 
 
 def _table(values: list[str]) -> tf.lookup.StaticHashTable:

@@ -115,8 +115,8 @@ def test_a_model_of_an_older_version_has_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_format_is_refused(model_dir: Path) -> None:
-    edit_manifest(model_dir, format=2, version="9.9.9")
-    with pytest.raises(CheckpointError, match=r"has format 2, written by Funnel 9\.9\.9; .* reads format 1"):
+    edit_manifest(model_dir, format=3, version="9.9.9")
+    with pytest.raises(CheckpointError, match=r"has format 3, written by Funnel 9\.9\.9; .* reads format 2"):
         read_checkpoint(model_dir)
 
 

@@ -75,8 +75,10 @@ def test_the_schema_lists_every_raw_feature_and_hides_labels_from_serving() -> N
     schema = interactions_schema(spec)
     raw = {r.name for r in (*features.raw_query_inputs(spec), *features.raw_candidate_inputs(spec))}
     hidden = {f.name for f in schema.feature if "SERVING" in f.not_in_environment}
-    assert {f.name for f in schema.feature} - hidden == raw
-    assert hidden == {"click", "like", "watch_time_s", "retrieval_weight", "position"}
+    impressions = {r.name for r in features.raw_impression_inputs(spec)}
+    assert {f.name for f in schema.feature} - hidden == raw | impressions | {"item_counts"}
+    logged = {"position", "exploration", "propensity"}
+    assert hidden == {"click", "like", "watch_time_s", "retrieval_weight", *logged}
     by_name = {f.name: f for f in schema.feature}
     assert (by_name["click"].float_domain.min, by_name["click"].float_domain.max) == (0, 1)
     assert by_name["watch_time_s"].float_domain.min == 0
@@ -84,3 +86,40 @@ def test_the_schema_lists_every_raw_feature_and_hides_labels_from_serving() -> N
     for name in ("user_id", "item_id", "event_time_unix_s"):
         assert (by_name[name].presence.min_fraction, by_name[name].value_count.min) == (1, 1)
     assert by_name["age_bucket"].presence.min_fraction == 0
+    # The log and three keys in three windows, each with impressions and three labels.
+    counts = by_name["item_counts"].value_count
+    assert (counts.min, counts.max) == (40, 40)
+
+
+def test_impressions_are_parallel_lists_with_a_label_for_every_task() -> None:
+    spec = load_dataset_spec("simulated")
+    assert [(r.name, r.dtype, r.is_list) for r in features.raw_impression_inputs(spec)] == [
+        ("impression_item_ids", "string", True),
+        ("impression_event_time_unix_s", "int64", True),
+        ("impression_surfaces", "string", True),
+        ("impression_click", "float32", True),
+        ("impression_like", "float32", True),
+        ("impression_watch_time_s", "float32", True),
+    ]
+    assert features.impression_names(spec) == (
+        "impression_item_ids_ids",
+        "impression_ages_s",
+        "impression_surfaces_ids",
+        "impression_click",
+        "impression_like",
+        "impression_watch_time_s",
+    )
+
+
+def test_a_dataset_without_surfaces_has_none_in_its_impressions() -> None:
+    spec = DatasetSpec.model_validate(_SMALL)
+    assert [r.name for r in features.raw_impression_inputs(spec)] == [
+        "impression_item_ids",
+        "impression_event_time_unix_s",
+        "impression_click",
+    ]
+    assert features.impression_names(spec) == (
+        "impression_item_ids_ids",
+        "impression_ages_s",
+        "impression_click",
+    )

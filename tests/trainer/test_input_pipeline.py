@@ -51,12 +51,15 @@ class RowTransform:
 
 
 class ItemTransform:
-    """Stands for a Transform output that turns the id "i7" into 7 and a tag into its length."""
+    """Stands for a Transform output that turns "i7" into 7, a tag into its length, and keeps counts."""
 
     def transform_features_layer(self) -> Any:
-        """Item ids and tags as numbers."""
+        """Item ids and tags as numbers; counts split into those of the item and the last one of the log."""
 
         def layer(raw: dict[str, tf.SparseTensor]) -> dict[str, Any]:
+            if "item_counts" in raw:
+                counts = tf.sparse.to_dense(raw["item_counts"])
+                return {"item_counters": counts[:, 2:], "label_means_so_far": counts[:, 1:2]}
             item, tags = raw["item_id"], raw["tags"]
             numbers = tf.strings.to_number(tf.strings.substr(item.values, 1, 9), tf.int64)
             lengths = tf.cast(tf.strings.length(tags.values), tf.int64)
@@ -210,16 +213,22 @@ def test_files_are_found_sorted_and_their_absence_is_told(tmp_path: Path) -> Non
         expand([f"{tmp_path}/nothing*"])
 
 
-def item(name: bytes, tags: int, upload: list[int]) -> dict[str, list[Any]]:
-    return {"item_id": [name] if name else [], "tags": [b"xx"] * tags, "upload_time_unix_s": upload}
+def item(name: bytes, tags: int, upload: list[int], shown: float = 1.0) -> dict[str, list[Any]]:
+    return {
+        "item_id": [name] if name else [],
+        "tags": [b"xx"] * tags,
+        "upload_time_unix_s": upload,
+        # Of the log 9 impressions and 4 clicks; of the item, in three windows, impressions and clicks.
+        "item_counts": [9.0, 4.0, *[shown, shown / 2] * 3],
+    }
 
 
 def test_the_catalogue_is_read_over_several_batches_and_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainer.input_pipeline._CHUNK_EXAMPLES", 2)
-    write(tmp_path / "a.gz", [item(b"i5", 0, [7]), item(b"i6", 1, [])])
-    write(tmp_path / "b.gz", [item(b"i7", 3, [9])])
+    write(tmp_path / "a.gz", [item(b"i5", 0, [7], shown=2.0), item(b"i6", 1, [])])
+    write(tmp_path / "b.gz", [item(b"i7", 3, [9], shown=6.0)])
     catalogue = load_catalogue([f"{tmp_path}/*.gz"], ItemTransform(), SPEC)
     assert len(catalogue) == 3
     assert catalogue.item_ids.tolist() == ["i5", "i6", "i7"]
@@ -227,11 +236,19 @@ def test_the_catalogue_is_read_over_several_batches_and_files(
     assert catalogue.transformed["tags_ids"].tolist() == [[0, 0, 0], [2, 0, 0], [2, 2, 2]]
     assert catalogue.upload_time_unix_s is not None
     assert catalogue.upload_time_unix_s.tolist() == [7, -1, 9]
+    # The last row is that of an item without any event in the same log.
+    assert catalogue.counters["item_counters"][:, :2].tolist() == [[2, 1], [1, 0.5], [6, 3], [0, 0]]
+    assert catalogue.counters["label_means_so_far"].tolist() == [[4]] * 4
 
 
 def test_item_ids_may_be_of_any_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = {"item_id_id": tf.constant([2], tf.int64), "tags_ids": tf.constant([[2]], tf.int64)}
-    monkeypatch.setattr(ItemTransform, "transform_features_layer", lambda self: lambda raw: layer)
+    layer = ItemTransform().transform_features_layer()
+    ids = {"item_id_id": tf.constant([2], tf.int64), "tags_ids": tf.constant([[2]], tf.int64)}
+    monkeypatch.setattr(
+        ItemTransform,
+        "transform_features_layer",
+        lambda self: lambda raw: layer(raw) if "item_counts" in raw else ids,
+    )
     write(tmp_path / "items.gz", [item("été-猫".encode(), 1, [])])
     assert load_catalogue([f"{tmp_path}/items.gz"], ItemTransform(), SPEC).item_ids.tolist() == ["été-猫"]
 

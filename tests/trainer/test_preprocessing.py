@@ -71,17 +71,34 @@ SPEC = DatasetSpec.model_validate(
         ],
         "split": {"fractions": [0.8, 0.1, 0.1]},
         "session_gap_hours": 24,
+        "counters": {"keys": ["item_id", "creator_id"], "windows_days": [1], "smoothing": 4},
     }
 )
+RANKING_ONLY = (*features.impression_names(SPEC), *features.COUNTER_NAMES)
 CUSTOM_CONFIG = {"dataset": SPEC.model_dump_json(), "train_end_unix_s": TRAIN_END}
-RAW = (*features.raw_query_inputs(SPEC), *features.raw_candidate_inputs(SPEC))
+IMPRESSIONS = features.raw_impression_inputs(SPEC)
+RAW = (*features.raw_query_inputs(SPEC), *IMPRESSIONS, *features.raw_candidate_inputs(SPEC))
 LABELS = ("click", "watch_time_s", "retrieval_weight")
 DTYPES = {
     **{r.name: r.dtype for r in RAW},
     **dict.fromkeys(LABELS, "float32"),
+    "item_counts": "float32",
     "prior_sessions_item_ids": "string",
 }
 TITLES = ["The Cat, the DOG", "cat & mouse!", "Ünder ÉTÉ", "", "2001: a mouse"]
+
+
+def make_counts(rng: np.random.Generator, row: int) -> list[float]:
+    """The log, then item and creator within a day and in all; impressions, clicks and seconds watched each.
+
+    Every fourth item is new: it has no impressions.
+    """
+    counts = [500.0 + row, 200.0 + row // 2, 3_000.0 + 7 * row]
+    for number in rng.geometric(0.05, 4) - 1:
+        shown = int(number) if row % 4 else 0
+        clicks = int(rng.binomial(shown, 0.4))
+        counts += [float(shown), float(clicks), float(np.float32(clicks * rng.exponential(5)))]
+    return counts
 
 
 def make_rows() -> list[Row]:
@@ -92,6 +109,7 @@ def make_rows() -> list[Row]:
         # Item i0 is shown most, then i1, and so on; u-ids are skewed alike.
         item, user = (min(int(x), 9) for x in rng.geometric(0.3, 2) - 1)
         event = TRAIN_END - 86_400 + int(rng.integers(-29 * 86_400, 2 * 86_400))
+        num = row % 5  # impressions
         rows.append(
             {
                 "user_id": [f"u{user}"],
@@ -114,6 +132,12 @@ def make_rows() -> list[Row]:
                 "click": [float(row % 2)],
                 "watch_time_s": [2.5] if row % 4 else [],
                 "retrieval_weight": [float(row % 2)],
+                "item_counts": make_counts(rng, row),
+                "impression_item_ids": ["i0", "never shown", "i1", "i2"][:num],
+                "impression_event_time_unix_s": [event - 86_400 * (4 - n) - row for n in range(num)],
+                "impression_surfaces": ["", "home", "nowhere", "watch"][:num],
+                "impression_click": [1.0, math.nan, 0.0, 1.0][:num],
+                "impression_watch_time_s": [2.5, 0.0, math.nan, float(row)][:num],
             }
         )
     return rows
@@ -167,7 +191,7 @@ def test_the_output_is_what_the_feature_space_names(transformed: Transformed) ->
     space = features.feature_space(SPEC)
     names = [n for f in space.all for n in f.transformed_names]
     training_only = ["days_to_train_end", "prior_sessions_item_ids_ids"]
-    assert sorted(transformed.columns) == sorted([*names, *LABELS, *training_only])
+    assert sorted(transformed.columns) == sorted([*names, *LABELS, *training_only, *RANKING_ONLY])
 
 
 @pytest.mark.parametrize("name", ["user_id", "item_id", "surface", "creator_id"])
@@ -302,6 +326,130 @@ def test_labels_pass_through_with_nan_where_absent(transformed: Transformed, nam
     np.testing.assert_array_equal(transformed.columns[name], np.array(raw, np.float32))
 
 
+def counted(row: Row) -> tuple[np.ndarray, np.ndarray]:
+    """Label means of the log, [2]; impressions and two rates of two keys in two windows each, [12]."""
+    counts = np.array(row["item_counts"]).reshape(5, 3)
+    means = counts[0, 1:] / counts[0, 0]
+    columns: list[float] = []
+    for shown, *sums in counts[1:]:
+        rates = [(total + 4 * mean) / (shown + 4) for total, mean in zip(sums, means, strict=True)]
+        columns += [shown, *rates]
+    return means, np.array(columns)
+
+
+def test_label_means_are_those_of_the_log_so_far(transformed: Transformed) -> None:
+    expected = np.array([counted(row)[0] for row in transformed.rows])
+    np.testing.assert_allclose(transformed.columns["label_means_so_far"], expected, rtol=1e-6)
+
+
+def test_counters_are_shares_of_the_training_rows_with_as_much_or_less(transformed: Transformed) -> None:
+    values = np.array([counted(row)[1] for row in transformed.rows])
+    shares = transformed.columns["item_counters"]
+    assert shares.shape == values.shape == (ROWS, 12)
+    for column, found in zip(values.T, shares.T, strict=True):
+        at_or_below = np.array([np.mean(column <= x) for x in column])
+        # Linear inside each of 32 buckets, so at most about one bucket away.
+        np.testing.assert_allclose(found, at_or_below, atol=1.5 / 32)
+        # Rates that float32 can hardly tell apart may come in either order.
+        order = np.argsort(np.round(column, 6), kind="stable")
+        assert np.all(np.diff(found[order]) >= -1e-5)
+        assert found.min() >= 0 and found.max() == 1
+        assert len(set(found)) > 30
+
+
+def test_an_item_that_nobody_was_shown_has_the_usual_rates(transformed: Transformed) -> None:
+    layer = transformed.output.transform_features_layer()
+    log = [100.0, 40.0, 600.0]
+    unshown = log + [0.0] * 12
+    # Shown a million times with the rates of the log: smoothing does not move them.
+    usual = log + [1e6, 0.4e6, 6e6] * 4
+    better = log + [1e6, 0.9e6, 20e6] * 4
+    rows = np.array([unshown, usual, better], np.float32)
+    shares = raw_inputs.transform_counts(layer, tf.constant(rows))["item_counters"].numpy().reshape(3, 4, 3)
+    np.testing.assert_allclose(shares[0, :, 1:], shares[1, :, 1:], atol=1e-5)
+    assert np.all(shares[0, :, 1:] < shares[2, :, 1:])
+    # A quarter of the training rows had no impressions; nobody had a million.
+    np.testing.assert_allclose(shares[0, :, 0], 0.25, atol=0.1)
+    assert np.all(shares[1:, :, 0] == 1)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1e30])
+def test_counts_that_training_never_saw_stay_in_range(transformed: Transformed, value: float) -> None:
+    layer = transformed.output.transform_features_layer()
+    counters = raw_inputs.transform_counts(layer, tf.fill([2, 15], value))
+    assert np.all((counters["item_counters"] >= 0) & (counters["item_counters"] <= 1))
+    assert np.all(np.isfinite(counters["label_means_so_far"]))
+
+
+def test_impressions_are_ids_ages_and_labels_that_go_together(transformed: Transformed) -> None:
+    id_of = {
+        name: dict(zip(values(transformed, name), transformed.columns[f"{name}_id"], strict=True))
+        for name in ("item_id", "surface")
+    }
+    columns = [transformed.columns[name] for name in features.impression_names(SPEC)]
+    for index, row in enumerate(transformed.rows):
+        shown = zip(*(row[raw.name] for raw in IMPRESSIONS), strict=True)
+        expected = [
+            (
+                id_of["item_id"].get(item, 1),
+                row["event_time_unix_s"][0] - time,
+                id_of["surface"].get(surface, 1) if surface else 0,
+                0 if math.isnan(click) else click,
+                0 if math.isnan(watched) else watched,
+            )
+            for item, time, surface, click, watched in shown
+        ]
+        expected += [(0, 0, 0, 0, 0)] * (4 - len(expected))
+        assert list(zip(*(column[index] for column in columns), strict=True)) == expected
+    assert {len(row["impression_item_ids"]) for row in transformed.rows} == {0, 1, 2, 3, 4}
+
+
+def test_an_impression_after_the_request_is_of_age_0(transformed: Transformed) -> None:
+    raw = _ranking_request([transformed.rows[1]])
+    raw["impression_event_time_unix_s"] = raw["event_time_unix_s"][:, tf.newaxis] + 60
+    layer = transformed.output.transform_features_layer()
+    assert raw_inputs.transform_impressions(layer, raw, SPEC)["impression_ages_s"].numpy().tolist() == [[0]]
+
+
+@pytest.mark.parametrize("name", [raw.name for raw in IMPRESSIONS[1:]])
+def test_impressions_that_do_not_go_together_are_refused(transformed: Transformed, name: str) -> None:
+    raw = _ranking_request(transformed.rows[:4])
+    raw[name] = raw[name][:, :-1]
+    with pytest.raises(tf.errors.InvalidArgumentError, match=f"{name} and impression_item_ids must be lists"):
+        raw_inputs.transform_impressions(transformed.output.transform_features_layer(), raw, SPEC)
+
+
+def _ranking_request(rows: list[Row]) -> dict[str, tf.Tensor]:
+    """Raw rows as the tensors of a request to the ranker."""
+    missing = {"string": "", "int64": -1, "float32": math.nan}
+    request = {}
+    for raw in (*features.raw_query_inputs(SPEC), *IMPRESSIONS):
+        if raw.is_list:
+            width = max(len(row[raw.name]) for row in rows)
+            filled = [[*row[raw.name], *[missing[raw.dtype]] * (width - len(row[raw.name]))] for row in rows]
+            request[raw.name] = tf.constant(filled, raw.dtype, [len(rows), width])
+        else:
+            request[raw.name] = tf.constant(
+                [(row[raw.name] or [missing[raw.dtype]])[0] for row in rows], raw.dtype
+            )
+    return request
+
+
+@pytest.mark.parametrize("batch", [ROWS, 1, 7])
+def test_a_request_to_the_ranker_is_transformed_as_training_was(transformed: Transformed, batch: int) -> None:
+    layer = transformed.output.transform_features_layer()
+    raw = _ranking_request(transformed.rows[:batch])
+    assert sorted(raw) == sorted(raw_inputs.ranking_signature(SPEC))
+    served = {
+        **raw_inputs.transform_query(layer, raw, SPEC),
+        **raw_inputs.transform_impressions(layer, raw, SPEC),
+    }
+    query = [name for f in features.feature_space(SPEC).query for name in f.transformed_names]
+    assert sorted(served) == sorted([*query, *features.impression_names(SPEC)])
+    for name, value in served.items():
+        _same(value.numpy(), transformed.columns[name][:batch])
+
+
 def _example(row: Row) -> bytes:
     example = tf.train.Example()
     for name, dtype in DTYPES.items():
@@ -333,8 +481,11 @@ def test_serving_transforms_rows_as_training_did(transformed: Transformed, batch
         **raw_inputs.transform_query(layer, raw, SPEC),
         **raw_inputs.transform_candidates(layer, raw, SPEC),
         **raw_inputs.transform_cross(layer, raw["event_time_unix_s"], raw["upload_time_unix_s"], SPEC),
+        **raw_inputs.transform_impressions(layer, raw, SPEC),
+        **raw_inputs.transform_counts(layer, raw["item_counts"]),
     }
-    assert sorted(served) == sorted(n for f in space.all for n in f.transformed_names)
+    names = [n for f in space.all for n in f.transformed_names]
+    assert sorted(served) == sorted([*names, *RANKING_ONLY])
     for name, value in served.items():
         _same(value.numpy(), transformed.columns[name][:batch])
 
@@ -383,8 +534,13 @@ def test_the_trainers_read_rows_as_beam_transforms_them(
 ) -> None:
     monkeypatch.setattr("trainer.input_pipeline._CHUNK_EXAMPLES", chunk)
     file = _write(tmp_path / "examples.gz", transformed.rows)
-    (window,) = list(windows([file], SPEC, transformed.output))
+    (window,) = list(windows([file], SPEC, transformed.output, ranking=True))
     assert sorted(window) == sorted(transformed.columns)
+    # Retrieval does not carry along what only the ranker reads.
+    (narrow,) = list(windows([file], SPEC, transformed.output))
+    assert set(window) - set(narrow) == set(RANKING_ONLY)
+    for name, column in narrow.items():
+        _same(column.numpy(), transformed.columns[name])
     for name, column in window.items():
         assert column.dtype in (tf.int32, tf.float32)
         _same(column.numpy(), transformed.columns[name])
@@ -400,3 +556,23 @@ def test_the_catalogue_is_transformed_like_the_candidates(transformed: Transform
     for feature in features.feature_space(SPEC).candidate:
         for name in feature.transformed_names:
             _same(catalogue.transformed[name], transformed.columns[name][list(first.values())])
+    for name in features.COUNTER_NAMES:
+        _same(catalogue.counters[name][:-1], transformed.columns[name][list(first.values())])
+
+
+def test_the_last_row_of_the_catalogues_counters_is_of_an_item_without_events(
+    transformed: Transformed, tmp_path: Path
+) -> None:
+    # The counts of one catalogue are all of one moment, and so of one log.
+    log = transformed.rows[0]["item_counts"][:3]
+    rows = [
+        {**transformed.rows[n], "item_id": [f"new{n}"], "item_counts": [*log, *[float(n)] * 12]}
+        for n in range(1, 4)
+    ]
+    catalogue = load_catalogue([_write(tmp_path / "c.gz", rows)], transformed.output, SPEC)
+    layer = transformed.output.transform_features_layer()
+    expected = raw_inputs.transform_counts(layer, tf.constant([[*log, *[0.0] * 12]], tf.float32))
+    for name in features.COUNTER_NAMES:
+        assert len(catalogue.counters[name]) == 4
+        _same(catalogue.counters[name][-1:], expected[name].numpy())
+    assert not np.array_equal(catalogue.counters["item_counters"][-1], catalogue.counters["item_counters"][0])

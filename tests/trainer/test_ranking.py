@@ -9,35 +9,47 @@ import tensorflow as tf
 from schema.errors import DataError
 from tests.trainer import ranking_world as world
 from trainer import baselines, metrics
+from trainer.body_config import ExpertsConfig, InteractionConfig
+from trainer.calibration_config import CalibrationConfig
 from trainer.config import RankingConfig
-from trainer.ranking import RankingModel, evaluate, train
-from trainer.ranking_losses import LabelStatistics, label_statistics
+from trainer.label_statistics import LabelStatistics, label_statistics
+from trainer.ranking import RankingModel, calibrate, evaluate, train
 
 CONFIG = RankingConfig(
-    hidden_layers=(16,), batch_size=64, learning_rate=0.01, max_epochs=4, max_embedding_width=4
+    experts=ExpertsConfig(hidden_layers=(16,)),
+    batch_size=64,
+    learning_rate=0.01,
+    max_epochs=4,
+    max_embedding_width=4,
 )
 SPEC = world.spec()
 
 
 def untrained(rows: world.Rows, config: RankingConfig = CONFIG) -> RankingModel:
     tf.keras.utils.set_random_seed(config.seed)
-    return RankingModel(SPEC, world.VOCABULARY_SIZES, label_statistics([rows], SPEC.tasks), config)
+    statistics = label_statistics([rows], SPEC.tasks)
+    return RankingModel(SPEC, world.VOCABULARY_SIZES, statistics, world.attributes(SPEC), config)
+
+
+def outputs_of(model: RankingModel, rows: world.Rows) -> dict[str, tf.Tensor]:
+    return model.predictions(model(rows), rows)
 
 
 def test_untrained_model_serves_the_training_mean_of_every_task() -> None:
     rows = world.rows(256, seed=1)
     model = untrained(rows)
-    served = model.predictions(model(rows))
+    served = outputs_of(model, rows)
     for task in SPEC.tasks:
         np.testing.assert_allclose(served[task.name], np.nanmean(rows[task.label]), rtol=1e-5)
-    np.testing.assert_allclose(served["score"], 2.0 * served["click"] + 0.1 * served["watch"], rtol=1e-5)
+    score = model.score(served)
+    np.testing.assert_allclose(score, 2.0 * served["click"] + 0.1 * served["watch"], rtol=1e-5)
 
 
 def test_trained_model_finds_a_signal_that_item_means_cannot_see() -> None:
     rows, held_out = world.rows(3000, seed=1), world.rows(1000, seed=2)
     model = untrained(rows)
     log = train(model, world.batches(rows, 64, seed=1), world.batches(held_out, 256), CONFIG)
-    served = model.predictions(model(held_out))
+    served = outputs_of(model, held_out)
 
     item_means = baselines.item_mean(
         rows["item_id_id"].tolist(), rows["click"], held_out["item_id_id"].tolist()
@@ -69,9 +81,8 @@ def test_loss_is_the_weighted_sum_of_mean_task_losses_over_labelled_rows() -> No
     rate = LabelStatistics(64, 0.5, 0.5, 0.0, 1.0)
     watch = LabelStatistics(64, float(rows["watch_time_s"].mean()), 1.0, 0.0, 100.0)
     stars = LabelStatistics(64, 3.0, 2.0, 1.0, 7.0)
-    model = RankingModel(
-        SPEC, world.VOCABULARY_SIZES, {"click": rate, "watch": watch, "stars": stars}, CONFIG
-    )
+    statistics = {"click": rate, "watch": watch, "stars": stars}
+    model = RankingModel(SPEC, world.VOCABULARY_SIZES, statistics, world.attributes(SPEC), CONFIG)
     # Untrained: ln 2 for the click, 2 ln 2 for average watch times, ((7 - 3) / 2)^2 on one row.
     expected = math.log(2) + 0.5 * 4.0 + 2 * math.log(2)
     assert model.compute_loss(rows).numpy() == pytest.approx(expected, rel=1e-5)
@@ -151,7 +162,8 @@ def test_diverging_training_is_refused() -> None:
 
 def test_history_changes_the_preference_between_items_even_without_hidden_layers() -> None:
     rows = world.rows(64, seed=1)
-    model = untrained(rows, CONFIG.model_copy(update={"hidden_layers": ()}))
+    linear = {"experts": ExpertsConfig(hidden_layers=()), "interaction": InteractionConfig(kind="none")}
+    model = untrained(rows, CONFIG.model_copy(update=linear))
     model(rows)
     for head in model.heads.values():
         head.kernel.assign(tf.ones_like(head.kernel))
@@ -159,6 +171,6 @@ def test_history_changes_the_preference_between_items_even_without_hidden_layers
     pairs = {name: np.stack([column[0]] * 4) for name, column in rows.items()}
     pairs["item_id_id"] = np.array([2, 3, 2, 3])
     pairs["history_item_ids_ids"] = np.array([[2, 0], [2, 0], [3, 0], [3, 0]])
-    first, second, first_later, second_later = model(pairs)["click"].numpy()
+    first, second, first_later, second_later = model(pairs)["click"].numpy()[:, 0]
     # A linear head adds the same to both items, whatever the history: only their interaction can do this.
     assert abs((first - second) - (first_later - second_later)) > 1e-4

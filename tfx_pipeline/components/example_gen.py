@@ -35,6 +35,7 @@ from tfx_pipeline.examples import (
     catalogue_inputs,
     example_batch,
     interaction_columns,
+    interaction_inputs,
     user_state_columns,
 )
 from trainer import features
@@ -215,7 +216,8 @@ class _BuildShard(beam.DoFn):
         for name, data in parts:
             if name in tables:
                 tables[name].append(pl.read_ipc(io.BytesIO(data)))
-        query, candidate, labels = (_inputs(self._spec, group) for group in ("query", "candidate", "labels"))
+        groups = ("query", "candidate", "labels")
+        query, candidate, labels = (interaction_inputs(self._spec, group) for group in groups)
         if self._kind is ExampleKind.CATALOGUE:
             catalogue = catalogue_columns(self._items, self._settings.train_end_unix_s)
             self._write(index, self._kind.value, catalogue, catalogue_inputs(self._spec))
@@ -268,17 +270,3 @@ class _BuildShard(beam.DoFn):
                 for example in self._encoder.encode(example_batch(batch, inputs)):
                     writer.write(example)
         tf.io.gfile.rename(path + ".tmp", path, overwrite=True)
-
-
-def _inputs(spec: DatasetSpec, group: str) -> dict[str, str]:
-    """Feature name to dtype of one group of an example."""
-    if group == "query":
-        return {raw.name: raw.dtype for raw in features.raw_query_inputs(spec)}
-    if group == "candidate":
-        return {raw.name: raw.dtype for raw in features.raw_candidate_inputs(spec)}
-    labels = dict.fromkeys([*features.feature_space(spec).labels, features.RETRIEVAL_WEIGHT], "float32")
-    if features.POSITION in spec.interactions.columns:
-        labels[features.POSITION] = "int64"
-    if spec.session_gap_hours is not None:
-        labels[features.PRIOR_SESSIONS] = "string"
-    return labels

@@ -123,7 +123,7 @@ def _ask(models: dict[str, Path], states: list[UserState], tasks: set[str]) -> l
         for state in states:
             exclude = state.seen_item_ids[-5:]
             over_grpc, over_rest = (
-                client.recommend(state.query, k=_K, exclude_item_ids=exclude, num_candidates=_K)
+                client.recommend(state.request, k=_K, exclude_item_ids=exclude, num_candidates=_K)
                 for client in (grpc_client, rest_client)
             )
             for answer in (over_grpc, over_rest):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
+from schema.contract import TaskSpec
 from schema.tables import TablesSummary
 from tfx_pipeline.config import MODELS, RETRIEVAL
 from tfx_pipeline.report import formatting, metric_keys
 from tfx_pipeline.report.charts import best_epoch, log_label
 from tfx_pipeline.report.facts import ExampleAnswer, IndexFacts, RunFacts
 from tfx_pipeline.report.verdicts import headline_key
+from trainer.score import formula
 
 _SLICES_SHOWN = 40
 _NOT_MEASURED = "–"
@@ -215,8 +217,8 @@ def splits_table(facts: RunFacts, summary: TablesSummary) -> Table:
 
 def score_formula(facts: RunFacts) -> str:
     """How the final score is made of the task outputs; empty when the configuration is unknown."""
-    terms = [f"{task['score_weight']:g} × {task['name']}" for task in facts.tasks]
-    return "score = " + " + ".join(terms).replace("+ -", "− ") if terms else ""
+    tasks = [TaskSpec.model_validate(task) for task in facts.tasks]
+    return formula(tasks) if tasks else ""
 
 
 def recommendations_table(answer: ExampleAnswer, facts: RunFacts) -> Table:

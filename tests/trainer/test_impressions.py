@@ -1,0 +1,278 @@
+"""The user's impressions against loops over them: who shares what with a candidate, and how it went."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import tensorflow as tf
+
+from schema.contract import DatasetSpec
+from trainer.catalogue import Catalogue
+from trainer.impressions import Impressions, ItemAttributes, PastOutcomes, read_impressions
+from trainer.label_statistics import LabelStatistics
+
+DAY_S = 86_400
+NUM_ITEM_IDS = 8  # padding, OOV and six items
+WINDOWS_DAYS = (1.0, 7.0)
+STD = {"click": 0.5, "watch_time_s": 20.0}
+Array = npt.NDArray[Any]
+
+
+def declaration(surfaces: bool = True) -> DatasetSpec:
+    columns = {name: name for name in ("user_id", "item_id", "event_time_unix_s", "watch_time_s")}
+    return DatasetSpec.model_validate(
+        {
+            "name": "shown",
+            "interactions": {
+                "files": ["log.csv"],
+                "columns": columns | ({"surface": "surface"} if surfaces else {}),
+                "labels": {"click": "click"},
+            },
+            "users": {"files": ["users.csv"], "columns": {"user_id": "user_id"}},
+            "items": {
+                "files": ["items.csv"],
+                "columns": {"item_id": "item_id", "creator_id": "creator"},
+                "features": [{"name": "tags", "kind": "multi_categorical"}],
+            },
+            "positive": "click",
+            "tasks": [
+                {"name": "watch", "label": "watch_time_s", "kind": "watch_time"},
+                {"name": "click", "label": "click", "kind": "binary"},
+            ],
+            "split": {"fractions": [0.8, 0.1, 0.1]},
+            "counters": {"keys": ["item_id", "creator_id", "tags"], "windows_days": WINDOWS_DAYS},
+        }
+    )
+
+
+SPEC = declaration()
+STATISTICS = {
+    "click": LabelStatistics(9, 0.5, STD["click"], 0.0, 1.0),
+    "watch": LabelStatistics(9, 10.0, STD["watch_time_s"], 0.0, 99.0),
+}
+# Items of the vocabulary have the ids 2 to 7. The catalogue lacks item 7; its last two rows are not in the
+# vocabulary. Creator 1 and tag 1 are unknown ones, 0 is none.
+CATALOGUE = Catalogue(
+    np.array(["b", "a", "c", "d", "e", "new", "newer"], object),
+    {
+        "item_id_id": np.array([3, 2, 4, 5, 6, 1, 1]),
+        "creator_id_id": np.array([2, 2, 3, 0, 1, 4, 2]),
+        "tags_ids": np.array([[2, 3], [3, 0], [2, 4], [0, 0], [1, 0], [3, 0], [2, 2]]),
+    },
+    None,
+)
+ATTRIBUTES = {
+    "creator_id": [[0], [0], [2], [2], [3], [0], [1], [0]],
+    "tags": [[0, 0], [0, 0], [3, 0], [2, 3], [2, 4], [0, 0], [1, 0], [0, 0]],
+}
+
+
+def attributes() -> ItemAttributes:
+    return ItemAttributes(CATALOGUE, NUM_ITEM_IDS, SPEC)
+
+
+def transformed(seed: int, num_users: int = 5, length: int = 9) -> dict[str, Array]:
+    """Impressions as Transform gives them: padded on the right with 0; the first user has none."""
+    rng = np.random.default_rng(seed)
+    is_shown = np.arange(length) < rng.integers(1, length + 1, num_users)[:, np.newaxis]
+    is_shown[0] = False
+    shape = is_shown.shape
+    ages = rng.choice([0, 1, 3_600, DAY_S - 1, DAY_S, 7 * DAY_S - 1, 8 * DAY_S, 90 * DAY_S], shape)
+    columns = {
+        "impression_item_ids_ids": rng.integers(1, NUM_ITEM_IDS, shape),
+        "impression_surfaces_ids": rng.integers(0, 4, shape),
+        "impression_ages_s": ages,
+        "impression_click": rng.integers(0, 2, shape).astype(np.float32),
+        "impression_watch_time_s": rng.exponential(10, shape).astype(np.float32),
+    }
+    return {name: np.where(is_shown, column, 0).astype(column.dtype) for name, column in columns.items()}
+
+
+def candidates(seed: int, num_users: int = 5, num_candidates: int = 4) -> dict[str, Array]:
+    """Values of every key of N candidates of each user, some of them padding or unknown."""
+    rng = np.random.default_rng(seed)
+    return {
+        "item_id": rng.integers(0, NUM_ITEM_IDS, (num_users, num_candidates, 1)),
+        "creator_id": rng.integers(0, 4, (num_users, num_candidates, 1)),
+        "tags": rng.integers(0, 5, (num_users, num_candidates, 3)),
+    }
+
+
+def oracle(columns: dict[str, Array], surface: Array | None, keys: dict[str, Array], means: Array) -> Array:
+    """What the impressions say of every candidate, group by group and impression by impression."""
+    labels = np.stack([columns["impression_watch_time_s"], columns["impression_click"]], axis=-1)
+    rows = []
+    for user, shown in enumerate(columns["impression_item_ids_ids"]):
+        places = [place for place, item in enumerate(shown) if item != 0]
+        age_days = columns["impression_ages_s"][user] / DAY_S
+        for number in range(means.shape[1]):
+            groups = [[p for p in places if age_days[p] < days] for days in (*WINDOWS_DAYS, math.inf)]
+            if surface is not None:
+                surfaces = columns["impression_surfaces_ids"][user]
+                groups.append([p for p in places if surfaces[p] == surface[user] and surface[user] >= 2])
+            for key, values in keys.items():
+                mine = {int(value) for value in values[user, number] if value >= 2}
+                theirs = {
+                    p: {shown[p]} if key == "item_id" else set(ATTRIBUTES[key][shown[p]]) for p in places
+                }
+                groups.append([p for p in places if mine & {int(value) for value in theirs[p]}])
+            row: list[float] = []
+            for group in groups:
+                # An age of 60 days or more reads 1, as does no impression at all.
+                ages = [math.log(1 + 24 * age_days[p]) / math.log(1 + 24 * 60) for p in group]
+                row += [math.log(1 + len(group)), min([1.0, *ages])]
+                for label, scale in enumerate([STD["watch_time_s"], STD["click"]]):
+                    excess = sum(labels[user, p, label] - means[user, number, label] for p in group)
+                    row.append(excess / (len(group) + 2) / scale)
+            rows.append(row)
+    return np.array(rows).reshape(*means.shape[:2], -1)
+
+
+def outcomes(columns: dict[str, Array], surface: Array | None, keys: dict[str, Array], means: Array) -> Array:
+    impressions = read_impressions({n: tf.constant(c) for n, c in columns.items()}, attributes(), SPEC)
+    layer = PastOutcomes(SPEC, STATISTICS)
+    given = None if surface is None else tf.constant(surface)
+    tensors = {key: tf.constant(values) for key, values in keys.items()}
+    result: Array = layer(impressions, given, tensors, tf.constant(means)).numpy()
+    assert not layer.weights
+    return result
+
+
+def means_of(seed: int, num_users: int = 5, num_candidates: int = 4) -> Array:
+    scale = np.array([20.0, 0.5], np.float32)
+    rng = np.random.default_rng(seed)
+    return rng.random((num_users, num_candidates, 2), np.float32) * scale
+
+
+SURFACE = np.array([2, 3, 0, 1, 2])
+
+
+@pytest.mark.parametrize("key", ["creator_id", "tags"])
+def test_attributes_are_by_item_id_and_those_of_unknown_items_are_unknown(key: str) -> None:
+    table = attributes().tables[key]
+    assert table.numpy().tolist() == ATTRIBUTES[key]
+    assert not table.trainable
+    assert set(attributes().tables) == {"creator_id", "tags"}
+
+
+def test_impressions_hold_what_the_items_shown_have() -> None:
+    columns = transformed(seed=1)
+    found = read_impressions({n: tf.constant(c) for n, c in columns.items()}, attributes(), SPEC)
+    ids = columns["impression_item_ids_ids"]
+    np.testing.assert_array_equal(found.is_shown, ids != 0)
+    np.testing.assert_allclose(found.age_days, columns["impression_ages_s"] / DAY_S, rtol=1e-6)
+    # In the order of the tasks.
+    np.testing.assert_array_equal(found.labels[..., 0], columns["impression_watch_time_s"])
+    np.testing.assert_array_equal(found.labels[..., 1], columns["impression_click"])
+    np.testing.assert_array_equal(found.surface, columns["impression_surfaces_ids"])
+    assert list(found.keys) == ["item_id", "creator_id", "tags"]
+    np.testing.assert_array_equal(found.keys["item_id"], ids[..., np.newaxis])
+    for key, table in ATTRIBUTES.items():
+        np.testing.assert_array_equal(found.keys[key], np.array(table)[ids])
+
+
+def test_ages_grow_from_0_to_1_and_padding_is_the_oldest() -> None:
+    age_days = tf.constant([[0.0, 1 / 24, 1.0, 59.0, 60.0, 400.0, 0.0]])
+    shown = tf.constant([[True] * 6 + [False]])
+    nothing = tf.zeros([1, 7, 2])
+    ages = Impressions(shown, age_days, nothing, None, {}).log_age.numpy()[0]
+    assert ages[0] == 0
+    assert ages[1] == pytest.approx(math.log(2) / math.log(1441), rel=1e-5)
+    assert np.all(np.diff(ages[:5]) > 0)
+    assert ages[4:].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_outcomes_equal_those_of_a_loop_over_the_impressions(seed: int) -> None:
+    columns, keys, means = transformed(seed), candidates(seed), means_of(seed)
+    found = outcomes(columns, SURFACE, keys, means)
+    # Three windows of the user, the surface, three keys; number, age and two labels each.
+    assert found.shape == (5, 4, 7 * 4)
+    np.testing.assert_allclose(found, oracle(columns, SURFACE, keys, means), rtol=1e-4, atol=1e-5)
+
+
+def test_outcomes_of_a_dataset_without_surfaces_have_a_group_less() -> None:
+    columns, keys, means = transformed(3), candidates(3), means_of(3)
+    del columns["impression_surfaces_ids"]
+    found = outcomes(columns, None, keys, means)
+    assert found.shape == (5, 4, 6 * 4)
+    np.testing.assert_allclose(found, oracle(columns, None, keys, means), rtol=1e-4, atol=1e-5)
+
+
+def test_a_rate_far_above_the_usual_one_is_drawn_towards_it() -> None:
+    columns = {name: np.zeros((1, 2), column.dtype) for name, column in transformed(0).items()}
+    columns["impression_item_ids_ids"][0] = [2, 3]
+    columns["impression_click"][0] = [1.0, 1.0]
+    keys = {key: np.zeros((1, 1, 1), np.int64) for key in SPEC.counters.keys} | {"item_id": np.array([[[2]]])}
+    row = outcomes(columns, np.array([0]), keys, np.array([[[0.0, 0.2]]], np.float32))[0, 0]
+    number, age, watched, clicked = row.reshape(7, 4).T
+    # Both impressions are of the user, one is of the item; no surface, creator or tag is given.
+    np.testing.assert_allclose(np.expm1(number), [2, 2, 2, 0, 1, 0, 0], rtol=1e-6)
+    assert age.tolist() == [0, 0, 0, 1, 0, 1, 1]
+    assert not watched.any()
+    # (1 - 0.2) twice, as two of four: 0.4, in units of 0.5; once, as one of three.
+    np.testing.assert_allclose(clicked, [0.8, 0.8, 0.8, 0, 0.8 / 3 / 0.5, 0, 0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [0, 6], ids=["no lists", "padding only"])
+def test_a_user_without_impressions_is_all_zeros_and_long_ago(length: int) -> None:
+    columns = {name: np.zeros((5, length), column.dtype) for name, column in transformed(1).items()}
+    found = outcomes(columns, SURFACE, candidates(1), means_of(1)).reshape(5, 4, 7, 4)
+    assert np.all(found[..., 1] == 1)
+    assert not found[..., [0, 2, 3]].any()
+
+
+@pytest.mark.parametrize("key", ["item_id", "creator_id", "tags"])
+@pytest.mark.parametrize("value", [0, 1], ids=["none", "unknown"])
+def test_what_two_items_do_not_have_or_nobody_knows_is_nothing_in_common(key: str, value: int) -> None:
+    impressions = Impressions(
+        is_shown=tf.constant([[True]]),
+        age_days=tf.zeros([1, 1]),
+        labels=tf.ones([1, 1, 2]),
+        surface=tf.constant([[value]]),
+        keys={name: tf.constant([[[value if name == key else 0, 0]]]) for name in SPEC.counters.keys},
+    )
+    keys = {name: tf.constant([[[value if name == key else 0]]]) for name in SPEC.counters.keys}
+    found = PastOutcomes(SPEC, STATISTICS)(impressions, tf.constant([value]), keys, tf.zeros([1, 1, 2]))
+    numbers = found.numpy().reshape(7, 4)[:, 0]
+    np.testing.assert_allclose(np.expm1(numbers), [1, 1, 1, 0, 0, 0, 0], rtol=1e-6)
+
+
+def test_padding_and_its_place_do_not_matter() -> None:
+    columns, keys, means = transformed(2), candidates(2), means_of(2)
+    expected = outcomes(columns, SURFACE, keys, means)
+    rng = np.random.default_rng(0)
+    order = rng.permutation(9)
+    wider = {name: np.pad(column[:, order], ((0, 0), (2, 3))) for name, column in columns.items()}
+    # Whatever else stands where there is no item.
+    wider["impression_click"][wider["impression_item_ids_ids"] == 0] = 1.0
+    wider["impression_surfaces_ids"][wider["impression_item_ids_ids"] == 0] = 2
+    np.testing.assert_allclose(outcomes(wider, SURFACE, keys, means), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_candidates_of_one_user_are_judged_as_rows_of_their_own() -> None:
+    columns, keys, means = transformed(4), candidates(4), means_of(4)
+    together = outcomes(columns, SURFACE, keys, means)
+    rows = {name: np.repeat(column, 4, axis=0) for name, column in columns.items()}
+    one_by_one = outcomes(
+        rows,
+        np.repeat(SURFACE, 4),
+        {key: values.reshape(20, 1, -1) for key, values in keys.items()},
+        means.reshape(20, 1, 2),
+    )
+    np.testing.assert_allclose(one_by_one.reshape(together.shape), together, rtol=1e-5, atol=1e-6)
+    # The agreement says something only if candidates differ.
+    assert np.std(together[1:], axis=1).max(axis=(0, 1)) > 0.1
+
+
+def test_a_label_that_is_always_the_same_does_not_blow_up() -> None:
+    constant = {**STATISTICS, "click": LabelStatistics(9, 1.0, 0.0, 1.0, 1.0)}
+    columns = transformed(1)
+    impressions = read_impressions({n: tf.constant(c) for n, c in columns.items()}, attributes(), SPEC)
+    tensors = {key: tf.constant(values) for key, values in candidates(1).items()}
+    found = PastOutcomes(SPEC, constant)(impressions, tf.constant(SURFACE), tensors, tf.ones([5, 4, 2]))
+    assert np.all(np.isfinite(found))
