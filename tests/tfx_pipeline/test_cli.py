@@ -67,6 +67,7 @@ def test_the_commands_of_the_product_exist() -> None:
         "recommend",
         "batch-recommend",
         "refresh-index",
+        "score-weights",
         "report",
         "doctor",
         "compile",
@@ -124,6 +125,9 @@ def test_help_loads_neither_tensorflow_nor_tfx() -> None:
         (["refresh-index", "--items", "absent.csv"], "'absent.csv' does not exist"),
         (["refresh-index", "--data-dir", "absent"], "'absent' does not exist"),
         (["compile", "--dataset", "simulated"], "Missing option"),
+        (["score-weights"], "Missing option '--predictions'"),
+        (["score-weights", "--predictions", "p", "--top", "0"], "is not in the range x>=1"),
+        (["score-weights", "--predictions", "p", "--dataset", "simulated"], "at least two different ones"),
     ],
 )
 def test_wrong_usage_exits_2(args: list[str], message: str) -> None:
@@ -140,6 +144,7 @@ def test_wrong_usage_exits_2(args: list[str], message: str) -> None:
         ["recommend", "--user-id", "u1"],
         ["batch-recommend", "--users", "users.txt", "--out", "recs.parquet"],
         ["refresh-index", "--items", __file__],
+        ["score-weights", "--predictions", "preds.parquet", "--objective", "click", "--objective", "like"],
     ],
 )
 def test_commands_without_a_finished_run_say_what_to_do(args: list[str], tmp_path: Path) -> None:

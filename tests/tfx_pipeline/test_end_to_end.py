@@ -27,7 +27,7 @@ from tfx_pipeline.cli import main
 from tfx_pipeline.config import MODELS, RunPaths
 from tfx_pipeline.recommend import titles, user_state
 from tfx_pipeline.run_result import RunResult, read_run
-from tfx_pipeline.user_states import padded, query_arrays
+from tfx_pipeline.user_states import padded, query_arrays, ranking_arrays
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
@@ -237,7 +237,7 @@ def test_both_protocols_give_the_same_recommendations(
     answers = []
     for target in (server.grpc_target, server.rest_target):
         with RecommenderClient(target, timeout_s=30) as client:
-            answers.append(client.recommend(state.query, k=10, exclude_item_ids=state.seen_item_ids))
+            answers.append(client.recommend(state.request, k=10, exclude_item_ids=state.seen_item_ids))
     over_grpc, over_rest = answers
     assert [item.item_id for item in over_grpc.items] == [item.item_id for item in over_rest.items]
     for one, other in zip(over_grpc.items, over_rest.items, strict=True):
@@ -275,7 +275,8 @@ def test_the_offline_models_answer_as_the_served_ones(
     # All three in one batch here, one by one there: neither padding nor neighbours change an answer.
     query = query_arrays(states, spec)
     retrieved = ask("retrieval", {**query, "k": np.full(3, 20, np.int32), "exclude_item_ids": excluded})
-    ranked = ask("ranking", {**query, "candidate_item_ids": retrieved["item_ids"].astype(object)})
+    candidates = {"candidate_item_ids": retrieved["item_ids"].astype(object)}
+    ranked = ask("ranking", {**ranking_arrays(states, spec), **candidates})
     with RecommenderClient(server.grpc_target, timeout_s=30) as client:
         for row, state in enumerate(states):
             served = client.retrieve(state.query, k=20, exclude_item_ids=state.seen_item_ids)
@@ -284,7 +285,7 @@ def test_the_offline_models_answer_as_the_served_ones(
             scores = [candidate.retrieval_score for candidate in served.candidates]
             np.testing.assert_allclose(scores, retrieved["scores"][row], rtol=1e-5, atol=1e-6)
             assert served.user_is_known == bool(retrieved["user_is_known"][row])
-            for place, item in enumerate(client.rank(state.query, item_ids)):
+            for place, item in enumerate(client.rank(state.request, item_ids)):
                 assert item.score == pytest.approx(ranked["score"][row, place], rel=1e-5, abs=1e-6)
                 for task in spec.tasks:
                     offline_value = ranked[task.name][row, place]
@@ -440,7 +441,7 @@ def test_the_ranker_and_the_titles_know_the_new_items(
 ) -> None:
     with ModelServerProcess({model: refreshed.serving_models / model for model in MODELS}) as server:
         with RecommenderClient(server.grpc_target, timeout_s=30) as client:
-            ranked = client.rank(user_state(again.result, USER)[0].query, ["new-taste-3", "nothing"])
+            ranked = client.rank(user_state(again.result, USER)[0].request, ["new-taste-3", "nothing"])
         assert {item.item_id: item.item_is_known for item in ranked} == {
             "new-taste-3": True,
             "nothing": False,
@@ -470,3 +471,69 @@ def test_the_whole_table_removes_what_is_not_in_it_and_leaves_no_leftovers(
         read_run(refreshed.output_dir),
     )
     assert len(set(ids) - {""}) == taste_world.NUM_ITEMS - 1 and "v5" not in ids
+
+
+@pytest.fixture(scope="module")
+def later_events(again: Run, config: Path) -> pl.DataFrame:
+    """Source rows of the eval and test splits, latest first."""
+    table = pl.read_parquet(Path(again.result.tables_dir) / "interactions.parquet")
+    rows = table.filter(pl.col("split") != "train").sort("event_time_unix_s", descending=True)["row_number"]
+    return pl.read_csv(config.parent / "data" / "events.csv", infer_schema=False)[rows.to_list()]
+
+
+def batch_score(paths: RunPaths, folder: Path, events: pl.DataFrame, *args: str) -> pl.DataFrame:
+    given, out = folder / "events.csv", folder / "preds.parquet"
+    events.write_csv(given)
+    command = ["batch-score", "--interactions", str(given), "--out", str(out), *args]
+    done = CliRunner().invoke(main, [*command, "--output-dir", str(paths.output_dir)])
+    assert done.exit_code == 0, done.output
+    return pl.read_parquet(out)
+
+
+def test_batch_score_with_online_history_predicts_as_the_evaluator_saw_it(
+    last_pushed: dict[str, Path],
+    spec: DatasetSpec,
+    paths: RunPaths,
+    later_events: pl.DataFrame,
+    tmp_path: Path,
+) -> None:
+    names = [*(task.name for task in spec.tasks), "score"]
+    table = batch_score(paths, tmp_path, later_events, "--online-history")
+    keys = ["user_id", "item_id", "event_time_unix_s"]
+    times = (later_events["time_ms"].cast(pl.Int64) // 1_000).to_list()
+    assert table.select(keys).rows() == list(
+        zip(later_events["uid"], later_events["video"], times, strict=True)
+    )
+    found = {tuple(row[:3]): row[3:] for row in table.select(*keys, *names).iter_rows()}
+
+    files = sorted((paths.pipeline_root / "InteractionGen" / "examples").glob("*/Split-test/*.gz"))
+    dataset = tf.data.TFRecordDataset([str(file) for file in files], compression_type="GZIP")
+    examples = list(dataset.as_numpy_iterator())
+    ranker = tf.saved_model.load(str(last_pushed["ranking"]))
+    answer = ranker.signatures["serving_examples"](examples=tf.constant(examples))
+    assert len(examples) > 1_000
+    for place, example in enumerate(examples):
+        feature = tf.train.Example.FromString(example).features.feature
+        user_id, item_id = (feature[key].bytes_list.value[0].decode() for key in keys[:2])
+        row = found[user_id, item_id, feature["event_time_unix_s"].int64_list.value[0]]
+        assert row == pytest.approx([float(answer[name][place]) for name in names], rel=1e-4, abs=1e-6)
+
+
+def test_batch_score_needs_no_labels_and_what_it_writes_can_be_weighed(
+    last_pushed: dict[str, Path],
+    spec: DatasetSpec,
+    paths: RunPaths,
+    later_events: pl.DataFrame,
+    tmp_path: Path,
+) -> None:
+    blind = batch_score(paths, tmp_path, later_events.drop("clicked", "liked", "watched_s", "duration_s"))
+    table = batch_score(paths, tmp_path, later_events)
+    assert table.drop("label_click", "label_like", "label_watch_time_s", "label_completion").equals(blind)
+    weights = np.array([task.score_weight for task in spec.tasks])
+    predictions = blind.select(task.name for task in spec.tasks).to_numpy()
+    np.testing.assert_allclose(blind["score"], predictions @ weights, rtol=1e-4, atol=1e-6)
+    command = ["score-weights", "--predictions", str(tmp_path / "preds.parquet")]
+    command += ["--objective", "click", "--objective", "watch_time_s", "--output-dir", str(paths.output_dir)]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    assert re.search(r"2,\d{3} impressions in \d+ lists by user", done.output)
