@@ -99,6 +99,13 @@ def test_a_catalogue_survives_its_file(tmp_path: Path, before: dict[str, bytes])
     assert read_catalogue([str(tmp_path / "catalogue.gz")]) == before
 
 
+def test_the_same_items_with_the_counts_of_before_are_no_change(
+    tmp_path: Path, before: dict[str, bytes]
+) -> None:
+    items = with_counts(read_items(SPEC, [items_file(tmp_path)]), before, SPEC)
+    assert not compare(before, encode_items(items, SPEC, NOW))
+
+
 def test_values_are_those_valid_at_the_moment(tmp_path: Path) -> None:
     columns = {**SPEC.items.columns, "valid_from_unix_s": "since"}
     items = SPEC.items.model_dump() | {"columns": columns}
