@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from schema.errors import DataError
+from schema.errors import ConfigError, DataError
 from tests.trainer import ranking_world as world
-from trainer import baselines, metrics
+from trainer import baselines, features, metrics
 from trainer.body_config import ExpertsConfig, InteractionConfig
 from trainer.calibration_config import CalibrationConfig
 from trainer.config import RankingConfig
@@ -23,6 +23,8 @@ CONFIG = RankingConfig(
     max_embedding_width=4,
 )
 SPEC = world.spec()
+_QUERY = features.feature_space(SPEC).query
+QUERY_NAMES = (*(n for f in _QUERY for n in f.transformed_names), *features.impression_names(SPEC))
 
 
 def untrained(rows: world.Rows, config: RankingConfig = CONFIG) -> RankingModel:
@@ -174,3 +176,109 @@ def test_history_changes_the_preference_between_items_even_without_hidden_layers
     first, second, first_later, second_later = model(pairs)["click"].numpy()[:, 0]
     # A linear head adds the same to both items, whatever the history: only their interaction can do this.
     assert abs((first - second) - (first_later - second_later)) > 1e-4
+
+
+def test_candidates_of_one_query_get_the_logits_of_rows_of_their_own() -> None:
+    rows = world.rows(12, seed=2)
+    model = untrained(rows)
+    model(rows)
+    for weight in model.trainable_weights:
+        weight.assign_add(tf.random.normal(weight.shape, stddev=0.3))
+    # Three queries with four candidates each: the query side of every fourth row, repeated.
+    repeated = {name: np.repeat(column[::4], 4, axis=0) for name, column in rows.items()}
+    queries = {name: column[::4] for name, column in rows.items()}
+    together = model.logits(model.encode_query(queries), rows, num_candidates=4)
+    sides = {**rows, **{name: repeated[name] for name in QUERY_NAMES}}
+    one_by_one = model(sides)
+    for name, logits in together.items():
+        np.testing.assert_allclose(logits, one_by_one[name], rtol=1e-4, atol=1e-5)
+        assert len(np.unique(np.round(logits, 4))) == 12
+
+
+@pytest.mark.parametrize("step", [0, 3], ids=["the same item", "another item of its creator"])
+def test_what_became_of_earlier_impressions_of_the_same_is_learnt(step: int) -> None:
+    shown, fresh = world.rows(3000, seed=1), world.rows(1000, seed=2)
+    for rows in (shown, fresh):
+        click = (
+            np.random.default_rng(len(rows["click"])).integers(0, 2, len(rows["click"])).astype(np.float32)
+        )
+        item = rows["item_id_id"] - 2
+        rows["click"] = click
+        # Of two impressions one was clicked: if this one will be, then that of the item or its creator.
+        # Items that are three numbers apart have the same creator, the next item has another one.
+        rows["impression_item_ids_ids"][:] = 0
+        rows["impression_item_ids_ids"][:, 0] = 2 + (item + step) % world.NUM_ITEMS
+        rows["impression_item_ids_ids"][:, 1] = 2 + (item + 1) % world.NUM_ITEMS
+        rows["impression_ages_s"][:] = 60
+        rows["impression_click"][:, :2] = np.stack([click, 1 - click], axis=1)
+    model = untrained(shown)
+    train(model, world.batches(shown, 64, seed=1), world.batches(fresh, 256), CONFIG)
+    assert metrics.auc(fresh["click"], outputs_of(model, fresh)["click"]) > 0.95
+
+
+def test_counters_are_learnt() -> None:
+    rows, held_out = world.rows(3000, seed=1), world.rows(1000, seed=2)
+    for data in (rows, held_out):
+        rng = np.random.default_rng(5)
+        data["click"] = (rng.random(len(data["click"])) < data["item_counters"][:, 7]).astype(np.float32)
+    model = untrained(rows)
+    train(model, world.batches(rows, 64, seed=1), world.batches(held_out, 256), CONFIG)
+    # A click happens with the chance that the counter says: its AUC is the best there is.
+    best = metrics.auc(held_out["click"], held_out["item_counters"][:, 7])
+    assert metrics.auc(held_out["click"], outputs_of(model, held_out)["click"]) > best - 0.03
+
+
+def test_calibrated_outputs_agree_on_average_with_the_rows_they_were_fitted_on() -> None:
+    rows, held_out = world.rows(512, seed=1), world.rows(600, seed=2)
+    model = untrained(rows)
+    # The base rates of training are wrong here.
+    held_out["click"] = (np.random.default_rng(3).random(600) < 0.1).astype(np.float32)
+    held_out["watch_time_s"] *= 2
+    batches = world.batches(held_out, 256)
+    raw = outputs_of(model, held_out)
+    before = evaluate(model, batches)
+    calibrate(model, batches, CalibrationConfig(method="platt"))
+    after, served = evaluate(model, batches), outputs_of(model, held_out)
+    for task in ("click", "watch"):
+        assert after[f"ranking/{task}/calibration"] == pytest.approx(1, abs=0.01)
+        assert abs(before[f"ranking/{task}/calibration"] - 1) > 0.3
+        assert not np.allclose(served[task], raw[task])
+    # The loss is that of the logits, which calibration leaves alone.
+    assert after["eval_loss"] == pytest.approx(before["eval_loss"])
+    logits = model(held_out)
+    for task, values in model.raw_predictions(logits, held_out).items():
+        np.testing.assert_array_equal(values, raw[task])
+
+
+def test_every_surface_is_calibrated_on_its_own_rows() -> None:
+    rows, held_out = world.rows(512, seed=1), world.rows(3000, seed=2)
+    rates = np.array([0.0, 0.1, 0.3, 0.6])[held_out["surface_id"]]
+    held_out["click"] = (np.random.default_rng(3).random(3000) < rates).astype(np.float32)
+    config = CalibrationConfig(method="platt", slice_feature="surface", min_slice_rows=100)
+    model = untrained(rows, CONFIG.model_copy(update={"calibration": config}))
+    calibrate(model, world.batches(held_out, 512), config)
+    served = outputs_of(model, held_out)["click"].numpy()
+    for surface in (1, 2, 3):
+        mine = held_out["surface_id"] == surface
+        assert served[mine].mean() == pytest.approx(held_out["click"][mine].mean(), abs=0.05)
+
+
+def test_only_a_single_valued_categorical_query_feature_can_be_a_slice() -> None:
+    for name in ("creator_id", "age", "history_item_ids", "nothing"):
+        config = CalibrationConfig(method="platt", slice_feature=name)
+        with pytest.raises(ConfigError, match=rf"slice_feature is '{name}'; expected .*: user_id, surface"):
+            untrained(world.rows(64, seed=1), CONFIG.model_copy(update={"calibration": config}))
+
+
+def test_ignored_features_change_nothing() -> None:
+    rows = world.rows(64, seed=1)
+    model = untrained(rows, CONFIG.model_copy(update={"ignored_features": ("length", "age", "surface")}))
+    model(rows)
+    for weight in model.trainable_weights:
+        weight.assign_add(tf.random.normal(weight.shape, stddev=0.3))
+    other = world.rows(64, seed=9)
+    changed = {**rows, **{name: other[name] for name in ("length_cdf", "length_bucket", "age_cdf")}}
+    np.testing.assert_array_equal(model(changed)["click"], model(rows)["click"])
+    assert not np.allclose(
+        model({**rows, "item_age_days_cdf": other["item_age_days_cdf"]})["click"], model(rows)["click"]
+    )
