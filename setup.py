@@ -43,7 +43,9 @@ EXTRAS = {
     "benchmarks": [
         "faiss-cpu==1.15.1",
         "implicit==0.7.3",
+        "lightgbm>=4.5,<5",
         "rectools==0.13.0",  # the last that takes the SciPy of the tested set
+        "scikit-learn",
     ],
     # Not locked: it is built from source and wants a C++ compiler. benchmarks/index.py alone needs it.
     "index-benchmark": ["hnswlib==0.8.0"],

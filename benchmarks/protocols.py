@@ -53,23 +53,38 @@ class Tables:
         return chosen.join(codes, on="item_id", how="inner").sort(_TIME_ORDER)
 
 
-def load_tables(dataset: str, data_dir: Path | None, work_dir: Path) -> Tables:
-    """Prepares an official dataset as `funnel run` does and reads its contract tables.
+def prepare_dataset(dataset: str, data_dir: Path | None, work_dir: Path) -> tuple[DatasetSpec, Path]:
+    """Prepares an official dataset as `funnel run` does.
 
     Args:
       dataset: a key of `tfx_pipeline.datasets.archives.ARCHIVES`.
       data_dir: holds the archive or its files; None downloads it.
       work_dir: unpacked files and tables go there; what is there is reused.
 
+    Returns:
+      The declaration, and the folder of the contract tables.
+
     Raises:
       ConfigError, DataError: from `prepare_source` and `prepare_tables`.
     """
     spec = load_dataset_spec(dataset)
-    folder = prepare_tables(
-        spec, prepare_source(dataset, data_dir, work_dir / "source"), work_dir / "data" / dataset
-    )
-    items = pl.read_parquet(folder / ITEMS).unique("item_id", keep="first", maintain_order=True)
-    return Tables(spec, pl.read_parquet(folder / INTERACTIONS), items)
+    source = prepare_source(dataset, data_dir, work_dir / "source")
+    return spec, prepare_tables(spec, source, work_dir / "data" / dataset)
+
+
+def load_tables(dataset: str, data_dir: Path | None, work_dir: Path) -> Tables:
+    """Prepares an official dataset and reads its contract tables.
+
+    Args, Raises: as `prepare_dataset`.
+    """
+    spec, folder = prepare_dataset(dataset, data_dir, work_dir)
+    return Tables(spec, pl.read_parquet(folder / INTERACTIONS), read_catalogue(folder))
+
+
+def read_catalogue(folder: Path) -> pl.DataFrame:
+    """Reads the items of a folder of contract tables, of successive values of an item the first alone."""
+    items = pl.read_parquet(folder / ITEMS)
+    return items.unique("item_id", keep="first", maintain_order=True)
 
 
 def read_run_on(tables: Tables, run_dir: Path) -> RunResult:

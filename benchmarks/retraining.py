@@ -1,8 +1,9 @@
-"""Trains the retrieval model of a finished run again, with other settings, from the same examples."""
+"""Trains a model of a finished run again, with other settings, from the same examples."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -20,10 +21,13 @@ from benchmarks.protocols import Tables, read_run_on
 from schema.errors import DataError
 from schema.tables import read_summary
 from tfx_pipeline.config import RunPaths
+from tfx_pipeline.run_result import RunResult
 from tfx_pipeline.user_states import find_user_states
-from trainer.config import RetrievalConfig
+from trainer.config import RankingConfig, RetrievalConfig
 from trainer.metrics import IntArray
-from trainer.run_retrieval import TRAINING_LOG, run_fn
+from trainer.run_ranking import run_fn as ranking_run_fn
+from trainer.run_retrieval import TRAINING_LOG
+from trainer.run_retrieval import run_fn as retrieval_run_fn
 
 _USERS_PER_CALL = 256
 
@@ -49,6 +53,92 @@ def retrained(
     """
     run = read_run_on(tables, run_dir)
     settings = _merged(run.config.retrieval.model_dump(), overrides)
+    artifacts = _artifacts(run, run_dir)
+    folder = Path(tempfile.mkdtemp(prefix="retrained-"))
+    try:
+        retrieval_run_fn(
+            SimpleNamespace(
+                custom_config={
+                    "dataset": run.config.dataset.model_dump_json(),
+                    "config": RetrievalConfig.model_validate(settings).model_dump_json(),
+                    "train_end_unix_s": read_summary(Path(run.tables_dir)).train_end_unix_s,
+                    "catalogue": [artifacts.catalogue],
+                    "user_states": [run.user_states],
+                },
+                transform_output=str(artifacts.transform_graph),
+                train_files=[artifacts.examples("train")],
+                model_run_dir=str(folder / "log"),
+                serving_model_dir=str(folder / "model"),
+                base_model=None,
+            )
+        )
+        yield folder / "model", json.loads((folder / "log" / TRAINING_LOG).read_text(encoding="utf-8"))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def retrained_ranker(run_dir: Path, tables: Tables, overrides: Mapping[str, Any]) -> Iterator[Path]:
+    """Trains and exports a ranking model to a temporary folder.
+
+    Args:
+      run_dir: output directory of a finished `funnel run`.
+      tables: of the benchmark that the model is for.
+      overrides: settings of `trainer.config.RankingConfig` that differ from the run's; nested mappings are
+        merged.
+
+    Yields:
+      The exported SavedModel's folder, which is gone afterwards.
+
+    Raises:
+      DataError: as `retrained`.
+    """
+    run = read_run_on(tables, run_dir)
+    settings = _merged(run.config.ranking.model_dump(), overrides)
+    artifacts = _artifacts(run, run_dir)
+    folder = Path(tempfile.mkdtemp(prefix="retrained-"))
+    try:
+        ranking_run_fn(
+            SimpleNamespace(
+                custom_config={
+                    "dataset": run.config.dataset.model_dump_json(),
+                    "config": RankingConfig.model_validate(settings).model_dump_json(),
+                    "train_end_unix_s": read_summary(Path(run.tables_dir)).train_end_unix_s,
+                    "catalogue": [artifacts.catalogue],
+                    "user_states": [run.user_states],
+                },
+                transform_output=str(artifacts.transform_graph),
+                train_files=[artifacts.examples("train")],
+                eval_files=[artifacts.examples("eval")],
+                model_run_dir=str(folder / "log"),
+                serving_model_dir=str(folder / "model"),
+                base_model=None,
+            )
+        )
+        yield folder / "model"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Artifacts:
+    """What the last run of a folder trained on.
+
+    Attributes:
+      interactions, transform_graph: folders.
+      catalogue: file pattern.
+    """
+
+    interactions: Path
+    transform_graph: Path
+    catalogue: str
+
+    def examples(self, split: str) -> str:
+        """File pattern of the interactions of a split."""
+        return f"{self.interactions}/Split-{split}/*.gz"
+
+
+def _artifacts(run: RunResult, run_dir: Path) -> _Artifacts:
     root = RunPaths(run_dir).pipeline_root
     # Of its artifacts run.json names the user states only. When they are the latest, so are the others: all
     # are made of the same tables and settings.
@@ -58,29 +148,11 @@ def retrained(
             f"{run_dir} holds newer examples ({user_states}) than those of its last run "
             f"({run.user_states}), which reused cached ones; give the run an output directory of its own"
         )
-    interactions = _latest(root / "InteractionGen" / "examples")
-    catalogue = _latest(root / "CatalogueGen" / "examples")
-    folder = Path(tempfile.mkdtemp(prefix="retrained-"))
-    try:
-        run_fn(
-            SimpleNamespace(
-                custom_config={
-                    "dataset": run.config.dataset.model_dump_json(),
-                    "config": RetrievalConfig.model_validate(settings).model_dump_json(),
-                    "train_end_unix_s": read_summary(Path(run.tables_dir)).train_end_unix_s,
-                    "catalogue": [f"{catalogue}/Split-catalogue/*.gz"],
-                    "user_states": [run.user_states],
-                },
-                transform_output=str(_latest(root / "Transform" / "transform_graph")),
-                train_files=[f"{interactions}/Split-train/*.gz"],
-                model_run_dir=str(folder / "log"),
-                serving_model_dir=str(folder / "model"),
-                base_model=None,
-            )
-        )
-        yield folder / "model", json.loads((folder / "log" / TRAINING_LOG).read_text(encoding="utf-8"))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    return _Artifacts(
+        _latest(root / "InteractionGen" / "examples"),
+        _latest(root / "Transform" / "transform_graph"),
+        f"{_latest(root / 'CatalogueGen' / 'examples')}/Split-catalogue/*.gz",
+    )
 
 
 def _merged(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
