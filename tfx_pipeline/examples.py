@@ -201,7 +201,7 @@ def _known_until(settings: ExampleSettings) -> pl.Expr:
 
 
 def _impression_columns(spec: DatasetSpec) -> dict[str, pl.Expr]:
-    """Feature name to its value in one impression; a missing label is NaN, so that the lists stay parallel."""
+    """Feature name to its value in one impression; a missing label is NaN, so that lists stay parallel."""
     columns = {
         features.IMPRESSION_ITEMS: pl.col("item_id"),
         features.IMPRESSION_TIMES: pl.col(features.EVENT_TIME),

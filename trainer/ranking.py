@@ -232,8 +232,11 @@ class RankingModel(tfrs.models.Model):
           Task name -> float32 [U × N, logits of the task].
         """
 
+        # Not -1, which could be any number when there are no candidates.
+        num_queries = tf.shape(query.history)[0]
+
         def grouped(rows: tf.Tensor) -> tf.Tensor:
-            return tf.reshape(rows, tf.concat([[-1, num_candidates], tf.shape(rows)[1:]], axis=0))
+            return tf.reshape(rows, tf.concat([[num_queries, num_candidates], tf.shape(rows)[1:]], axis=0))
 
         def flat(groups: tf.Tensor) -> tf.Tensor:
             return tf.reshape(groups, [-1, groups.shape[-1]])

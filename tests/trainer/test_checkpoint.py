@@ -85,6 +85,27 @@ def test_what_was_written_comes_back(model_dir: Path) -> None:
     assert [Path(file).read_bytes() for file in catalogue_files(model_dir)] == [b"items"]
 
 
+def test_the_rows_that_are_kept_hold_all_that_a_model_reads_and_no_labels(
+    model: Tiny, model_dir: Path, tmp_path: Path
+) -> None:
+    read = ("item_id_id", "impression_item_ids_ids", "impression_ages_s", "impression_click")
+    read += ("item_counters", "label_means_so_far")
+    rows = {**dict.fromkeys(read, np.zeros((50, 2), np.int32)), "item_id_id": ROWS["item_id_id"]}
+    transform = read_checkpoint(model_dir).transform_output.transform_savedmodel_dir
+    write_checkpoint(
+        tmp_path / "ranker",
+        network(model),
+        {**rows, "click": np.ones(50, np.float32), "retrieval_weight": np.ones(50, np.float32)},
+        spec=world.SPEC,
+        config=CONFIG,
+        transform_output=tft.TFTransformOutput(str(Path(transform).parent)),
+        catalogue=[str(tmp_path / "*.gz")],
+    )
+    with np.load(tmp_path / "ranker" / CHECKPOINT_DIR / "probe.npz") as probe:
+        assert set(probe.files) == set(read)
+        assert {len(probe[name]) for name in probe.files} == {32}
+
+
 def test_a_model_that_is_restored_answers_as_the_trained_one(model: Tiny, model_dir: Path) -> None:
     other = Tiny()
     assert not np.allclose(other(ROWS), model(ROWS))

@@ -1,8 +1,10 @@
-"""The exported ranker: both signatures, unknown items, padding, a fresh process."""
+"""The exported ranker: all signatures, unknown items, padding, a fresh process."""
 
 import dataclasses
+import math
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,20 +14,32 @@ import pytest
 import tensorflow as tf
 
 from tests.trainer import ranking_world as world
+from trainer import features as ft
 from trainer import ranking_export, raw_inputs
+from trainer.body_config import ExpertsConfig
+from trainer.calibration import Calibrator, Curve
+from trainer.calibration_config import CalibrationConfig
 from trainer.catalogue import Catalogue
 from trainer.config import RankingConfig
+from trainer.impressions import ItemAttributes
+from trainer.input_pipeline import load_catalogue
+from trainer.label_statistics import label_statistics
 from trainer.ranking import EncodedQuery, RankingModel
-from trainer.ranking_losses import label_statistics
 
 SPEC = world.spec()
 TASKS = ("click", "stars", "watch")
 NOW = 1_700_000_000
 
 
+# What the log says of all: 1000 impressions, 400 clicks, 900 points of rating, 20,000 s watched.
+LOG = [1_000.0, 400.0, 900.0, 20_000.0]
+UNSHOWN = [*LOG, *[0.0] * world.NUM_COUNTERS]
+
+
 def raw_item(item_id: str) -> dict[str, Any]:
     number = int(item_id[1:])
     return {
+        "item_counts": [*LOG, *(float(number * place % 7) for place in range(world.NUM_COUNTERS))],
         "item_id": item_id,
         "creator_id": f"c{number % 3}",
         "tag": [[f"t{number % 2}"], ["t0", "t1"], []][number % 3],
@@ -34,13 +48,26 @@ def raw_item(item_id: str) -> dict[str, Any]:
     }
 
 
-def raw_query(user_id: str, history: list[str]) -> dict[str, Any]:
+# What was shown, and how many seconds ago; surface, click, rating and seconds watched.
+Shown = tuple[str, int, str, float, float, float]
+
+
+def raw_query(user_id: str, history: list[str], *shown: Shown) -> dict[str, Any]:
+    items, ages, surfaces, clicks, ratings, watched = (
+        map(list, zip(*shown, strict=True)) if shown else [[]] * 6
+    )
     return {
         "user_id": user_id,
         "age": 33.0,
         "history_item_ids": history,
         "surface": "feed",
         "event_time_unix_s": NOW,
+        "impression_item_ids": items,
+        "impression_event_time_unix_s": [NOW - age for age in ages],
+        "impression_surfaces": surfaces,
+        "impression_click": clicks,
+        "impression_rating": ratings,
+        "impression_watch_time_s": watched,
     }
 
 
@@ -62,27 +89,40 @@ def example(values: Mapping[str, Any]) -> bytes:
 
 
 def request(queries: list[dict[str, Any]], candidates: list[list[str]]) -> dict[str, tf.Tensor]:
-    longest = max(len(q["history_item_ids"]) for q in queries)
-    lists = [q["history_item_ids"] + [""] * (longest - len(q["history_item_ids"])) for q in queries]
-    return {
-        "user_id": tf.constant([q["user_id"] for q in queries]),
-        "age": tf.constant([q["age"] for q in queries], tf.float32),
-        "history_item_ids": tf.constant(lists, tf.string, [len(queries), longest]),
-        "surface": tf.constant([q["surface"] for q in queries]),
-        "event_time_unix_s": tf.constant([q["event_time_unix_s"] for q in queries], tf.int64),
-        "candidate_item_ids": tf.constant(candidates, tf.string, [len(queries), len(candidates[0])]),
-    }
+    inputs = {}
+    for name, spec in raw_inputs.ranking_signature(SPEC).items():
+        values = [query[name] for query in queries]
+        if spec.shape.rank == 2:
+            longest = max(len(value) for value in values)
+            missing = raw_inputs.MISSING[spec.dtype.name]
+            values = [[*value, *[missing] * (longest - len(value))] for value in values]
+            inputs[name] = tf.constant(values, spec.dtype, [len(queries), longest])
+        else:
+            inputs[name] = tf.constant(values, spec.dtype)
+    inputs["candidate_item_ids"] = tf.constant(candidates, tf.string, [len(queries), len(candidates[0])])
+    return inputs
 
 
-def catalogue(layer: world.TransformStub) -> Catalogue:
-    serialized = tf.constant([example(raw_item(item_id)) for item_id in world.ITEMS])
-    raw = raw_inputs.parse_candidate_examples(serialized, SPEC)
-    transformed = raw_inputs.transform_candidates(layer, raw, SPEC)
-    return Catalogue(
-        np.array(world.ITEMS, dtype=object),
-        {name: value.numpy() for name, value in transformed.items()},
-        raw["upload_time_unix_s"].numpy(),
-    )
+@dataclasses.dataclass
+class TransformOutput:
+    """Stands for the Transform output that the stub is the layer of."""
+
+    layer: world.TransformStub
+
+    def transform_features_layer(self) -> world.TransformStub:
+        """The layer."""
+        return self.layer
+
+
+def catalogue(layer: world.TransformStub, items: list[dict[str, Any]] | None = None) -> Catalogue:
+    """The catalogue of these items, or of all of the world, as the trainer reads it from its file."""
+    given = [raw_item(item_id) for item_id in world.ITEMS] if items is None else items
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/items.gz"
+        with tf.io.TFRecordWriter(path, "GZIP") as writer:
+            for item in given:
+                writer.write(example(item))
+        return load_catalogue([path], TransformOutput(layer), SPEC)
 
 
 @dataclasses.dataclass
@@ -92,43 +132,81 @@ class Exported:
     path: Path
     default: Any
     examples: Any
+    weighted: Any
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """A ranker with random weights everywhere, heads included, so that every feature moves every output."""
-    rows = world.rows(64, seed=1)
+    """A ranker with random weights everywhere, heads included, so that every feature moves every output.
+
+    Clicks are calibrated, those of the surface "feed" by a curve of their own.
+    """
+    rows, layer = world.rows(64, seed=1), world.TransformStub()
+    items = catalogue(layer)
     tf.keras.utils.set_random_seed(1)
-    config = RankingConfig(hidden_layers=(16,))
-    model = RankingModel(SPEC, world.VOCABULARY_SIZES, label_statistics([rows], SPEC.tasks), config)
+    config = RankingConfig(
+        experts=ExpertsConfig(hidden_layers=(16,)),
+        calibration=CalibrationConfig(method="platt", slice_feature="surface"),
+    )
+    attributes = ItemAttributes(items, world.VOCABULARY_SIZES["item_id"], SPEC)
+    statistics = label_statistics([rows], SPEC.tasks)
+    model = RankingModel(SPEC, world.VOCABULARY_SIZES, statistics, attributes, config)
     model(rows)
     for weight in model.trainable_weights:
-        weight.assign_add(tf.random.normal(weight.shape, stddev=0.3))
+        weight.assign_add(tf.random.normal(weight.shape, stddev=0.1))
+    model.calibrators = {"click": Calibrator(HALVED, {FEED_ID: SQUASHED})}
     path = tmp_path_factory.mktemp("ranker") / "serving" / "1"
-    layer = world.TransformStub()
-    ranking_export.export(model, layer, catalogue(layer), SPEC, str(path))
-    loaded = tf.saved_model.load(str(path))
+    ranking_export.export(model, layer, items, SPEC, str(path))
+    signatures = tf.saved_model.load(str(path)).signatures
     return Exported(
-        ranking_export.ServedRanker(model, layer, catalogue(layer), SPEC),
+        ranking_export.ServedRanker(model, layer, items, SPEC),
         model,
         path,
-        loaded.signatures["serving_default"],
-        loaded.signatures["serving_examples"],
+        signatures["serving_default"],
+        signatures["serving_examples"],
+        signatures["serving_weighted"],
     )
 
 
-QUERIES = [raw_query("u3", ["i1", "i5"]), raw_query("u8", []), raw_query("stranger", ["i2", "nowhere"])]
+HALVED = Curve((0.0, 1.0), (0.0, 0.5))
+SQUASHED = Curve((0.0, 0.3, 1.0), (0.1, 0.7, 0.9))
+FEED_ID = "3"  # of the surface, in the vocabulary home, feed
+NAN = math.nan
+QUERIES = [
+    raw_query(
+        "u3",
+        ["i1", "i5"],
+        ("i4", 20 * world.DAY_S, "", 0.0, NAN, 3.0),
+        ("i1", 9_000, "home", 1.0, 5.0, 40.0),
+        ("nowhere", 60, "feed", 1.0, NAN, NAN),
+        ("i5", 60, "nowhere", NAN, NAN, 0.0),
+    ),
+    {**raw_query("u8", []), "surface": "home"},
+    raw_query("stranger", ["i2", "nowhere"], ("i2", 0, "feed", 1.0, 2.0, 9.0)),
+]
 
 
 def test_signatures_have_the_documented_names_types_and_shapes(exported: Exported) -> None:
     inputs = exported.default.structured_input_signature[1]
-    assert {name: (s.dtype, s.shape.as_list()) for name, s in inputs.items()} == {
+    request_inputs = {
         "user_id": (tf.string, [None]),
         "age": (tf.float32, [None]),
         "history_item_ids": (tf.string, [None, None]),
         "surface": (tf.string, [None]),
         "event_time_unix_s": (tf.int64, [None]),
+        "impression_item_ids": (tf.string, [None, None]),
+        "impression_event_time_unix_s": (tf.int64, [None, None]),
+        "impression_surfaces": (tf.string, [None, None]),
+        "impression_click": (tf.float32, [None, None]),
+        "impression_rating": (tf.float32, [None, None]),
+        "impression_watch_time_s": (tf.float32, [None, None]),
         "candidate_item_ids": (tf.string, [None, None]),
+    }
+    assert {name: (s.dtype, s.shape.as_list()) for name, s in inputs.items()} == request_inputs
+    weighted = exported.weighted.structured_input_signature[1]
+    assert {name: (s.dtype, s.shape.as_list()) for name, s in weighted.items()} == {
+        **request_inputs,
+        "score_weights": (tf.float32, [None, 3]),
     }
     outputs = exported.default(**request(QUERIES, [["i0", "i1"]] * 3))
     assert {name: (value.dtype, value.shape.as_list()) for name, value in outputs.items()} == {
@@ -138,7 +216,7 @@ def test_signatures_have_the_documented_names_types_and_shapes(exported: Exporte
     assert list(exported.examples.structured_input_signature[1]) == ["examples"]
 
 
-def test_both_signatures_and_the_model_agree_on_every_pair(exported: Exported) -> None:
+def test_requests_examples_and_the_model_agree_on_every_pair(exported: Exported) -> None:
     by_request = exported.default(**request(QUERIES, [world.ITEMS] * 3))
     pairs = [example({**query, **raw_item(item)}) for query in QUERIES for item in world.ITEMS]
     by_example = exported.examples(examples=tf.constant(pairs))
@@ -166,7 +244,8 @@ def test_unknown_item_is_flagged_and_judged_like_an_example_of_which_nothing_is_
 ) -> None:
     outputs = exported.default(**request(QUERIES[:1], [["nobody-has-seen-this", "i4"]]))
     assert outputs["item_is_known"].numpy().tolist() == [[0, 1]]
-    alone = example({**QUERIES[0], **dict.fromkeys(raw_item("i0")), "item_id": "another-unknown"})
+    nothing = {**dict.fromkeys(raw_item("i0")), "item_id": "another-unknown", "item_counts": UNSHOWN}
+    alone = example({**QUERIES[0], **nothing})
     expected = exported.examples(examples=tf.constant([alone]))
     for name in (*TASKS, "score"):
         assert outputs[name][0, 0].numpy() == pytest.approx(expected[name][0].numpy(), rel=1e-5)
@@ -196,15 +275,101 @@ def test_request_without_candidates_gets_empty_outputs(exported: Exported) -> No
 
 
 def test_unknown_user_without_anything_is_served(exported: Exported) -> None:
-    nothing = {
-        "user_id": "",
-        "age": float("nan"),
-        "history_item_ids": [],
-        "surface": "",
-        "event_time_unix_s": -1,
-    }
-    outputs = exported.default(**request([nothing], [["i0", "unknown"]]))
-    assert all(np.all(np.isfinite(value)) for value in outputs.values())
+    nothing = {**raw_query("", []), "age": NAN, "surface": "", "event_time_unix_s": -1}
+    for queries in ([nothing], [nothing, QUERIES[0]]):
+        outputs = exported.default(**request(queries, [["i0", "unknown"]] * len(queries)))
+        assert all(np.all(np.isfinite(value)) for value in outputs.values())
+
+
+def test_calibration_is_that_of_the_surface_or_of_all(exported: Exported) -> None:
+    served = exported.default(**request(QUERIES, [world.ITEMS] * 3))["click"].numpy()
+    calibrators, exported.model.calibrators = exported.model.calibrators, {}
+    try:
+        inputs = request(QUERIES, [world.ITEMS] * 3)
+        raw = exported.ranker.rank(inputs, inputs.pop("candidate_item_ids"))["click"].numpy()
+    finally:
+        exported.model.calibrators = calibrators
+    np.testing.assert_allclose(served[1], raw[1] / 2, rtol=1e-5)
+    for query in (0, 2):
+        low, high = 0.1 + 2 * raw[query], 0.7 + (raw[query] - 0.3) * 2 / 7
+        np.testing.assert_allclose(served[query], np.where(raw[query] < 0.3, low, high), rtol=1e-5)
+
+
+def test_weights_of_a_request_make_the_score_and_nothing_else(exported: Exported) -> None:
+    inputs = request(QUERIES, [["i0", "i7", "unknown", ""]] * 3)
+    declared = exported.default(**inputs)
+    # In the order of the tasks: click, stars, watch.
+    weights = np.array([[NAN, NAN, NAN], [0.0, 3.0, NAN], [1.5, 0.0, 0.25]], np.float32)
+    outputs = exported.weighted(**inputs, score_weights=tf.constant(weights))
+    for name in (*TASKS, "item_is_known"):
+        np.testing.assert_array_equal(outputs[name], declared[name])
+    used = [(2.0, 0.0, 0.1), (0.0, 3.0, 0.1), (1.5, 0.0, 0.25)]
+    for row, (click, stars, watch) in enumerate(used):
+        expected = (
+            click * outputs["click"][row] + stars * outputs["stars"][row] + watch * outputs["watch"][row]
+        )
+        np.testing.assert_allclose(outputs["score"][row], expected, rtol=1e-6)
+    np.testing.assert_array_equal(outputs["score"][0], declared["score"][0])
+    assert np.all(outputs["score"][:, 3] == 0)
+
+
+@pytest.mark.parametrize("weight", [-1.0, math.inf])
+def test_weights_of_the_wrong_sign_or_without_end_are_refused(exported: Exported, weight: float) -> None:
+    inputs = request(QUERIES[:1], [["i0"]])
+    with pytest.raises(tf.errors.InvalidArgumentError, match="score_weights must be finite and >= 0"):
+        exported.weighted(**inputs, score_weights=tf.constant([[NAN, weight, NAN]]))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["impression_event_time_unix_s", "impression_surfaces", "impression_click", "impression_watch_time_s"],
+)
+def test_impressions_of_different_length_are_refused(exported: Exported, name: str) -> None:
+    inputs = request(QUERIES, [["i0"]] * 3)
+    inputs[name] = inputs[name][:, :-1]
+    with pytest.raises(tf.errors.InvalidArgumentError, match=f"{name} and impression_item_ids must be lists"):
+        exported.default(**inputs)
+
+
+def test_impressions_move_every_output_of_a_known_item(exported: Exported) -> None:
+    shown, _, _ = QUERIES
+    without = raw_query("u3", ["i1", "i5"])
+    outputs = exported.default(**request([shown, without], [world.ITEMS] * 2))
+    for name in (*TASKS, "score"):
+        assert np.all(np.abs(outputs[name][0] - outputs[name][1]) > 1e-6), name
+
+
+def test_a_user_is_judged_alike_alone_and_beside_users_with_longer_lists(exported: Exported) -> None:
+    together = exported.default(**request(QUERIES, [world.ITEMS] * 3))
+    for row, query in enumerate(QUERIES):
+        alone = exported.default(**request([query], [world.ITEMS]))
+        for name, values in together.items():
+            np.testing.assert_allclose(values[row], alone[name][0], rtol=1e-5, atol=1e-6)
+
+
+def test_another_catalogue_leaves_the_items_that_did_not_change_as_they_were(exported: Exported) -> None:
+    layer = world.TransformStub()
+    items = [raw_item(item_id) for item_id in reversed(world.ITEMS) if item_id != "i3"]
+    changed = next(item for item in items if item["item_id"] == "i7")
+    changed["creator_id"], changed["item_counts"] = "c0", UNSHOWN
+    items.insert(5, {**raw_item("i9"), "item_id": "new", "item_counts": UNSHOWN})
+    newer = catalogue(layer, items)
+    model, kept = exported.model, exported.model.attributes
+    model.attributes = ItemAttributes(newer, world.VOCABULARY_SIZES["item_id"], SPEC)
+    try:
+        ranker = ranking_export.ServedRanker(model, layer, newer, SPEC)
+        inputs = request(QUERIES, [[*world.ITEMS, "new"]] * 3)
+        outputs = ranker.rank(inputs, inputs.pop("candidate_item_ids"))
+    finally:
+        model.attributes = kept
+    before = exported.default(**request(QUERIES, [[*world.ITEMS, "new"]] * 3))
+    same = [place for place, item_id in enumerate(world.ITEMS) if item_id not in ("i3", "i7")]
+    for name in (*TASKS, "score"):
+        after, earlier = outputs[name].numpy(), before[name].numpy()
+        np.testing.assert_allclose(after[:, same], earlier[:, same], rtol=1e-5, atol=1e-6)
+        for place in (3, 7, 12):
+            assert np.all(np.abs(after[:, place] - earlier[:, place]) > 1e-6)
+    assert outputs["item_is_known"].numpy()[0].tolist() == [1, 1, 1, 0, *[1] * 9]
 
 
 def test_query_is_encoded_once_per_request(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +394,7 @@ def test_export_loads_in_a_fresh_process_that_has_only_tensorflow(exported: Expo
     )
     command = [sys.executable, "-c", code, str(exported.path)]
     result = subprocess.run(command, capture_output=True, text=True, cwd="/", check=True)
-    assert result.stdout.strip() == "['serving_default', 'serving_examples'] set()"
+    assert result.stdout.strip() == "['serving_default', 'serving_examples', 'serving_weighted'] set()"
 
 
 def test_failed_export_leaves_nothing_behind(exported: Exported, tmp_path: Path) -> None:
@@ -242,11 +407,15 @@ def test_failed_export_leaves_nothing_behind(exported: Exported, tmp_path: Path)
 
 
 def test_dataset_without_upload_time_and_item_features_is_served() -> None:
-    spec = world.spec(items={"files": ["items.csv"], "columns": {"item_id": "item_id"}})
+    spec = world.spec(items={"files": ["items.csv"], "columns": {"item_id": "item_id"}}, counters={})
     rows = world.rows(64, seed=1)
-    model = RankingModel(spec, world.VOCABULARY_SIZES, label_statistics([rows], spec.tasks), RankingConfig())
+    rows["item_counters"] = rows["item_counters"][:, :12]
+    counters = {name: np.zeros((2, rows[name].shape[1]), np.float32) for name in ft.COUNTER_NAMES}
+    items = Catalogue(np.array(["i0"], dtype=object), {"item_id_id": np.array([2])}, None, counters)
+    attributes = ItemAttributes(items, world.VOCABULARY_SIZES["item_id"], spec)
+    statistics = label_statistics([rows], spec.tasks)
+    model = RankingModel(spec, world.VOCABULARY_SIZES, statistics, attributes, RankingConfig())
     model(rows)
-    items = Catalogue(np.array(["i0"], dtype=object), {"item_id_id": np.array([2])}, None)
     ranker = ranking_export.ServedRanker(model, world.TransformStub(), items, spec)
     inputs = request(QUERIES, [["i0", "unknown"]] * 3)
     outputs = ranker.rank(inputs, inputs.pop("candidate_item_ids"))
