@@ -33,6 +33,15 @@ def untrained(rows: world.Rows, config: RankingConfig = CONFIG) -> RankingModel:
     return RankingModel(SPEC, world.VOCABULARY_SIZES, statistics, world.attributes(SPEC), config)
 
 
+def opinionated(rows: world.Rows, config: RankingConfig = CONFIG) -> RankingModel:
+    """Untrained, but its heads say something else of every row: equal outputs cannot be calibrated."""
+    model = untrained(rows, config)
+    model(rows)
+    for head in model.heads.values():
+        head.kernel.assign(tf.random.stateless_normal(head.kernel.shape, seed=(1, 2), stddev=0.3))
+    return model
+
+
 def outputs_of(model: RankingModel, rows: world.Rows) -> dict[str, tf.Tensor]:
     return model.predictions(model(rows), rows)
 
@@ -230,12 +239,13 @@ def test_counters_are_learnt() -> None:
 
 def test_calibrated_outputs_agree_on_average_with_the_rows_they_were_fitted_on() -> None:
     rows, held_out = world.rows(512, seed=1), world.rows(600, seed=2)
-    model = untrained(rows)
-    # The base rates of training are wrong here.
-    held_out["click"] = (np.random.default_rng(3).random(600) < 0.1).astype(np.float32)
+    model = opinionated(rows)
+    raw = outputs_of(model, held_out)
+    # The order is right here, the level is not.
+    rates = 0.3 * raw["click"].numpy()
+    held_out["click"] = (np.random.default_rng(3).random(600) < rates).astype(np.float32)
     held_out["watch_time_s"] *= 2
     batches = world.batches(held_out, 256)
-    raw = outputs_of(model, held_out)
     before = evaluate(model, batches)
     calibrate(model, batches, CalibrationConfig(method="platt"))
     after, served = evaluate(model, batches), outputs_of(model, held_out)
@@ -252,10 +262,12 @@ def test_calibrated_outputs_agree_on_average_with_the_rows_they_were_fitted_on()
 
 def test_every_surface_is_calibrated_on_its_own_rows() -> None:
     rows, held_out = world.rows(512, seed=1), world.rows(3000, seed=2)
-    rates = np.array([0.0, 0.1, 0.3, 0.6])[held_out["surface_id"]]
-    held_out["click"] = (np.random.default_rng(3).random(3000) < rates).astype(np.float32)
     config = CalibrationConfig(method="platt", slice_feature="surface", min_slice_rows=100)
-    model = untrained(rows, CONFIG.model_copy(update={"calibration": config}))
+    model = opinionated(rows, CONFIG.model_copy(update={"calibration": config}))
+    output = outputs_of(model, held_out)["click"].numpy()
+    # The order is right on every surface, the level on none.
+    rates = np.array([0.0, 0.1, 0.3, 0.6])[held_out["surface_id"]] * output / output.mean()
+    held_out["click"] = (np.random.default_rng(3).random(3000) < rates).astype(np.float32)
     calibrate(model, world.batches(held_out, 512), config)
     served = outputs_of(model, held_out)["click"].numpy()
     for surface in (1, 2, 3):
