@@ -27,6 +27,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import click
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import tensorflow as tf
 import tensorflow_recommenders as tfrs
 import tensorflow_transform as tft
@@ -37,6 +38,7 @@ from tfx_bsl.tfxio import tf_example_record
 
 from schema.contract import DatasetSpec, load_dataset_spec
 from schema.errors import DataError
+from schema.point_in_time import count_names
 from tfx_pipeline.examples import example_batch
 from trainer import features
 from trainer.catalogue import Catalogue
@@ -108,8 +110,9 @@ def _printed(rates: Iterable[Rate]) -> list[Rate]:
 
 
 def measure_reading(pattern: str, output: tft.TFTransformOutput, spec: DatasetSpec) -> Iterator[Rate]:
-    """Gzipped TFRecords to tensors: parsing alone, and with the Transform graph as the trainers do."""
-    raw_spec = output.raw_feature_spec()
+    """Gzipped TFRecords to tensors: parsing alone, and with the Transform graph as retrieval does."""
+    of_ranker = {features.ITEM_COUNTS, *(raw.name for raw in features.raw_impression_inputs(spec))}
+    raw_spec = {name: value for name, value in output.raw_feature_spec().items() if name not in of_ranker}
 
     def parsed() -> tf.data.Dataset:
         records = tf.data.TFRecordDataset(tf.io.gfile.glob(pattern), compression_type="GZIP")
@@ -289,6 +292,20 @@ def _write_examples(folder: Path, spec: DatasetSpec) -> str:
             columns[raw.name] = rng.normal(size=NUM_ROWS)
     for label in (*features.feature_space(spec).labels, features.RETRIEVAL_WEIGHT):
         columns[label], dtypes[label] = np.ones(NUM_ROWS), "float32"
+    # What retrieval does not read is in the files all the same.
+    offsets = np.concatenate([[0], np.cumsum(rng.integers(spec.max_impressions + 1, size=NUM_ROWS))])
+    for raw in features.raw_impression_inputs(spec):
+        if raw.dtype == "int64":
+            values = _TRAIN_END_UNIX_S - rng.integers(30 * 86_400, size=offsets[-1])
+        elif raw.dtype == "float32":
+            values = rng.normal(size=offsets[-1])
+        else:
+            values = items[: offsets[-1]] if raw.name == features.IMPRESSION_ITEMS else items[-offsets[-1] :]
+        columns[raw.name], dtypes[raw.name] = _lists(offsets, values), raw.dtype
+    num_counts = len(count_names(spec))
+    counts = rng.integers(1_000, size=NUM_ROWS * num_counts).astype(np.float32)
+    columns[features.ITEM_COUNTS] = _lists(np.arange(NUM_ROWS + 1) * num_counts, counts)
+    dtypes[features.ITEM_COUNTS] = "float32"
     encoder = example_coder.RecordBatchToExamplesEncoder()
     path = folder / "examples.gz"
     with tf.io.TFRecordWriter(
@@ -298,6 +315,11 @@ def _write_examples(folder: Path, spec: DatasetSpec) -> str:
             for example in encoder.encode(example_batch(part, dtypes)):
                 writer.write(example)
     return str(path)
+
+
+def _lists(offsets: np.ndarray, values: np.ndarray) -> pl.Series:
+    """Lists values[offsets[i]:offsets[i + 1]]."""
+    return pl.Series(pl.from_arrow(pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))))
 
 
 def _transform_graph(folder: Path, pattern: str, spec: DatasetSpec) -> tft.TFTransformOutput:

@@ -462,10 +462,12 @@ def batch_score(
     _say(f"  histories and counters: from {known}, which ends {_utc(scored.train_end_unix_s)}")
     if rows.absent:
         _say(f"  [yellow]not in the file, so missing[/yellow]: {', '.join(rows.absent)}")
-    if scored.num_unknown_items:
-        _say(f"  [yellow]item not in the catalogue[/yellow]: {scored.num_unknown_items:,} rows")
-    if scored.num_unknown_users:
-        _say(f"  [yellow]user without training events[/yellow]: {scored.num_unknown_users:,} rows")
+    for what, count in (
+        ("item not in the catalogue", scored.num_unknown_items),
+        ("user without training events", scored.num_unknown_users),
+    ):
+        if count:
+            _say(f"  [yellow]{what}[/yellow]: {count:,} {'row' if count == 1 else 'rows'}")
 
 
 def _utc(time_unix_s: int) -> str:

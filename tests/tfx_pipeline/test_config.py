@@ -97,6 +97,18 @@ def test_the_last_of_two_overrides_wins() -> None:
         ("slices=[surfaces]", "'surfaces' is no user feature or surface; declared: account_age_days"),
         # Lists shorter than the largest cut-off would turn recall@100 into something else.
         ("retrieval.max_k=99", "judged on lists of 100"),
+        ("ranking.ignored_features=[hour]", "ranking.ignored_features: 'hour' is no feature for this place"),
+        # A list cannot be crossed on the side of the query, and a query feature not on that of the candidate.
+        (
+            "ranking.crosses=[[history_item_ids, item_id]]",
+            "ranking.crosses: 'history_item_ids' is no feature",
+        ),
+        (
+            "ranking.crosses=[[surface, surface]]",
+            "'surface' is no feature for this place; those are: creator",
+        ),
+        ("ranking.calibration.slice_feature=topics", "ranking.calibration.slice_feature: 'topics' is no"),
+        ("ranking.experts.hidden_layer=[8]", "did you mean 'hidden_layers'"),
         ("retrieval.ignored_features=[hour]", "'hour' is no feature that the towers can do without"),
         # The towers never read the user id; history and item bias go by the item id.
         ("retrieval.ignored_features=[surface, user_id]", "'user_id' is no feature"),
