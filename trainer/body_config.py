@@ -25,8 +25,8 @@ class InteractionConfig(_Config):
       projection_width: width that "dlrm" brings every feature to, since dot products need equal ones.
     """
 
-    kind: Literal["none", "dcn", "dcn_low_rank", "dlrm"] = "none"
-    structure: Literal["stacked", "parallel"] = "stacked"
+    kind: Literal["none", "dcn", "dcn_low_rank", "dlrm"] = "dcn"
+    structure: Literal["stacked", "parallel"] = "parallel"
     num_layers: pydantic.PositiveInt = 2
     rank: pydantic.PositiveInt = 32
     projection_width: pydantic.PositiveInt = 16

@@ -26,7 +26,7 @@ class CalibrationConfig(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 
-    method: CalibrationMethod = "none"
+    method: CalibrationMethod = "isotonic"
     slice_feature: str | None = None
     min_slice_rows: int = pydantic.Field(default=1000, ge=MIN_ROWS)
 

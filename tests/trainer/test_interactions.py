@@ -154,7 +154,7 @@ def test_weights_survive_save_and_restore(config: InteractionConfig, tmp_path: P
 
 
 def test_the_settings_name_the_layer() -> None:
-    assert interaction(InteractionConfig()) is None
+    assert interaction(InteractionConfig(kind="none")) is None
     assert [type(interaction(config)) for config in SETTINGS.values()] == [
         CrossNetwork,
         CrossNetwork,
