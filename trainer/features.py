@@ -175,7 +175,7 @@ def feature_space(spec: DatasetSpec) -> FeatureSpace:
     cross = []
     if UPLOAD_TIME in spec.items.columns:
         cross.append(Feature(ITEM_AGE, FeatureKind.CONTINUOUS, ITEM_AGE))
-    labels = dict.fromkeys([spec.positive, *(task.label for task in spec.tasks)])
+    labels = dict.fromkeys([spec.positive, *(label for task in spec.tasks for label in task.labels)])
     return FeatureSpace(tuple(query), tuple(candidate), tuple(cross), tuple(labels))
 
 

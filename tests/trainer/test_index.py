@@ -183,14 +183,14 @@ def test_excluded_items_are_never_returned(index: CandidateIndex) -> None:
 def test_all_but_a_few_excluded_gives_these_few_and_says_that_search_was_exact(large: CandidateIndex) -> None:
     left = [3, 700, 2_400]
     restriction = _restriction(large, [_all_but(left, LARGE), [], [9]])
-    # One leaf holds too little for the first request only.
+    # One leaf holds too little for the first request only; how much it holds differs from build to build.
     large.approximate.efforts, before = [Effort(LARGE * 10, 1, LARGE)], large.approximate.efforts
-    found = large.search(_queries(3), tf.constant([10, 10, 2]), restriction)
+    found = large.search(_queries(3), tf.constant([10, 2, 2]), restriction)
     large.approximate.efforts = before
     assert list(found.rows.numpy()[0, :3]) == _best(_queries(3)[0], left, LARGE, 3)
     assert (found.rows.numpy()[0, 3:] == NO_ROW).all() and (found.scores.numpy()[0, 3:] == 0).all()
     assert found.exact_fallback.numpy().tolist() == [True, False, False]
-    assert (found.rows.numpy()[1] != NO_ROW).all() and (found.rows.numpy()[2, :2] != NO_ROW).all()
+    assert (found.rows.numpy()[1:, :2] != NO_ROW).all()
 
 
 def test_everything_excluded_gives_nothing(index: CandidateIndex) -> None:
