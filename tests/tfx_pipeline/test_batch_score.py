@@ -387,11 +387,11 @@ def test_with_online_history_a_later_label_changes_nothing_and_an_earlier_one_do
 
 
 def test_an_exact_repetition_is_known_once_as_in_training(score: Scorer) -> None:
-    event, later = row(hour=200, clicked=1), row(hour=210)
+    event, later = row(hour=200, clicked=1, note="one"), row(hour=210, note="one")
     once = score.features([event, later], online=True)[-1]
     assert score.features([event, later, event, event], online=True)[1] == once
-    # Another value in any column makes it another event.
-    assert score.features([event, {**event, "stars": 2}, later], online=True)[-1] != once
+    # Another value in any column, declared or not, makes it another event.
+    assert score.features([event, {**event, "note": "two"}, later], online=True)[-1] != once
 
 
 def test_rows_of_the_train_split_are_known_once(score: Scorer) -> None:
