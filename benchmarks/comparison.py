@@ -57,7 +57,7 @@ def _best_unseen(scores: FloatArray, history: sp.csr_matrix) -> IntArray:
 def judge(ranked: IntArray, positives: Sequence[IntArray]) -> dict[str, FloatArray]:
     """The metrics of every user.
 
-    Recall, NDCG: see trainer/metrics.py. The next-item hit rate is 1 where the first held-out item in time
+    Recall, NDCG: see trainer/metrics/retrieval.py. The next-item hit rate is 1 where the first held-out item in time
     order stands among the first 10.
 
     Args:

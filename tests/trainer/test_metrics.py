@@ -2,7 +2,9 @@
 
 import dataclasses
 import doctest
+import importlib
 import math
+import pkgutil
 import time
 
 import numpy as np
@@ -34,9 +36,10 @@ def columns(rows, width):
 
 
 def test_worked_examples_in_the_docstrings_hold():
-    outcome = doctest.testmod(metrics)
-    assert outcome.attempted >= 14
-    assert outcome.failed == 0
+    names = [module.name for module in pkgutil.iter_modules(metrics.__path__, "trainer.metrics.")]
+    outcomes = [doctest.testmod(importlib.import_module(name)) for name in names]
+    assert sum(outcome.attempted for outcome in outcomes) >= 14
+    assert sum(outcome.failed for outcome in outcomes) == 0
 
 
 @pytest.mark.parametrize("name", metrics.RETRIEVAL_METRICS)

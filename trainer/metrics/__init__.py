@@ -1,0 +1,64 @@
+"""Offline metrics of retrieval and ranking, exact and vectorised; the same code judges models and baselines.
+
+Metric keys are `retrieval/<metric>_at_<k>` and `ranking/<task>/<metric>`, for instance
+`retrieval/recall_at_100` and `ranking/click/auc`. A value that the data cannot define is NaN, never zero.
+docs/metrics.md has all of them in one table; `trainer.uncertainty` says how sure they are.
+"""
+
+from trainer.metrics.arrays import BoolArray, FloatArray, IntArray
+from trainer.metrics.calibration import ReliabilityBin, calibration_error, ece, reliability_table
+from trainer.metrics.keys import LOWER_IS_BETTER, RANKING_METRICS, RETRIEVAL_METRICS, metric_key
+from trainer.metrics.lists import distinct_items_at_k
+from trainer.metrics.ranking import (
+    auc,
+    auc_by_group,
+    concordance,
+    gauc,
+    log_loss,
+    mae,
+    ranking_metrics,
+    row_log_loss,
+    weighted_pairwise_loss,
+    xauc,
+)
+from trainer.metrics.retrieval import (
+    hit_rate_at_k,
+    macro_mean,
+    match_positives,
+    mrr_at_k,
+    ndcg_at_k,
+    recall_at_k,
+    retrieval_metrics,
+)
+
+__all__ = [
+    "LOWER_IS_BETTER",
+    "RANKING_METRICS",
+    "RETRIEVAL_METRICS",
+    "BoolArray",
+    "FloatArray",
+    "IntArray",
+    "ReliabilityBin",
+    "auc",
+    "auc_by_group",
+    "calibration_error",
+    "concordance",
+    "distinct_items_at_k",
+    "ece",
+    "gauc",
+    "hit_rate_at_k",
+    "log_loss",
+    "macro_mean",
+    "mae",
+    "match_positives",
+    "metric_key",
+    "mrr_at_k",
+    "ndcg_at_k",
+    "ranking_metrics",
+    "recall_at_k",
+    "reliability_table",
+    "retrieval_metrics",
+    "row_log_loss",
+    "weighted_pairwise_loss",
+    "xauc",
+]
