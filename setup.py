@@ -26,7 +26,9 @@ LIBRARIES = [
     "protobuf",
     "pyarrow",
     "httpx>=0.28,<0.29",
+    "implicit==0.7.3",
     "jinja2>=3.1,<4",
+    "lightgbm>=4.5,<5",
     "matplotlib>=3.10,<4",
     "packaging>=23",
     "polars>=2.0,<3",
@@ -34,6 +36,7 @@ LIBRARIES = [
     "pydantic>=2.14,<3",
     "pyyaml>=6.0,<7",
     "rich>=15.0,<16",
+    "scikit-learn",
     "scipy",
     "setuptools>=70.1,<81",  # 81 drops pkg_resources, which TensorBoard and TF Hub import
 ]
@@ -42,10 +45,7 @@ EXTRAS = {
     "vertex": ["tfx[kfp]==1.16.0", "kfp==2.5.0"],
     "benchmarks": [
         "faiss-cpu==1.15.1",
-        "implicit==0.7.3",
-        "lightgbm>=4.5,<5",
         "rectools==0.13.0",  # the last that takes the SciPy of the tested set
-        "scikit-learn",
     ],
     # Not locked: it is built from source and wants a C++ compiler. benchmarks/index.py alone needs it.
     "index-benchmark": ["hnswlib==0.8.0"],

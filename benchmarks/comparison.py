@@ -57,8 +57,8 @@ def _best_unseen(scores: FloatArray, history: sp.csr_matrix) -> IntArray:
 def judge(ranked: IntArray, positives: Sequence[IntArray]) -> dict[str, FloatArray]:
     """The metrics of every user.
 
-    Recall, NDCG: see trainer/metrics/retrieval.py. The next-item hit rate is 1 where the first held-out item in time
-    order stands among the first 10.
+    Recall, NDCG: see trainer/metrics/retrieval.py. The next-item hit rate is 1 where the first held-out item
+    in time order stands among the first 10.
 
     Args:
       ranked: int64 [U, LIST_LENGTH], -1 is padding.

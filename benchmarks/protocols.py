@@ -87,21 +87,21 @@ def read_catalogue(folder: Path) -> pl.DataFrame:
     return items.unique("item_id", keep="first", maintain_order=True)
 
 
-def read_run_on(tables: Tables, run_dir: Path) -> RunResult:
-    """Reads a finished run that is to be judged on these tables.
+def read_run_on(spec: DatasetSpec, run_dir: Path) -> RunResult:
+    """Reads a finished run that is to be judged on the tables of a benchmark.
 
     Args:
-      tables: of the benchmark.
+      spec: the declaration of these tables.
       run_dir: output directory of a `funnel run`.
 
     Raises:
       DataError: there is no finished run, or it is of another dataset or split.
     """
     run = read_run(run_dir)
-    if run.config.dataset != tables.spec:
+    if run.config.dataset != spec:
         raise DataError(
             f"{run_dir} holds a run of {run.dataset!r} whose declaration differs from that of "
-            f"{tables.spec.name!r} here; give run folders of this dataset and split"
+            f"{spec.name!r} here; give run folders of this dataset and split"
         )
     return run
 

@@ -28,26 +28,20 @@ from rich.console import Console
 from rich.progress import Progress
 from scipy.special import expit, logit
 
-from benchmarks.protocols import read_run_on
+from benchmarks.protocols import prepare_dataset, read_run_on
 from benchmarks.ranking_baselines import BASELINES, Fitted, Predict, RankingData, tune
 from benchmarks.ranking_comparison import difference, resampled
-from benchmarks.ranking_features import (
-    FloatArray,
-    History,
-    RankingTables,
-    load_ranking_tables,
-    ranking_features,
-)
 from benchmarks.retraining import retrained_ranker
 from schema.contract import TaskKind, TaskSpec
 from schema.errors import DataError, FunnelError
 from schema.point_in_time import ITEM_COUNTS
-from schema.tables import IS_REPEATED, InteractionRows
+from schema.tables import INTERACTIONS, IS_REPEATED, ITEMS, USERS, InteractionRows, read_summary
 from tfx_pipeline.batch_score import batch_score
 from tfx_pipeline.config import RunPaths
 from tfx_pipeline.datasets.archives import ARCHIVES
 from trainer import metrics
 from trainer.metrics import RANKING_METRICS
+from trainer.ranking_features import FloatArray, History, RankingTables, ranking_features
 
 OURS = "Funnel"
 ROW_NUMBER = "row_number"
@@ -94,6 +88,16 @@ ANCHORS: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]] = {
 Asked = Callable[[History], pl.DataFrame]
 
 
+def load_ranking_tables(dataset: str, data_dir: Path | None, work_dir: Path) -> RankingTables:
+    """Prepares an official dataset and reads its contract tables.
+
+    Args, Raises: as `benchmarks.protocols.prepare_dataset`.
+    """
+    spec, folder = prepare_dataset(dataset, data_dir, work_dir)
+    interactions, items, users = (pl.read_parquet(folder / name) for name in (INTERACTIONS, ITEMS, USERS))
+    return RankingTables(spec, interactions, items, users, read_summary(folder).train_end_unix_s)
+
+
 def exported_predictions(
     run_dir: Path, tables: RankingTables, history: History, model_dir: Path | None = None
 ) -> pl.DataFrame:
@@ -112,7 +116,7 @@ def exported_predictions(
       DataError: the run is of another dataset or split.
       ServingError: there is no such model.
     """
-    run = read_run_on(tables, run_dir)
+    run = read_run_on(tables.spec, run_dir)
     # With online history the outcomes of the eval split are known too.
     splits = ("test",) if history is History.FROZEN else ("eval", "test")
     asked = tables.interactions.filter(pl.col("split").is_in(splits))

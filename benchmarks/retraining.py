@@ -51,7 +51,7 @@ def retrained(
       DataError: there is no finished run, it is of another dataset or split, or its examples are gone or
         older than those of another run in the folder.
     """
-    run = read_run_on(tables, run_dir)
+    run = read_run_on(tables.spec, run_dir)
     settings = _merged(run.config.retrieval.model_dump(), overrides)
     artifacts = _artifacts(run, run_dir)
     folder = Path(tempfile.mkdtemp(prefix="retrained-"))
@@ -93,7 +93,7 @@ def retrained_ranker(run_dir: Path, tables: Tables, overrides: Mapping[str, Any]
     Raises:
       DataError: as `retrained`.
     """
-    run = read_run_on(tables, run_dir)
+    run = read_run_on(tables.spec, run_dir)
     settings = _merged(run.config.ranking.model_dump(), overrides)
     artifacts = _artifacts(run, run_dir)
     folder = Path(tempfile.mkdtemp(prefix="retrained-"))
@@ -184,7 +184,7 @@ def lists_of(model_dir: Path, run_dir: Path, tables: Tables, user_ids: Sequence[
     Raises:
       DataError: the run is of another dataset or split, or a user has no state.
     """
-    run = read_run_on(tables, run_dir)
+    run = read_run_on(tables.spec, run_dir)
     states = find_user_states([run.user_states], run.config.dataset, user_ids)
     strangers = [user_id for user_id in user_ids if user_id not in states]
     if strangers:

@@ -168,7 +168,7 @@ def exported_lists(
       DataError: the run is of another dataset or split, or recommends an item outside the catalogue.
       ServingError: the run pushed no retrieval model.
     """
-    run = read_run_on(tables, run_dir)
+    run = read_run_on(tables.spec, run_dir)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "recommendations.parquet"
         batch_recommend(run, RunPaths(run_dir), user_ids, LIST_LENGTH, False, out, on_progress)

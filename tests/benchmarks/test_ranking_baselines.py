@@ -1,27 +1,18 @@
 """The ranking baselines: fitted on the train split, tuned on the eval split, and strong."""
 
 import dataclasses
-import math
 
 import numpy as np
 import polars as pl
 import pytest
-import scipy.sparse as sp
 
 from benchmarks import ranking_baselines
-from benchmarks.ranking_baselines import (
-    BASELINES,
-    Baseline,
-    LinearFeatures,
-    RankingData,
-    linear_features,
-    tune,
-)
-from benchmarks.ranking_features import FeatureMatrix, History, Kind, ranking_features
+from benchmarks.ranking_baselines import BASELINES, Baseline, RankingData, tune
 from schema.contract import TaskKind
 from schema.errors import DataError
-from tests.benchmarks.ranking_tables import SPEC, click_chance, log
+from tests.trainer.ranking_tables import SPEC, click_chance, log
 from trainer import metrics
+from trainer.ranking_features import History, ranking_features
 
 CLICK, WATCH = SPEC.tasks
 IDS = ("user_id", "item_id")
@@ -185,61 +176,6 @@ def test_one_fit_serves_both_histories_that_chose_the_same(data):
     fitted = tune(Baseline(BINARY, fit), data, CLICK, 3, lambda: None)
     assert calls == [0]
     assert len(fitted[History.ONLINE].models) == 1
-
-
-def matrix(**columns) -> FeatureMatrix:
-    """Columns as (kind, values)."""
-    values = np.array([values for _, values in columns.values()], np.float32).T
-    return FeatureMatrix(tuple(columns), tuple(kind for kind, _ in columns.values()), values, ())
-
-
-def test_linear_features_are_indicators_and_standardised_numbers(monkeypatch):
-    monkeypatch.setattr(ranking_baselines, "MIN_ROWS", 2)
-    monkeypatch.setattr(ranking_baselines, "NUM_BINS", 2)
-    nan = math.nan
-    features = matrix(
-        item_id=(Kind.ID, [0, 0, 1, 1, 2, nan]),
-        surface=(Kind.CATEGORY, [0, 0, 0, 1, 1, 1]),
-        age=(Kind.NUMBER, [1, 2, 3, 4, nan, 9]),
-        rate=(Kind.RATE, [0.5, 0.5, 0.8, 0.8, 0.0, 0.2]),
-        mean=(Kind.MEAN, [0.0, math.e - 1, 0.0, math.e - 1, 3, 5]),
-    )
-    in_train = np.array([True] * 4 + [False] * 2)
-    encode = LinearFeatures(features, in_train, ["item_id"])
-    found = encode(features, np.ones(6, bool))
-    assert sp.issparse(found) and found.dtype == np.float32
-    table = found.toarray()
-    # Items 0 and 1; surface 0, and the rare surface 1 as "infrequent"; halves of the age below and from 2.5;
-    # of the pairs only (surface 0, item 0), the two others being infrequent; the log-odds of the rate, which
-    # are 0, 0, ln 4 and ln 4 in training; log(1 + mean), which is 0, 1, 0 and 1.
-    columns = [
-        [1, 1, 0, 0, 0, 0],
-        [0, 0, 1, 1, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [0, 0, 0, 1, 1, 1],
-        [1, 1, 0, 0, 0, 0],
-        [0, 0, 1, 1, 0, 1],
-        [1, 1, 0, 0, 0, 0],
-        [0, 0, 1, 1, 1, 1],
-    ]
-    np.testing.assert_array_equal(table[:, :8], np.array(columns).T)
-    low, high = (np.log(p / (1 - p)) for p in (1e-4, 0.2))
-    np.testing.assert_allclose(
-        table[:, 8], (np.array([0, 0, np.log(4), np.log(4), low, high]) / np.log(4) - 0.5) * 2, rtol=1e-5
-    )
-    np.testing.assert_allclose(
-        table[:, 9], (np.array([0, 1, 0, 1, np.log(4), np.log(6)]) - 0.5) * 2, rtol=1e-5
-    )
-
-
-def test_linear_models_pair_the_surface_with_items_and_hours_not_with_users(data):
-    features = data.features[History.ONLINE]
-    plain = LinearFeatures(features, data.tables.of_split("train"), [])
-    rows = data.rows(CLICK, "train")
-    crossed = linear_features(data)(features, rows)
-    added = crossed.shape[1] - plain(features, rows).shape[1]
-    # Two surfaces with 12 items, 4 creators and one without, 2 first tags and none, and 24 hours.
-    assert added == 2 * (12 + 5 + 3 + 24)
 
 
 def test_a_task_without_labels_in_a_split_is_refused(data):

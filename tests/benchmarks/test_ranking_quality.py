@@ -13,7 +13,6 @@ from click.testing import CliRunner
 
 from benchmarks import protocols, ranking_baselines, ranking_quality
 from benchmarks.ranking_baselines import RankingData
-from benchmarks.ranking_features import History, ranking_features
 from benchmarks.ranking_quality import (
     BLENDED,
     LAMBDAS,
@@ -27,8 +26,9 @@ from benchmarks.ranking_quality import (
     to_markdown,
 )
 from schema.errors import DataError
-from tests.benchmarks.ranking_tables import SPEC, log
+from tests.trainer.ranking_tables import SPEC, log
 from trainer import metrics
+from trainer.ranking_features import History, ranking_features
 
 CLICK, WATCH = SPEC.tasks
 

@@ -8,8 +8,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from benchmarks import ranking_features as module
-from benchmarks.ranking_features import (
+from schema.point_in_time import count_names, item_counts
+from tests.trainer.ranking_tables import DAY, SPEC, START, log
+from trainer import ranking_features as module
+from trainer.ranking_features import (
     USER_SMOOTHING,
     FeatureMatrix,
     History,
@@ -17,8 +19,6 @@ from benchmarks.ranking_features import (
     RankingTables,
     ranking_features,
 )
-from schema.point_in_time import count_names, item_counts
-from tests.benchmarks.ranking_tables import DAY, SPEC, START, log
 
 LABELS = ("click", "watch_time_s")
 WINDOWS = {"1d": DAY, "3d": 3 * DAY, "all": None}
@@ -219,3 +219,11 @@ def test_columns_can_be_taken_from_another_matrix(matrices: dict[History, Featur
     mixed = online.with_columns_of(frozen, ["user_all_click"])
     np.testing.assert_array_equal(mixed.column("user_all_click"), frozen.column("user_all_click"))
     np.testing.assert_array_equal(mixed.column("user_age"), online.column("user_age"))
+
+
+def test_some_rows_are_described_as_among_all(
+    tables: RankingTables, matrices: dict[History, FeatureMatrix]
+) -> None:
+    rows = np.array([1_400, 3, 900])
+    some = ranking_features(tables, History.FROZEN, rows)
+    np.testing.assert_array_equal(some.values, matrices[History.FROZEN].take(rows).values)

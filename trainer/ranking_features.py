@@ -11,14 +11,12 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from benchmarks.protocols import Tables, prepare_dataset
 from schema.contract import DatasetSpec, FeatureKind, TaskKind
 from schema.point_in_time import (
     EVENT_TIME,
@@ -28,7 +26,6 @@ from schema.point_in_time import (
     join_as_of,
     key_codes,
 )
-from schema.tables import INTERACTIONS, ITEMS, USERS, read_summary
 from trainer.features import (
     CREATOR_ID,
     DAY_OF_WEEK,
@@ -114,6 +111,10 @@ class FeatureMatrix:
         """Places of the columns of some kinds."""
         return [place for place, kind in enumerate(self.kinds) if kind in kinds]
 
+    def take(self, rows: BoolArray | IntArray) -> FeatureMatrix:
+        """Some of the interactions, by mask or by place."""
+        return dataclasses.replace(self, values=self.values[rows])
+
     def with_columns_of(self, other: FeatureMatrix, names: Iterable[str]) -> FeatureMatrix:
         """The same matrix with some columns taken from another one of the same names."""
         places = [self.names.index(name) for name in names]
@@ -123,14 +124,18 @@ class FeatureMatrix:
 
 
 @dataclasses.dataclass(frozen=True)
-class RankingTables(Tables):
+class RankingTables:
     """Everything that the ranker is trained on.
 
     Attributes:
-      users: the contract table.
+      spec: the declaration of the dataset.
+      interactions, items, users: the contract tables.
       train_end_unix_s: end of training.
     """
 
+    spec: DatasetSpec
+    interactions: pl.DataFrame
+    items: pl.DataFrame
     users: pl.DataFrame
     train_end_unix_s: int
 
@@ -143,18 +148,8 @@ class RankingTables(Tables):
         return _floats(self.interactions[label])
 
 
-def load_ranking_tables(dataset: str, data_dir: Path | None, work_dir: Path) -> RankingTables:
-    """Prepares an official dataset and reads its contract tables.
-
-    Args, Raises: as `benchmarks.protocols.prepare_dataset`.
-    """
-    spec, folder = prepare_dataset(dataset, data_dir, work_dir)
-    interactions, items, users = (pl.read_parquet(folder / name) for name in (INTERACTIONS, ITEMS, USERS))
-    return RankingTables(spec, interactions, items, users, read_summary(folder).train_end_unix_s)
-
-
-def ranking_features(tables: RankingTables, history: History) -> FeatureMatrix:
-    """The features of every interaction of the tables.
+def ranking_features(tables: RankingTables, history: History, rows: IntArray | None = None) -> FeatureMatrix:
+    """The features of interactions of the tables.
 
     The request: surface, hour of day, day of week (0 = Monday), age of the item in days. The declared
     features of user and item, of several values the first; no text. Ids of user, item and creator.
@@ -175,14 +170,18 @@ def ranking_features(tables: RankingTables, history: History) -> FeatureMatrix:
     Args:
       tables: sorted in any way.
       history: of rows after the train split; those of the train split know what was before their own event.
+      rows: int64, places of the interactions asked about; None for all of them.
 
     Returns:
-      n rows in the order of `tables.interactions`.
+      One row per interaction asked about, in that order.
     """
+    if rows is None:
+        rows = np.arange(len(tables.interactions))
     moments = tables.interactions[EVENT_TIME]
     if history is History.FROZEN:
         moments = moments.clip(upper_bound=tables.train_end_unix_s)
-    columns = [*_static(tables), *_counted(tables, moments.to_numpy())]
+    static = (column._replace(values=column.values[rows]) for column in _static(tables))
+    columns = [*static, *_counted(tables, moments.to_numpy()[rows], rows)]
     return FeatureMatrix(
         tuple(column.name for column in columns),
         tuple(column.kind for column in columns),
@@ -268,37 +267,41 @@ def _groups(tables: RankingTables) -> Iterator[_Group]:
         yield _Group(f"{USER}_{key}", (), True, rows, _pairs(users[rows], codes))
 
 
-def _counted(tables: RankingTables, known: IntArray) -> Iterator[_Column]:
-    """What the log says about every row up to its moment, int64 [n]."""
+def _counted(tables: RankingTables, known: IntArray, rows: IntArray) -> Iterator[_Column]:
+    """What the log says about some rows up to a moment of each."""
     spec, log = tables.spec, tables.interactions
     times = log[EVENT_TIME].to_numpy()
+    place = np.full(len(log), -1)
+    place[rows] = np.arange(len(rows))
     labels = [np.nan_to_num(tables.labels(name)) for name in spec.task_labels]
     values = np.column_stack([np.ones(len(log)), *labels])
     kinds = _label_kinds(spec)
     whole = EarlierEvents(np.zeros(len(log), np.int64), times, values)
-    everybody = _smoothed(whole.sums(np.zeros(len(log), np.int64), known, None), 0.0, 0.0)
+    everybody = _smoothed(whole.sums(np.zeros(len(rows), np.int64), known, None), 0.0, 0.0)
 
     def features(group: _Group, prior: FloatArray, smoothing: float) -> Iterator[_Column]:
         events = EarlierEvents(group.codes, times[group.rows], values[group.rows])
+        is_asked = place[group.rows] >= 0
+        asked, codes = place[group.rows][is_asked], group.codes[is_asked]
         for days in (*group.windows_days, None):
             window_s = None if days is None else round(days * _SECONDS_PER_DAY)
-            sums = np.zeros_like(values)
-            np.add.at(sums, group.rows, events.sums(group.codes, known[group.rows], window_s))
+            sums = np.zeros((len(rows), values.shape[1]))
+            np.add.at(sums, asked, events.sums(codes, known[asked], window_s))
             window = f"{group.name}_all" if days is None else f"{group.name}_{days:g}d"
             yield _Column(f"{window}_{IMPRESSIONS}", Kind.NUMBER, np.log1p(sums[:, 0]), group.of_user)
             means = _smoothed(sums, prior, smoothing)
-            for place, label in enumerate(spec.task_labels):
-                yield _Column(f"{window}_{label}", kinds[label], means[:, place], group.of_user)
-        latest = np.full(len(log), -1)
-        np.maximum.at(latest, group.rows, events.latest(group.codes, known[group.rows]))
-        hours = np.where(latest < 0, np.nan, (times - latest) / _SECONDS_PER_HOUR)
+            for number, label in enumerate(spec.task_labels):
+                yield _Column(f"{window}_{label}", kinds[label], means[:, number], group.of_user)
+        latest = np.full(len(rows), -1)
+        np.maximum.at(latest, asked, events.latest(codes, known[asked]))
+        hours = np.where(latest < 0, np.nan, (times[rows] - latest) / _SECONDS_PER_HOUR)
         yield _Column(f"{group.name}_age", Kind.NUMBER, np.log1p(hours), group.of_user)
 
     users = _Group(USER, spec.counters.windows_days, True, np.arange(len(log)), _ranks(log[USER_ID]))
     of_user = list(features(users, everybody, USER_SMOOTHING))
     yield from of_user
     by_name = {column.name: column.values for column in of_user}
-    own = np.column_stack([by_name[f"{USER}_all_{label}"] for label in spec.task_labels])
+    own = np.column_stack([by_name[f"{USER}_all_{label}"] for label in spec.task_labels]).astype(np.float64)
     for group in _groups(tables):
         if group.of_user:
             yield from features(group, own, USER_SMOOTHING)

@@ -1,10 +1,10 @@
-"""A small generated log with everything that the ranking benchmarks read."""
+"""A small generated log with everything that the ranking baselines read."""
 
 import numpy as np
 import polars as pl
 
-from benchmarks.ranking_features import RankingTables
 from schema.contract import DatasetSpec
+from trainer.ranking_features import RankingTables
 
 DAY = 86_400
 START = 1_650_000_000
