@@ -13,11 +13,14 @@ import numpy.typing as npt
 from schema.errors import ConfigError
 from trainer.metrics.arrays import FloatArray, IntArray, binary_pairs, check_probabilities, mid_ranks, pairs
 
+# Bins of `ece`, unless told otherwise.
+NUM_BINS = 20
+
 # 97.5 % of a normal distribution lie below it.
 _NORMAL_QUANTILE = 1.96
 
 
-def ece(labels: npt.ArrayLike, predictions: npt.ArrayLike, num_bins: int = 20) -> float:
+def ece(labels: npt.ArrayLike, predictions: npt.ArrayLike, num_bins: int = NUM_BINS) -> float:
     """Expected calibration error over bins of equal mass.
 
     Formula: Σ_b n_b / n · |mean label of b − mean prediction of b|; the bin of an example is its mid-rank /

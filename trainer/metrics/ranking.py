@@ -143,8 +143,13 @@ def mae(labels: npt.ArrayLike, predictions: npt.ArrayLike) -> float:
     >>> mae([0.0, 2.0, 4.0, 8.0], [1.0, 2.0, 6.0, 7.0])
     1.0
     """
+    return mean_or_nan(row_absolute_error(labels, predictions))
+
+
+def row_absolute_error(labels: npt.ArrayLike, predictions: npt.ArrayLike) -> FloatArray:
+    """How far each prediction is off: float64 [n]; arguments and errors as `mae`."""
     y, p = pairs(labels, predictions)
-    return mean_or_nan(np.abs(y - p))
+    return np.asarray(np.abs(y - p))
 
 
 def xauc(labels: npt.ArrayLike, predictions: npt.ArrayLike) -> float:

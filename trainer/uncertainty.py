@@ -1,0 +1,401 @@
+"""How sure a metric is: intervals over users, paired differences, and "no worse than".
+
+Users are drawn with replacement, not rows: the rows of a user depend on each other. Every metric is kept as
+sums by user (`UserSums`), so that thousands of resamples are one product of matrices, and the same seed draws
+the same users for two models, which pairs them.
+
+    candidate = ranking_sums(TaskKind.BINARY, labels, predictions, user_ids)   # or retrieval_sums(values)
+    other = ranking_sums(TaskKind.BINARY, labels, other_predictions, user_ids)
+    intervals(candidate)["auc"]                       # Interval(value, low, high, confidence, num_users)
+    change = paired_differences(candidate, other)["log_loss"]         # PairedDifference(..., p_value, ...)
+    no_worse(change, margin=0.002, lower_is_better=True).holds        # at confidence 97.5 %
+
+Letters: n = rows, U = users, R = resamples, M = sums that a metric is made of.
+
+Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 13 (percentiles), 15 (tests);
+Field and Welsh, J. R. Stat. Soc. B 2007, doi:10.1111/j.1467-9868.2007.00593.x (clusters).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from schema.contract import TaskKind
+from schema.errors import ConfigError, ShapeError
+from trainer import metrics
+from trainer.metrics import FloatArray, IntArray
+from trainer.metrics.calibration import NUM_BINS, equal_mass_bins
+
+NUM_RESAMPLES = 2_000
+# Fewer users than this do not tell how much users differ; percentiles of their resamples would be too narrow.
+MIN_USERS = 10
+
+# Bounds the memory of the weights of some resamples to 32 MB.
+_CELLS_PER_CHUNK = 4_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class UserSums:
+    """A metric as a function of sums over users.
+
+    Attributes:
+      sums: float64 [U, M]; the metric is combine(Σ_u sums[u]). A user who says nothing has zeros.
+      combine: float64 [..., M] -> float64 [...]; NaN where the metric is not defined.
+      is_distance: whether the metric is a sum of absolute values, which noise only makes larger.
+    """
+
+    sums: FloatArray
+    combine: Callable[[FloatArray], FloatArray]
+    is_distance: bool = False
+
+    @property
+    def value(self) -> float:
+        """The metric on all users; that of `trainer.metrics`."""
+        return float(self.combine(self.sums.sum(axis=0)))
+
+    @property
+    def says_something(self) -> npt.NDArray[np.bool_]:
+        """bool [U], whether the user has a part in the metric."""
+        return np.asarray(self.sums.any(axis=1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A metric and its confidence interval.
+
+    Attributes:
+      value: on all users; NaN where the data do not define it.
+      low, high: the bounds; NaN with fewer than MIN_USERS users.
+      confidence: how often such intervals hold the truth, for instance 0.95.
+      num_users: users that have a part in it.
+    """
+
+    value: float
+    low: float
+    high: float
+    confidence: float
+    num_users: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PairedDifference:
+    """How much a metric of one model differs from that of another, on the same users.
+
+    Attributes:
+      value: candidate − other, positive where the candidate's is larger.
+      low, high: bounds of the interval; NaN with fewer than MIN_USERS users.
+      confidence: of the interval, two-sided.
+      p_value: of "there is no difference", two-sided; at most 1 − confidence exactly where 0 lies outside the
+        interval, up to 1 / R. NaN as the bounds.
+      num_users: users that have a part in either metric.
+    """
+
+    value: float
+    low: float
+    high: float
+    confidence: float
+    p_value: float
+    num_users: int
+
+
+@dataclasses.dataclass(frozen=True)
+class NonInferiority:
+    """Whether a candidate is no worse than another model by more than a margin.
+
+    Attributes:
+      holds: False also where the data cannot tell.
+      worst_loss: the largest loss that the data allow, in the metric's unit; negative where the candidate is
+        surely better; NaN where unknown.
+      margin: the loss that is tolerated.
+      confidence: one-sided.
+    """
+
+    holds: bool
+    worst_loss: float
+    margin: float
+    confidence: float
+
+
+def mean_over_users(values: npt.ArrayLike) -> UserSums:
+    """A metric that is the mean over users with a value, for instance recall; see `metrics.macro_mean`.
+
+    Args:
+      values: float [U], NaN for users without one.
+
+    >>> mean_over_users([1.0, float("nan"), 0.5]).value
+    0.75
+    """
+    column = np.asarray(values, np.float64)
+    if column.ndim != 1:
+        raise ShapeError(f"values has shape {column.shape}; expected [U], one per user.")
+    return ratio_of_sums(np.nan_to_num(column), ~np.isnan(column))
+
+
+def ratio_of_sums(numerators: npt.ArrayLike, denominators: npt.ArrayLike) -> UserSums:
+    """A metric that is one sum over users divided by another, for instance log loss: costs by rows.
+
+    Args:
+      numerators, denominators: float [U], finite.
+
+    >>> ratio_of_sums([3.0, 1.0], [4, 4]).value
+    0.5
+    """
+    return UserSums(np.column_stack([numerators, denominators]).astype(np.float64), _ratio)
+
+
+def retrieval_sums(values: Mapping[str, FloatArray]) -> dict[str, UserSums]:
+    """The metrics of `metrics.retrieval_metrics`, one query per user, ready for intervals.
+
+    Args:
+      values: metric name -> float64 [U].
+    """
+    return {name: mean_over_users(column) for name, column in values.items()}
+
+
+def ranking_sums(
+    kind: TaskKind, labels: npt.ArrayLike, predictions: npt.ArrayLike, user_ids: npt.ArrayLike
+) -> dict[str, UserSums]:
+    """The metrics of `metrics.ranking_metrics`, ready for intervals.
+
+    AUC and XAUC compare rows of different users. Their resamples are linear in the users' weights: pairs are
+    counted as on all users, once for each of the two rows (the projection of Hájek on which the variances of
+    DeLong, Biometrics 1988, doi:10.2307/2531595, and for clusters of Obuchowski, Biometrics 1997,
+    doi:10.2307/2533958, rest). The bins of ECE are those of all rows.
+
+    Args:
+      kind: what the task predicts.
+      labels, predictions: [n].
+      user_ids: [n], any type that sorts; integers are fastest. Two models are paired by having the same.
+
+    Returns:
+      Metric name -> sums, the names of `RANKING_METRICS[kind]`.
+
+    Raises:
+      ShapeError, DataError: from the metrics.
+    """
+    users = np.unique(np.asarray(user_ids), return_inverse=True)[1]
+    if users.shape != np.shape(labels):
+        raise ShapeError(f"user_ids has shape {users.shape}; expected {np.shape(labels)}, one per label.")
+    makers = {
+        "auc": _concordance_sums,
+        "gauc": _gauc_sums,
+        "log_loss": _log_loss_sums,
+        "ece": _ece_sums,
+        "mae": _mae_sums,
+        "xauc": _concordance_sums,
+    }
+    y, p = np.asarray(labels, np.float64), np.asarray(predictions, np.float64)
+    return {name: makers[name](y, p, users) for name in metrics.RANKING_METRICS[kind]}
+
+
+def intervals(
+    statistics: Mapping[str, UserSums],
+    *,
+    confidence: float = 0.95,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Confidence intervals: percentiles of the metrics over resampled users.
+
+    Noise makes a distance (ECE) larger, and resampling adds that noise a second time. Its interval reaches
+    from the percentiles to their reflection at the value (the basic bootstrap, Davison and Hinkley 1997,
+    section 5.2.1), cut at 0: it is on the wide side. In a difference of two distances the noise cancels.
+    Resamples in which a metric is not defined (no positive was drawn) are left out. Users that all have the
+    same value make an interval without width.
+
+    Args:
+      statistics: metrics over the same users.
+      confidence: in (0, 1).
+      num_resamples: R, at least 100.
+      seed: of the draws; the same seed and number of users give the same draws.
+
+    Returns:
+      Metric name -> interval.
+
+    Raises:
+      ConfigError: confidence or num_resamples is out of range.
+      ShapeError: the metrics differ in the number of users.
+    """
+    _check(confidence, num_resamples)
+    result = {}
+    draws = _resample(list(statistics.values()), num_resamples, seed)
+    for (name, metric), column in zip(statistics.items(), draws, strict=True):
+        num_users = int(metric.says_something.sum())
+        value = metric.value
+        low, high = _bounds(column, confidence, num_users)
+        if metric.is_distance and not math.isnan(low):
+            low, high = max(0.0, min(low, 2 * value - high)), max(high, 2 * value - low)
+        result[name] = Interval(value, low, high, confidence, num_users)
+    return result
+
+
+def paired_differences(
+    candidate: Mapping[str, UserSums],
+    other: Mapping[str, UserSums],
+    *,
+    confidence: float = 0.95,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> dict[str, PairedDifference]:
+    """Candidate minus other on the same users, with interval and p-value.
+
+    The test is the paired bootstrap: p = 2 (1 + the smaller number of resamples on either side of 0) /
+    (R + 1). It tests the very difference that is reported, for ratios of sums and AUC as for means, and
+    agrees with its interval. For means it agrees with the paired t-test; Wilcoxon's test is about the
+    median of differences that are mostly 0, another question.
+
+    Args:
+      candidate, other: row u of both is the same user; the metrics that both have are compared.
+      confidence, num_resamples, seed: as `intervals`.
+
+    Returns:
+      Metric name -> difference.
+
+    Raises:
+      ConfigError, ShapeError: as `intervals`.
+    """
+    _check(confidence, num_resamples)
+    names = [name for name in candidate if name in other]
+    # Apart, so that sums which are equal stay equal to the last bit.
+    draws = [_resample([side[name] for name in names], num_resamples, seed) for side in (candidate, other)]
+    result = {}
+    for name, ours, theirs in zip(names, *draws, strict=True):
+        if len(candidate[name].sums) != len(other[name].sums):
+            raise ShapeError(
+                f"{name} over {len(candidate[name].sums)} and {len(other[name].sums)} users; "
+                "expected the same users in the same order for both models."
+            )
+        first, second = candidate[name], other[name]
+        num_users = int((first.says_something | second.says_something).sum())
+        value = first.value - second.value
+        low, high = _bounds(ours - theirs, confidence, num_users)
+        p_value = math.nan if math.isnan(low) else _p_value(ours - theirs)
+        result[name] = PairedDifference(value, low, high, confidence, p_value, num_users)
+    return result
+
+
+def no_worse(difference: PairedDifference, margin: float, lower_is_better: bool) -> NonInferiority:
+    """Whether the candidate is no worse than the other by more than a margin.
+
+    It holds where the bound of the interval on the bad side is within the margin, which is a one-sided test
+    of "worse by more than the margin" at confidence (1 + difference.confidence) / 2: a difference at 0.9
+    answers at 95 %. A difference whose bounds are unknown never holds.
+
+    Args:
+      difference: from `paired_differences`.
+      margin: loss that is tolerated, 0 or more, in the metric's unit.
+      lower_is_better: see `metrics.LOWER_IS_BETTER`.
+
+    Raises:
+      ConfigError: the margin is negative or not a number.
+
+    Source: Wellek, Testing Statistical Hypotheses of Equivalence and Noninferiority, 2010, chapter 2.
+
+    >>> change = PairedDifference(0.001, -0.003, 0.005, 0.95, 0.6, 5_000)
+    >>> no_worse(change, margin=0.004, lower_is_better=False).holds
+    True
+    >>> no_worse(change, margin=0.004, lower_is_better=True).holds
+    False
+    """
+    if not margin >= 0:
+        raise ConfigError(f"margin is {margin}; expected 0 or more.")
+    worst_loss = difference.high if lower_is_better else -difference.low
+    return NonInferiority(worst_loss <= margin, worst_loss, margin, (1 + difference.confidence) / 2)
+
+
+def _ratio(sums: FloatArray) -> FloatArray:
+    result = np.full(sums.shape[:-1], np.nan)
+    np.divide(sums[..., 0], sums[..., 1], out=result, where=sums[..., 1] > 0)
+    return result
+
+
+def _by_user(users: IntArray, columns: Sequence[npt.ArrayLike]) -> FloatArray:
+    """Sums of row columns by user: float64 [U, M]; without rows, one user who says nothing."""
+    size = int(users.max()) + 1 if len(users) else 1
+    return np.column_stack([np.bincount(users, weights=column, minlength=size) for column in columns])
+
+
+def _concordance_sums(labels: FloatArray, predictions: FloatArray, users: IntArray) -> UserSums:
+    num_right, num_different = metrics.concordance(labels, predictions)
+    sums = _by_user(users, [num_right, num_different])
+    # On all users each pair is counted twice, for either row; half of that does not vary with the weights.
+    fixed = sums.sum(axis=0) / 2
+    return UserSums(sums, lambda drawn: _ratio(drawn - fixed))
+
+
+def _gauc_sums(labels: FloatArray, predictions: FloatArray, users: IntArray) -> UserSums:
+    auc_of_user, num_rows = metrics.auc_by_group(labels, predictions, users)
+    defined = ~np.isnan(auc_of_user)
+    return ratio_of_sums(np.where(defined, num_rows * auc_of_user, 0.0), np.where(defined, num_rows, 0))
+
+
+def _log_loss_sums(labels: FloatArray, predictions: FloatArray, users: IntArray) -> UserSums:
+    return UserSums(_by_user(users, [metrics.row_log_loss(labels, predictions), np.ones(len(users))]), _ratio)
+
+
+def _mae_sums(labels: FloatArray, predictions: FloatArray, users: IntArray) -> UserSums:
+    errors = metrics.row_absolute_error(labels, predictions)
+    return UserSums(_by_user(users, [errors, np.ones(len(users))]), _ratio)
+
+
+def _ece_sums(labels: FloatArray, predictions: FloatArray, users: IntArray) -> UserSums:
+    bins = equal_mass_bins(predictions, NUM_BINS)
+    gaps = [np.where(bins == place, labels - predictions, 0.0) for place in range(NUM_BINS)]
+
+    def combine(sums: FloatArray) -> FloatArray:
+        return _ratio(np.stack([np.abs(sums[..., :-1]).sum(axis=-1), sums[..., -1]], axis=-1))
+
+    return UserSums(_by_user(users, [*gaps, np.ones(len(users))]), combine, is_distance=True)
+
+
+def _check(confidence: float, num_resamples: int) -> None:
+    if not 0 < confidence < 1:
+        raise ConfigError(f"confidence is {confidence}; expected a share between 0 and 1, such as 0.95.")
+    if num_resamples < 100:
+        raise ConfigError(f"num_resamples is {num_resamples}; expected at least 100.")
+
+
+def _resample(statistics: Sequence[UserSums], num_resamples: int, seed: int) -> list[FloatArray]:
+    """The metrics on R draws of the users: float64 [R] each."""
+    sizes = {len(metric.sums) for metric in statistics}
+    if len(sizes) > 1:
+        raise ShapeError(
+            f"metrics over {sorted(sizes)} users; expected the same users in the same order for all of them."
+        )
+    if not statistics:
+        return []
+    (num_users,) = sizes
+    if not num_users:
+        return [np.full(num_resamples, np.nan)] * len(statistics)
+    sums = np.concatenate([metric.sums for metric in statistics], axis=1)
+    ends = np.cumsum([metric.sums.shape[1] for metric in statistics])[:-1]
+    generator = np.random.default_rng(seed)
+    chunks = []
+    chunk = max(1, _CELLS_PER_CHUNK // num_users)
+    for start in range(0, num_resamples, chunk):
+        size = min(chunk, num_resamples - start)
+        drawn = generator.integers(num_users, size=(size, num_users))
+        drawn += np.arange(size)[:, None] * num_users
+        weights = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
+        chunks.append(weights.astype(np.float64) @ sums)
+    columns = np.split(np.concatenate(chunks), ends, axis=1)
+    return [metric.combine(column) for metric, column in zip(statistics, columns, strict=True)]
+
+
+def _bounds(draws: FloatArray, confidence: float, num_users: int) -> tuple[float, float]:
+    defined = draws[~np.isnan(draws)]
+    if num_users < MIN_USERS or not len(defined):
+        return math.nan, math.nan
+    low, high = np.quantile(defined, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def _p_value(draws: FloatArray) -> float:
+    defined = draws[~np.isnan(draws)]
+    one_side = min(np.count_nonzero(defined <= 0), np.count_nonzero(defined >= 0))
+    return min(1.0, 2 * (1 + one_side) / (len(defined) + 1))
