@@ -1,4 +1,4 @@
-"""Client of the pushed models: retrieve, then rank, over gRPC or REST, against this server or the official.
+"""Client of the pushed models, over gRPC or REST, against this project's server or the official one.
 
 with RecommenderClient("http://127.0.0.1:8501") as client:
     for item in client.recommend({"user_id": "17"}, k=10).items:
@@ -7,22 +7,35 @@ with RecommenderClient("http://127.0.0.1:8501") as client:
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
 import logging
-import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
-from schema.errors import ServingError
+from schema.errors import ConfigError
+from serving.answers import (
+    Candidate,
+    RankedItem,
+    Recommendation,
+    Recommendations,
+    Retrieval,
+    best_of,
+    fingerprint,
+    parse_funnel,
+    parse_ranking,
+    parse_retrieval,
+)
+from serving.queries import CANDIDATES, batch_of_one, check_names, search_inputs
+from serving.retries import Retrier, RetryPolicy
 from serving.transport import (
     BadRequestError,
     DeadlineExceededError,
     InputSpec,
-    Kind,
     ModelNotFoundError,
+    OverloadedError,
     Prediction,
     ServerUnavailableError,
     Transport,
@@ -31,109 +44,89 @@ from serving.transport import (
 )
 
 __all__ = [
+    "LAYOUTS",
     "BadRequestError",
     "Candidate",
     "DeadlineExceededError",
     "ModelNotFoundError",
+    "OneCall",
+    "OverloadedError",
     "RankedItem",
     "Recommendation",
     "Recommendations",
     "RecommenderClient",
     "Retrieval",
+    "RetryPolicy",
     "ServerUnavailableError",
+    "TwoCalls",
 ]
 
 _LOGGER = logging.getLogger(__name__)
-_RETRIEVAL_ONLY_INPUTS: Final = frozenset({"k", "exclude_item_ids"})
-# Inputs of the retrieval model that hold an allow-list: this, and the name of the attribute.
-_ALLOW: Final = "allow_"
-_RANKING_ONLY_INPUTS: Final = frozenset({"candidate_item_ids"})
-_MISSING: Final[dict[Kind, object]] = {"string": "", "float": math.nan, "integer": -1}
-_TYPES: Final[Mapping[Kind, Any]] = {"string": str, "integer": int, "float": (int, float)}
-_RETRY_WAIT_S: Final = 0.1
+_Answer = TypeVar("_Answer")
+_READY_POLL_S: Final = 0.1
+# What the server says of a model.
+_AVAILABLE: Final = "is available"
+_LOADING: Final = "has no available version"
+_UNKNOWN: Final = "is not served"
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One retrieved item; `reason_item_id` is the watched item nearest to it, "" without history."""
+class OneCall:
+    """One model retrieves and ranks."""
 
-    item_id: str
-    retrieval_score: float
-    reason_item_id: str
+    funnel: str = "funnel"
 
-
-@dataclass(frozen=True)
-class Retrieval:
-    """Candidates, best first, and what is known about the user and the search.
-
-    `exact_fallback`: approximate search found too few, so that every item was scored. `model_version` is None
-    over REST, whose answers do not tell it.
-    """
-
-    candidates: tuple[Candidate, ...]
-    user_is_known: bool
-    history_length: int
-    model_version: int | None
-    exact_fallback: bool = False
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of the models on the server."""
+        return (self.funnel,)
 
 
 @dataclass(frozen=True)
-class RankedItem:
-    """One scored item: the final score and the output per task."""
+class TwoCalls:
+    """One model retrieves, another ranks."""
 
-    item_id: str
-    score: float
-    predictions: Mapping[str, float]
-    item_is_known: bool
+    retrieval: str = "retrieval"
+    ranking: str = "ranking"
 
-
-@dataclass(frozen=True)
-class Recommendation:
-    """One recommended item; `rank` starts at 1, `item_is_known`: the ranker's catalogue has it."""
-
-    item_id: str
-    rank: int
-    retrieval_score: float
-    reason_item_id: str
-    predictions: Mapping[str, float]
-    score: float
-    item_is_known: bool
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of the models on the server."""
+        return (self.retrieval, self.ranking)
 
 
-@dataclass(frozen=True)
-class Recommendations:
-    """Recommended items, best first, and what is known about the user and the search.
-
-    `model_versions` maps model name to the version that answered; it is empty over REST, whose answers do not
-    tell it. `exact_fallback`: see Retrieval.
-    """
-
-    items: tuple[Recommendation, ...]
-    user_is_known: bool
-    history_length: int
-    model_versions: Mapping[str, int]
-    exact_fallback: bool = False
+Layout = OneCall | TwoCalls
+_Layout = TypeVar("_Layout", bound=Layout)
+# The names under which runs push their bundles; one call before two, ScaNN before exact search.
+LAYOUTS: Final[tuple[Layout, ...]] = (
+    OneCall("funnel"),
+    OneCall("funnel_exact"),
+    TwoCalls("retrieval"),
+    TwoCalls("retrieval_exact"),
+)
 
 
 class RecommenderClient:
-    """Asks a retrieval and a ranking model for recommendations. Safe to share between threads.
+    """Asks the pushed models for recommendations. Safe to share between threads.
 
     A query maps query features to values: text, a number, or a list of them for a multi-valued feature.
-    Features left out, or None, count as missing. An unknown feature is an error that names the nearest one.
+    Features left out, or None, count as missing: a user nobody has seen, or without history, gets what suits
+    the rest of the query. An unknown feature is an error that names the nearest one.
 
     Args:
       target: `grpc://host:port` or `http://host:port`. gRPC imports TensorFlow, REST does not.
-      timeout_s: seconds for each call of a method, all requests that it makes included.
-      retrieval_model: name of the retrieval model on the server.
-      ranking_model: name of the ranking model on the server.
+      timeout_s: seconds for each call of a method, all requests, retries and waits that it makes included.
+      layouts: what the server may serve, best first; the first found there is used from then on, and looked
+        for again when it is gone. A single one is taken as given.
+      retry: when a request is repeated that the server did not take.
 
     Raises:
-      ConfigError: the target has another form.
+      ConfigError: the target has another form, or there is no layout.
 
     All methods raise:
-      ServerUnavailableError: nothing answers, or the server refuses work for now.
+      ServerUnavailableError: nothing answers, the server refuses work for now, or the models are loading.
       DeadlineExceededError: `timeout_s` is over.
-      ModelNotFoundError: the server does not serve the model.
+      ModelNotFoundError: the server does not serve the model, or none of the layouts.
       BadRequestError: unknown feature, wrong type of value, or the model refused the request.
       ServingError: an answer that breaks the signatures' contract.
     """
@@ -143,15 +136,18 @@ class RecommenderClient:
         target: str,
         *,
         timeout_s: float = 5.0,
-        retrieval_model: str = "retrieval",
-        ranking_model: str = "ranking",
+        layouts: Sequence[Layout] = LAYOUTS,
+        retry: RetryPolicy | None = None,
     ) -> None:
+        if not layouts:
+            raise ConfigError("expected at least one layout, such as OneCall() or TwoCalls()")
         self._target = target
         self._timeout_s = timeout_s
-        self._retrieval_model = retrieval_model
-        self._ranking_model = ranking_model
+        self._layouts = tuple(layouts)
+        self._retrier = Retrier(retry or RetryPolicy())
         self._transport: Transport = open_transport(target)
         self._specs: dict[str, Mapping[str, InputSpec]] = {}
+        self._found: dict[tuple[Layout, ...], Any] = {}
 
     def __enter__(self) -> RecommenderClient:
         return self
@@ -174,50 +170,32 @@ class RecommenderClient:
         allow: Mapping[str, Iterable[str]] | None = None,
         num_candidates: int = 100,
     ) -> Recommendations:
-        """Retrieves candidates and returns the `k` that rank best.
+        """Returns the `k` items that rank best among those retrieved.
 
         Args:
           query: feature values of one user and moment.
-          k: items to return, at least 1; fewer come back when the catalogue has no more.
+          k: items to return, at least 1; fewer come back, down to none, when no more may be recommended.
           exclude_item_ids: items never to return.
           allow: item attribute to values; only items with one of the values are returned, an empty list
             allows all. The attributes are those of `index.allow_list` when the model was exported.
-          num_candidates: items to retrieve and rank, at least `k`, at most what the model was exported with.
+          num_candidates: items to retrieve and rank in two calls, at least `k`, at most what the model was
+            exported with. A model that does both has a number of its own.
         """
-        if not 1 <= k <= num_candidates:
-            raise BadRequestError(
-                f"expected 1 <= k <= num_candidates, got k={k}, num_candidates={num_candidates}"
-            )
+        if k < 1:
+            raise BadRequestError(f"expected k >= 1, got {k}")
         deadline = self._deadline()
-        known = self._query_names(self._retrieval_model, deadline) | self._query_names(
-            self._ranking_model, deadline
-        )
-        _check_names(query, known)
-        retrieval = self._retrieve(query, num_candidates, exclude_item_ids, allow or {}, deadline)
-        versions = {self._retrieval_model: retrieval.model_version}
-        candidates = {candidate.item_id: candidate for candidate in retrieval.candidates}
-        ranked: list[RankedItem] = []
-        if candidates:
-            ranked, versions[self._ranking_model] = self._rank(query, list(candidates), deadline)
-        items = tuple(
-            Recommendation(
-                item_id=item.item_id,
-                rank=rank,
-                retrieval_score=candidates[item.item_id].retrieval_score,
-                reason_item_id=candidates[item.item_id].reason_item_id,
-                predictions=item.predictions,
-                score=item.score,
-                item_is_known=item.item_is_known,
-            )
-            for rank, item in enumerate(sorted(ranked, key=lambda item: -item.score)[:k], start=1)
-        )
-        return Recommendations(
-            items=items,
-            user_is_known=retrieval.user_is_known,
-            history_length=retrieval.history_length,
-            model_versions={name: version for name, version in versions.items() if version is not None},
-            exact_fallback=retrieval.exact_fallback,
-        )
+        # An iterator must serve two tries, when the first finds that the layout is gone.
+        exclude = exclude_item_ids if isinstance(exclude_item_ids, str) else tuple(exclude_item_ids)
+        limits = allow or {}
+
+        def ask(layout: Layout) -> Recommendations:
+            if isinstance(layout, OneCall):
+                return self._recommend_in_one(layout, query, k, exclude, limits, deadline)
+            if k > num_candidates:
+                raise BadRequestError(f"expected k <= num_candidates, got {k=}, {num_candidates=}")
+            return self._recommend_in_two(layout, query, k, exclude, limits, num_candidates, deadline)
+
+        return self._with_layout(self._layouts, ask, deadline)
 
     def retrieve(
         self,
@@ -229,133 +207,199 @@ class RecommenderClient:
     ) -> Retrieval:
         """Returns the `k` nearest items of the catalogue, best first; arguments as in `recommend`."""
         deadline = self._deadline()
-        _check_names(query, self._query_names(self._retrieval_model, deadline))
-        return self._retrieve(query, k, exclude_item_ids, allow or {}, deadline)
+        exclude = exclude_item_ids if isinstance(exclude_item_ids, str) else tuple(exclude_item_ids)
+
+        def ask(layout: TwoCalls) -> Retrieval:
+            check_names(query, self._input_specs(layout.retrieval, deadline))
+            return self._retrieve(layout.retrieval, query, k, exclude, allow or {}, deadline)
+
+        return self._with_layout(self._layouts_of_two(), ask, deadline)
 
     def rank(self, query: Mapping[str, Any], item_ids: Sequence[str]) -> list[RankedItem]:
         """Scores items for one query, in the order given."""
         deadline = self._deadline()
-        _check_names(query, self._query_names(self._ranking_model, deadline))
-        return self._rank(query, item_ids, deadline)[0] if item_ids else []
+
+        def ask(layout: TwoCalls) -> list[RankedItem]:
+            check_names(query, self._input_specs(layout.ranking, deadline))
+            return self._rank(layout.ranking, query, item_ids, deadline)[0] if item_ids else []
+
+        return self._with_layout(self._layouts_of_two(), ask, deadline)
 
     def wait_until_ready(self, timeout_s: float) -> None:
-        """Waits until both models have an available version.
+        """Waits until all models of one of the layouts have an available version.
 
         Raises:
           ServerUnavailableError: they have not after `timeout_s` seconds; the text tells the last problem.
         """
         deadline = time.monotonic() + timeout_s
-        for model in (self._retrieval_model, self._ranking_model):
-            while True:
-                try:
-                    if self._transport.available_versions(model, self._remaining(deadline)):
-                        break
-                    problem = ServerUnavailableError(
-                        f"model {model!r} at {self._target} has no available version"
-                    )
-                except (ServerUnavailableError, ModelNotFoundError) as error:
-                    problem = ServerUnavailableError(str(error))
-                except DeadlineExceededError as error:
-                    raise ServerUnavailableError(f"not ready after {timeout_s} s: {error}") from error
-                if time.monotonic() + _RETRY_WAIT_S >= deadline:
-                    raise ServerUnavailableError(f"not ready after {timeout_s} s: {problem}") from problem
-                time.sleep(_RETRY_WAIT_S)
+        while True:
+            try:
+                self._discover(self._layouts, deadline)
+                return
+            except (ServerUnavailableError, ModelNotFoundError) as error:
+                problem = error
+            except DeadlineExceededError as error:
+                raise ServerUnavailableError(f"not ready after {timeout_s} s: {error}") from error
+            if time.monotonic() + _READY_POLL_S >= deadline:
+                raise ServerUnavailableError(f"not ready after {timeout_s} s: {problem}") from problem
+            time.sleep(_READY_POLL_S)
+
+    def _recommend_in_one(
+        self,
+        layout: OneCall,
+        query: Mapping[str, Any],
+        k: int,
+        exclude_item_ids: Iterable[str],
+        allow: Mapping[str, Iterable[str]],
+        deadline: float,
+    ) -> Recommendations:
+        specs = self._input_specs(layout.funnel, deadline)
+        check_names(query, specs)
+        extra = search_inputs(specs, k, exclude_item_ids, allow)
+        started = time.perf_counter()
+        answer = self._predict(layout.funnel, query, extra, deadline)
+        parsed = parse_funnel(answer, layout.funnel, self._source(layout.funnel))
+        if parsed.exact_fallback:
+            _log_fallback(k)
+        return dataclasses.replace(parsed, stage_seconds={"funnel": time.perf_counter() - started})
+
+    def _recommend_in_two(
+        self,
+        layout: TwoCalls,
+        query: Mapping[str, Any],
+        k: int,
+        exclude_item_ids: Iterable[str],
+        allow: Mapping[str, Iterable[str]],
+        num_candidates: int,
+        deadline: float,
+    ) -> Recommendations:
+        inputs = {name for model in layout.models for name in self._input_specs(model, deadline)}
+        check_names(query, inputs)
+        seconds = {}
+        started = time.perf_counter()
+        retrieval = self._retrieve(layout.retrieval, query, num_candidates, exclude_item_ids, allow, deadline)
+        seconds["retrieve"] = time.perf_counter() - started
+        versions = {layout.retrieval: retrieval.model_version}
+        fingerprints = {layout.retrieval: retrieval.fingerprint}
+        ranked: list[RankedItem] = []
+        if retrieval.candidates:
+            started = time.perf_counter()
+            item_ids = [candidate.item_id for candidate in retrieval.candidates]
+            ranked, answer = self._rank(layout.ranking, query, item_ids, deadline)
+            seconds["rank"] = time.perf_counter() - started
+            versions[layout.ranking] = answer.version
+            fingerprints[layout.ranking] = fingerprint(answer, self._source(layout.ranking))
+        result = Recommendations(
+            items=best_of(retrieval, ranked, k),
+            user_is_known=retrieval.user_is_known,
+            history_length=retrieval.history_length,
+            model_versions={name: version for name, version in versions.items() if version is not None},
+            exact_fallback=retrieval.exact_fallback,
+            fingerprints={name: value for name, value in fingerprints.items() if value is not None},
+            stage_seconds=seconds,
+        )
+        if not result.models_match:
+            _LOGGER.warning("models of different runs answer together: %s", dict(result.fingerprints))
+        return result
 
     def _retrieve(
         self,
+        model: str,
         query: Mapping[str, Any],
         k: int,
         exclude_item_ids: Iterable[str],
         allow: Mapping[str, Iterable[str]],
         deadline: float,
     ) -> Retrieval:
-        lists = {"exclude_item_ids": exclude_item_ids}
-        lists |= {_ALLOW + attribute: values for attribute, values in allow.items()}
-        for name, values in lists.items():
-            if isinstance(values, str):
-                raise BadRequestError(f"{name} must be a list, got the text {values!r}")
-        inputs = self._input_specs(self._retrieval_model, deadline)
-        attributes = sorted(name.removeprefix(_ALLOW) for name in inputs if name.startswith(_ALLOW))
-        for attribute in allow:
-            if attribute not in attributes:
-                raise BadRequestError(
-                    f"the model cannot filter by {attribute!r}, only by: "
-                    f"{', '.join(attributes) or 'nothing'}; "
-                    "see index.allow_list in its configuration"
-                )
-        extra = {"k": k, **{name: list(values) for name, values in lists.items()}}
-        answer = self._predict(self._retrieval_model, query, extra, deadline)
-        item_ids = self._row(answer, "item_ids")
-        scores, reasons = self._row(answer, "scores"), self._row(answer, "reason_item_ids")
-        exact_fallback = bool(self._row(answer, "exact_fallback"))
-        if exact_fallback:
-            _LOGGER.info("exact_fallback=1 k=%d: approximate search found too few allowed items", k)
-        if not len(item_ids) == len(scores) == len(reasons):
-            raise ServingError(f"{self._target}: outputs of {self._retrieval_model!r} differ in length")
-        return Retrieval(
-            candidates=tuple(
-                Candidate(item_id, score, reason)
-                for item_id, score, reason in zip(item_ids, scores, reasons, strict=True)
-                if item_id  # "" pads a short list
-            ),
-            user_is_known=bool(self._row(answer, "user_is_known")),
-            history_length=int(self._row(answer, "history_length")),
-            model_version=answer.version,
-            exact_fallback=exact_fallback,
-        )
+        extra = search_inputs(self._input_specs(model, deadline), k, exclude_item_ids, allow)
+        retrieval = parse_retrieval(self._predict(model, query, extra, deadline), self._source(model))
+        if retrieval.exact_fallback:
+            _log_fallback(k)
+        return retrieval
 
     def _rank(
-        self, query: Mapping[str, Any], item_ids: Sequence[str], deadline: float
-    ) -> tuple[list[RankedItem], int | None]:
-        answer = self._predict(self._ranking_model, query, {"candidate_item_ids": list(item_ids)}, deadline)
-        columns = {name: self._row(answer, name) for name in answer.outputs}
-        scores, known = self._row(answer, "score"), self._row(answer, "item_is_known")
-        if any(len(column) != len(item_ids) for column in columns.values()) or any(map(math.isnan, scores)):
-            raise ServingError(
-                f"{self._target}: {self._ranking_model!r} must give one number per candidate; check the model"
-            )
-        tasks = sorted(columns.keys() - {"score", "item_is_known"})
-        ranked = [
-            RankedItem(item_id, scores[i], {task: columns[task][i] for task in tasks}, bool(known[i]))
-            for i, item_id in enumerate(item_ids)
-        ]
-        return ranked, answer.version
+        self, model: str, query: Mapping[str, Any], item_ids: Sequence[str], deadline: float
+    ) -> tuple[list[RankedItem], Prediction]:
+        answer = self._predict(model, query, {CANDIDATES: list(item_ids)}, deadline)
+        return parse_ranking(answer, item_ids, self._source(model)), answer
 
     def _predict(
         self, model: str, query: Mapping[str, Any], extra: Mapping[str, Any], deadline: float
     ) -> Prediction:
+        def ask(specs: Mapping[str, InputSpec]) -> Prediction:
+            inputs = batch_of_one(specs, query, extra)
+            return self._retrier.call(
+                lambda: self._transport.predict(model, inputs, specs, self._remaining(deadline)), deadline
+            )
+
         specs = self._input_specs(model, deadline)
         try:
-            inputs = _batch_of_one(specs, query, extra)
-            return self._transport.predict(model, inputs, specs, self._remaining(deadline))
+            return ask(specs)
         except BadRequestError:
             # A version pushed since the last call may take other features: look once more before giving up.
             self._specs.pop(model, None)  # another thread may have been faster
             newer = self._input_specs(model, deadline)
             if newer == specs:
                 raise
-            inputs = _batch_of_one(newer, query, extra)
-            return self._transport.predict(model, inputs, newer, self._remaining(deadline))
-
-    def _row(self, answer: Prediction, name: str) -> Any:
-        """Returns an output of the only request of the batch."""
-        value = answer.outputs.get(name)
-        if not isinstance(value, list) or len(value) != 1:
-            raise ServingError(
-                f"{self._target}: the answer lacks output {name!r} for one query; check the model served"
-            )
-        return value[0]
+            return ask(newer)
 
     def _input_specs(self, model: str, deadline: float) -> Mapping[str, InputSpec]:
-        if model not in self._specs:
-            self._specs[model] = self._transport.input_specs(model, self._remaining(deadline))
-        return self._specs[model]
+        specs = self._specs.get(model)
+        if specs is None:
+            specs = self._specs[model] = self._retrier.call(
+                lambda: self._transport.input_specs(model, self._remaining(deadline)), deadline
+            )
+        return specs
 
-    def _query_names(self, model: str, deadline: float) -> set[str]:
-        specs = self._input_specs(model, deadline)
-        if model == self._ranking_model:
-            return set(specs) - _RANKING_ONLY_INPUTS
-        return {name for name in specs if not name.startswith(_ALLOW)} - _RETRIEVAL_ONLY_INPUTS
+    def _with_layout(
+        self, layouts: tuple[_Layout, ...], ask: Callable[[_Layout], _Answer], deadline: float
+    ) -> _Answer:
+        """Asks in the layout that the server was found to serve, and looks again when its models are gone."""
+        if len(layouts) == 1:
+            return ask(layouts[0])
+        layout = self._found.get(layouts)
+        if layout is None:
+            layout = self._found[layouts] = self._retrier.call(
+                lambda: self._discover(layouts, deadline), deadline
+            )
+        try:
+            return ask(layout)
+        except ModelNotFoundError:
+            newer = self._found[layouts] = self._discover(layouts, deadline)
+            if newer == layout:
+                raise
+            return ask(newer)
+
+    def _discover(self, layouts: tuple[_Layout, ...], deadline: float) -> _Layout:
+        """Returns the first of the layouts whose models all have an available version."""
+        states: dict[str, str] = {}
+        for layout in layouts:
+            for model in layout.models:
+                if model not in states:
+                    states[model] = self._state(model, deadline)
+            if all(states[model] == _AVAILABLE for model in layout.models):
+                return layout
+        text = f"{self._target} serves none of {', '.join(' + '.join(layout.models) for layout in layouts)}"
+        states_text = ", ".join(f"{model} {state}" for model, state in states.items())
+        if _LOADING in states.values():
+            raise ServerUnavailableError(f"{text} yet: {states_text}")
+        raise ModelNotFoundError(f"{text}: {states_text}; check the model names and what the server serves")
+
+    def _state(self, model: str, deadline: float) -> str:
+        try:
+            versions = self._transport.available_versions(model, self._remaining(deadline))
+        except ModelNotFoundError:
+            return _UNKNOWN
+        return _AVAILABLE if versions else _LOADING
+
+    def _layouts_of_two(self) -> tuple[TwoCalls, ...]:
+        layouts = tuple(layout for layout in self._layouts if isinstance(layout, TwoCalls))
+        if not layouts:
+            raise ConfigError("to retrieve or rank alone, give the client a layout TwoCalls()")
+        return layouts
+
+    def _source(self, model: str) -> str:
+        return f"{self._target}: model {model!r}"
 
     def _deadline(self) -> float:
         return time.monotonic() + self._timeout_s
@@ -367,36 +411,5 @@ class RecommenderClient:
         return remaining
 
 
-def _check_names(query: Mapping[str, Any], known: set[str]) -> None:
-    for name in query:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            hint = (
-                f"did you mean {nearest[0]!r}?" if nearest else f"the models know: {', '.join(sorted(known))}"
-            )
-            raise BadRequestError(f"unknown query feature {name!r}; {hint}")
-
-
-def _batch_of_one(
-    specs: Mapping[str, InputSpec], query: Mapping[str, Any], extra: Mapping[str, Any]
-) -> dict[str, list[Any]]:
-    values = {**query, **extra}
-    return {name: [_encode(name, values.get(name), spec)] for name, spec in specs.items()}
-
-
-def _encode(name: str, value: Any, spec: InputSpec) -> Any:
-    """Turns one feature value into the nested list of its input, without the batch dimension."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()  # NumPy scalars and arrays
-    missing = _MISSING[spec.kind]
-    if spec.rank == 1:
-        return missing if value is None else _checked(name, value, spec)
-    if value is not None and not isinstance(value, (list, tuple)):
-        raise BadRequestError(f"feature {name!r} is multi-valued: expected a list, got {value!r}")
-    return [_checked(name, item, spec) for item in value or ()] or [missing]
-
-
-def _checked(name: str, value: Any, spec: InputSpec) -> Any:
-    if not isinstance(value, _TYPES[spec.kind]) or isinstance(value, bool):
-        raise BadRequestError(f"feature {name!r} takes type {spec.kind}, got {value!r}")
-    return float(value) if spec.kind == "float" else value
+def _log_fallback(k: int) -> None:
+    _LOGGER.info("exact_fallback=1 k=%d: approximate search found too few allowed items", k)

@@ -21,6 +21,7 @@ from serving.transport import (
     BadRequestError,
     InputSpec,
     ModelNotFoundError,
+    OverloadedError,
     Prediction,
     deadline_exceeded,
     input_spec,
@@ -41,6 +42,11 @@ class GrpcTransport:
                 ("grpc.max_receive_message_length", -1),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.enable_http_proxy", 0),
+                # serving.retries repeats what is safe to repeat; by default a channel whose connection was
+                # refused fails every call for a whole second before it looks again.
+                ("grpc.enable_retries", 0),
+                ("grpc.initial_reconnect_backoff_ms", 100),
+                ("grpc.max_reconnect_backoff_ms", 5_000),
             ],
         )
         self._prediction = prediction_service_pb2_grpc.PredictionServiceStub(self._channel)
@@ -98,8 +104,10 @@ class GrpcTransport:
         code, message = error.code(), f"{call} at {self._target}: {error.details()}"
         if code == grpc.StatusCode.DEADLINE_EXCEEDED:
             return deadline_exceeded(self._target, call)
-        if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED):
+        if code == grpc.StatusCode.UNAVAILABLE:
             return unavailable(self._target, error.details())
+        if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return OverloadedError(f"{message}; send less, or let more servers share the load")
         if code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION):
             return BadRequestError(message)
         if code == grpc.StatusCode.NOT_FOUND:

@@ -20,6 +20,10 @@ class ServerUnavailableError(ServingError):
     """Nothing answers at the target, or the server refuses work for now."""
 
 
+class OverloadedError(ServerUnavailableError):
+    """The server answers, and says that it takes no more of this for now."""
+
+
 class DeadlineExceededError(ServingError):
     """The time given for a call was over before the answer."""
 
@@ -89,7 +93,8 @@ def open_transport(target: str) -> Transport:
 def unavailable(target: str, reason: object) -> ServerUnavailableError:
     """Returns the error of a server that cannot be reached."""
     return ServerUnavailableError(
-        f"no model server answers at {target} ({reason}); start one with `funnel serve`, or check the target"
+        f"no model server takes requests at {target} ({reason}); start one with `funnel serve`, or check the "
+        "target"
     )
 
 
@@ -205,6 +210,8 @@ def _error_of(http_code: int, message: str) -> ServingError:
         return ModelNotFoundError(f"{message}; check the model name and what the server serves")
     if http_code == httpx.codes.GATEWAY_TIMEOUT:
         return DeadlineExceededError(message)
-    if http_code in (httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.TOO_MANY_REQUESTS):
+    if http_code == httpx.codes.SERVICE_UNAVAILABLE:
         return ServerUnavailableError(f"{message}; try again later")
+    if http_code == httpx.codes.TOO_MANY_REQUESTS:
+        return OverloadedError(f"{message}; send less, or let more servers share the load")
     return ServingError(f"{message} (HTTP {http_code}); look at the server's log")

@@ -17,11 +17,12 @@ POLL_WAIT_S = 0.1
 def base_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Base path by model name; `swapped` is for the tests that push versions."""
     root = tmp_path_factory.mktemp("serving_models")
-    paths = {name: root / name for name in ("retrieval", "ranking", "echo", "swapped")}
+    paths = {name: root / name for name in ("retrieval", "ranking", "one_call", "echo", "swapped")}
     for path in paths.values():
         path.mkdir()
     models.save(models.Retrieval(), paths["retrieval"] / "1")
     models.save(models.Ranking(), paths["ranking"] / "1")
+    models.save(models.Funnel(), paths["one_call"] / "1")
     models.save_echo(paths["echo"] / "1", version=1)
     models.save_echo(paths["swapped"] / "1", version=1)
     requests = [{"x": np.zeros(size, np.float32)} for size in (1, 2, 4)]

@@ -71,7 +71,7 @@ class Ranking(tf.Module):
     @tf.function(input_signature=[*QUERY, _text(2, "candidate_item_ids")])
     def serve(self, user_id, age, event_time_unix_s, history_item_ids, candidate_item_ids):
         is_item = candidate_item_ids != ""
-        digits = tf.where(is_item, tf.strings.substr(candidate_item_ids, 4, 1), "0")
+        digits = tf.strings.substr(tf.where(is_item, candidate_item_ids, "item0"), 4, 1)
         click = tf.where(is_item, tf.strings.to_number(digits) / 10.0, 0.0)
         watch_time = tf.where(is_item, tf.where(tf.math.is_nan(age), 0.0, age)[:, None], 0.0)
         return {
@@ -79,6 +79,36 @@ class Ranking(tf.Module):
             "watch_time": watch_time,
             "score": click + watch_time,
             "item_is_known": tf.cast(is_item, tf.int64),
+        }
+
+
+class Funnel(tf.Module):
+    """Retrieval and Ranking in one: all that may be recommended is ranked, and the best k come back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.retrieval = Retrieval()
+        self.ranking = Ranking()
+
+    @tf.function(input_signature=Retrieval.serve.input_signature)
+    def serve(self, user_id, age, event_time_unix_s, history_item_ids, k, exclude_item_ids, allow_parity):
+        query = (user_id, age, event_time_unix_s, history_item_ids)
+        found = self.retrieval.serve(*query, tf.fill(tf.shape(k), MAX_K), exclude_item_ids, allow_parity)
+        ranked = self.ranking.serve(*query, found["item_ids"])
+        max_k = tf.reduce_max(k)
+        _, best = tf.math.top_k(tf.where(found["item_ids"] != "", ranked["score"], -1.0), max_k)
+        wanted = tf.range(max_k)[None, :] < k[:, None]
+
+        def of_best(values):
+            chosen = tf.gather(values, best, batch_dims=1)
+            return tf.where(wanted, chosen, tf.zeros_like(chosen))
+
+        return {
+            **{name: of_best(values) for name, values in ranked.items()},
+            "item_ids": of_best(found["item_ids"]),
+            "retrieval_scores": of_best(found["scores"]),
+            "reason_item_ids": of_best(found["reason_item_ids"]),
+            **{name: found[name] for name in ("user_is_known", "history_length", "exact_fallback")},
         }
 
 

@@ -13,11 +13,15 @@ import pytest
 from schema.errors import ConfigError, ServingError
 from serving import client as client_module
 from serving.client import (
+    LAYOUTS,
     BadRequestError,
     DeadlineExceededError,
     ModelNotFoundError,
+    OneCall,
     RecommenderClient,
+    RetryPolicy,
     ServerUnavailableError,
+    TwoCalls,
 )
 from serving.transport import InputSpec, Prediction
 from tests.serving import models
@@ -54,6 +58,55 @@ def test_recommendations_are_the_retrieved_items_in_order_of_their_ranking_score
     assert answer.history_length == 2
     expected_versions = {"retrieval": 1, "ranking": 1} if target.startswith("grpc") else {}
     assert answer.model_versions == expected_versions
+
+
+def test_one_call_gives_the_items_of_the_two_calls_and_every_output(target):
+    asked = {"k": 3, "exclude_item_ids": ["item0", "item4"], "allow": {"parity": ["odd", "even"]}}
+    with (
+        RecommenderClient(target, timeout_s=30, layouts=(OneCall("one_call"),)) as one,
+        RecommenderClient(target, timeout_s=30, layouts=(TwoCalls(),)) as two,
+    ):
+        answer = one.recommend(QUERY, **asked)
+        # All of 1 2 3 5 6 7 are ranked: number / 10 + age.
+        assert [item.item_id for item in answer.items] == ["item7", "item6", "item5"]
+        assert [item.retrieval_score for item in answer.items] == [1.0, 2.0, 3.0]
+        assert answer.items[0].predictions == pytest.approx({"click": 0.7, "watch_time": 2.5})
+        assert answer.model_versions == ({"one_call": 1} if target.startswith("grpc") else {})
+        assert set(answer.stage_seconds) == {"funnel"}
+        both = two.recommend(QUERY, **asked, num_candidates=8)
+        assert set(both.stage_seconds) == {"retrieve", "rank"}
+        assert answer.items == both.items
+        assert (answer.user_is_known, answer.history_length) == (both.user_is_known, both.history_length)
+        few = one.recommend(QUERY, k=8, allow={"parity": ["odd"]}, exclude_item_ids=iter(["item3"]))
+        assert [item.item_id for item in few.items] == ["item7", "item5", "item1"] and few.exact_fallback
+        assert one.recommend(QUERY, k=2, exclude_item_ids=models.ITEM_IDS).items == ()
+        stranger = one.recommend({"user_id": "u"}, k=1)
+        assert (stranger.user_is_known, stranger.history_length) == (False, 0)
+        assert [item.item_id for item in stranger.items] == ["item7"]
+        with pytest.raises(BadRequestError, match="unknown query feature 'usr_id'"):
+            one.recommend({"usr_id": "u"}, k=1)
+        with pytest.raises(ConfigError, match="layout TwoCalls"):
+            one.retrieve(QUERY, k=1)
+
+
+def test_the_first_layout_that_is_served_is_used(target):
+    with RecommenderClient(target, timeout_s=30) as client:
+        # No funnel, no funnel_exact here: retrieval and ranking.
+        assert set(client.recommend(QUERY, k=1, num_candidates=2).stage_seconds) == {"retrieve", "rank"}
+    layouts = (TwoCalls("retrieval_exact"), OneCall("one_call"), TwoCalls())
+    with RecommenderClient(target, timeout_s=30, layouts=layouts) as client:
+        assert set(client.recommend(QUERY, k=1).stage_seconds) == {"funnel"}
+        assert len(client.retrieve(QUERY, k=2).candidates) == 2
+    with RecommenderClient(target, timeout_s=30, layouts=(OneCall("a"), TwoCalls("b"))) as client:
+        with pytest.raises(ModelNotFoundError, match=r"none of a, b \+ ranking: a is not served, b is not"):
+            client.recommend(QUERY, k=1)
+        with pytest.raises(ServerUnavailableError, match="a is not served"):
+            client.wait_until_ready(timeout_s=0.2)
+
+
+def test_a_client_without_a_layout_is_refused():
+    with pytest.raises(ConfigError, match="at least one layout"):
+        RecommenderClient("http://127.0.0.1:1", layouts=())
 
 
 def test_features_left_out_count_as_missing(client):
@@ -134,10 +187,10 @@ def test_a_wrong_query_is_refused_by_name(client, query, complaint):
         client.recommend(query, k=1, num_candidates=2)
 
 
-@pytest.mark.parametrize(("k", "num_candidates"), [(0, 5), (6, 5)])
-def test_k_must_lie_between_one_and_the_number_of_candidates(client, k, num_candidates):
-    with pytest.raises(BadRequestError, match=f"got k={k}, num_candidates={num_candidates}"):
-        client.recommend(QUERY, k=k, num_candidates=num_candidates)
+@pytest.mark.parametrize(("k", "complaint"), [(0, "got 0"), (6, "got k=6, num_candidates=5")])
+def test_k_must_lie_between_one_and_the_number_of_candidates(client, k, complaint):
+    with pytest.raises(BadRequestError, match=complaint):
+        client.recommend(QUERY, k=k, num_candidates=5)
 
 
 def test_excluded_ids_given_as_one_text_are_refused(client):
@@ -152,7 +205,7 @@ def test_a_refusal_by_the_model_reaches_the_caller(client):
 
 def test_a_model_that_is_not_served_is_named(target):
     with (
-        RecommenderClient(target, retrieval_model="nothing", timeout_s=30) as client,
+        RecommenderClient(target, layouts=(TwoCalls("nothing"),), timeout_s=30) as client,
         pytest.raises(ModelNotFoundError, match="nothing"),
     ):
         client.retrieve(QUERY, k=1)
@@ -211,8 +264,8 @@ def test_ready_server_needs_no_waiting(client):
 
 def test_waiting_for_a_model_that_is_not_there_says_so(target):
     with (
-        RecommenderClient(target, ranking_model="nothing") as client,
-        pytest.raises(ServerUnavailableError, match="nothing"),
+        RecommenderClient(target, layouts=(TwoCalls(ranking="nothing"),)) as client,
+        pytest.raises(ServerUnavailableError, match="nothing is not served"),
     ):
         client.wait_until_ready(timeout_s=0.3)
 
@@ -259,6 +312,11 @@ class StubTransport:
         outputs = {"item_ids": [["a"]], "scores": [[1.0]], "reason_item_ids": [[""]]}
         return Prediction({**outputs, "user_is_known": [0], "history_length": [0], "exact_fallback": [0]}, 2)
 
+    def available_versions(self, model, timeout_s):
+        if model in ("retrieval", "ranking"):
+            return [1]
+        raise ModelNotFoundError(model)
+
     def close(self):
         pass
 
@@ -288,3 +346,86 @@ def test_the_deadline_covers_retrieval_and_ranking_together(monkeypatch):
     assert last <= first - 0.05
     with pytest.raises(DeadlineExceededError, match="raise timeout_s"):
         RecommenderClient("stub", timeout_s=0.04).recommend({"user_id": "u"}, k=1)
+
+
+class FunnelThatGoes(StubTransport):
+    """Serves `funnel` at first, then retrieval and ranking; the fingerprints are of those two."""
+
+    def __init__(self, fingerprints):
+        super().__init__()
+        self.one_call = True
+        self.fingerprints = fingerprints
+
+    def available_versions(self, model, timeout_s):
+        if self.one_call != (model == "funnel") or model.endswith("_exact"):
+            raise ModelNotFoundError(model)
+        return [1]
+
+    def input_specs(self, model, timeout_s):
+        return {"user_id": InputSpec("string", "DT_STRING", 1)}
+
+    def predict(self, model, inputs, specs, timeout_s):
+        lists = {"item_ids": [["a"]], "reason_item_ids": [[""]], "item_is_known": [[1]], "score": [[0.5]]}
+        lists |= {"scores": [[1.0]], "retrieval_scores": [[1.0]]}
+        user = {"user_is_known": [1], "history_length": [0], "exact_fallback": [0]}
+        if model == "ranking":
+            lists, user = {"score": [[0.5]], "item_is_known": [[1]]}, {}
+        elif self.one_call != (model == "funnel"):
+            raise ModelNotFoundError(model)
+        given = {"fingerprint": [self.fingerprints[model]]} if model in self.fingerprints else {}
+        return Prediction({**lists, **user, **given}, 1)
+
+
+def test_a_layout_that_is_gone_is_looked_for_again(monkeypatch):
+    stub = FunnelThatGoes({})
+    monkeypatch.setattr(client_module, "open_transport", lambda target: stub)
+    client = RecommenderClient("stub")
+    assert set(client.recommend({"user_id": "u"}, k=1).stage_seconds) == {"funnel"}
+    stub.one_call = False
+    answer = client.recommend({"user_id": "u"}, k=1)
+    assert set(answer.stage_seconds) == {"retrieve", "rank"}
+    assert answer.models_match, "models that tell no fingerprint cannot differ"
+
+
+@pytest.mark.parametrize(("other", "match"), [("run-a", True), ("run-b", False)])
+def test_models_of_different_runs_are_told(monkeypatch, caplog, other, match):
+    stub = FunnelThatGoes({"retrieval": "run-a", "ranking": other})
+    stub.one_call = False
+    monkeypatch.setattr(client_module, "open_transport", lambda target: stub)
+    answer = RecommenderClient("stub").recommend({"user_id": "u"}, k=1)
+    assert answer.fingerprints == {"retrieval": "run-a", "ranking": other}
+    assert answer.models_match is match
+    assert ("models of different runs" in caplog.text) is not match
+
+
+class Loading(StubTransport):
+    """Both models are known, and become available after some looks."""
+
+    def __init__(self, num_looks):
+        super().__init__()
+        self.num_looks = num_looks
+
+    def available_versions(self, model, timeout_s):
+        if model not in ("retrieval", "ranking"):
+            raise ModelNotFoundError(model)
+        self.num_looks -= 1
+        return [1] if self.num_looks < 0 else []
+
+
+def test_models_that_are_loading_are_waited_for_a_little_and_then_told(monkeypatch):
+    monkeypatch.setattr(client_module, "open_transport", lambda target: stub)
+    stub = Loading(num_looks=2)
+    policy = RetryPolicy(max_attempts=3, initial_backoff_s=0.001)
+    assert RecommenderClient("stub", retry=policy).recommend({"user_id": "u"}, k=1).items
+    stub = Loading(num_looks=100)
+    with pytest.raises(ServerUnavailableError, match=r"yet: .*retrieval has no available version"):
+        RecommenderClient("stub", retry=policy).recommend({"user_id": "u"}, k=1)
+
+
+def test_layouts_prefer_one_call_and_scann():
+    assert [layout.models for layout in LAYOUTS] == [
+        ("funnel",),
+        ("funnel_exact",),
+        ("retrieval", "ranking"),
+        ("retrieval_exact", "ranking"),
+    ]

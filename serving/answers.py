@@ -1,0 +1,209 @@
+"""What the models answer, as typed results. Imports no TensorFlow."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from schema.errors import ServingError
+from serving.transport import Prediction
+
+# Names the run that a model comes from. Models exported before there were fingerprints lack it.
+_FINGERPRINT: Final = "fingerprint"
+# Outputs of the ranker and of the one-call model that are no task.
+_NO_TASKS: Final = frozenset(
+    {
+        "item_ids", "score", "item_is_known", "retrieval_scores", "reason_item_ids", "user_is_known",
+        "history_length", "exact_fallback", _FINGERPRINT,
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One retrieved item; `reason_item_id` is the watched item nearest to it, "" without history."""
+
+    item_id: str
+    retrieval_score: float
+    reason_item_id: str
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Candidates, best first, and what is known about the user and the search.
+
+    `exact_fallback`: approximate search found too few, so that every item was scored. `model_version` is None
+    over REST, whose answers do not tell it; `fingerprint` names the run of the model, if it tells.
+    """
+
+    candidates: tuple[Candidate, ...]
+    user_is_known: bool
+    history_length: int
+    model_version: int | None
+    exact_fallback: bool = False
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class RankedItem:
+    """One scored item: the final score and the output per task."""
+
+    item_id: str
+    score: float
+    predictions: Mapping[str, float]
+    item_is_known: bool
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """One recommended item; `rank` starts at 1, `item_is_known`: the ranker's catalogue has it."""
+
+    item_id: str
+    rank: int
+    retrieval_score: float
+    reason_item_id: str
+    predictions: Mapping[str, float]
+    score: float
+    item_is_known: bool
+
+
+@dataclass(frozen=True)
+class Recommendations:
+    """Recommended items, best first, and what is known about the user and the search.
+
+    `model_versions` maps model name to the version that answered; it is empty over REST, whose answers do not
+    tell it. `fingerprints` maps model name to the run it comes from, without models that do not tell.
+    `exact_fallback`: see Retrieval. `stage_seconds` maps each stage of the call (`funnel`, or `retrieve` and
+    `rank`) to what it took the client, retries included.
+    """
+
+    items: tuple[Recommendation, ...]
+    user_is_known: bool
+    history_length: int
+    model_versions: Mapping[str, int]
+    exact_fallback: bool = False
+    fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    stage_seconds: Mapping[str, float] = dataclasses.field(default_factory=dict, compare=False)
+
+    @property
+    def models_match(self) -> bool:
+        """False when the models that answered come from different runs.
+
+        A pair may differ for the seconds in which a server replaces both, or for good when only one of the
+        two passed its gates. Its answers are in order as long as the ranker knows the items
+        (`item_is_known`), but this pair was never validated together.
+        """
+        return len(set(self.fingerprints.values())) <= 1
+
+
+def parse_retrieval(answer: Prediction, source: str) -> Retrieval:
+    """Reads the answer of a retrieval model to one query.
+
+    Args:
+      answer: of a batch of one.
+      source: names server and model in errors.
+
+    Raises:
+      ServingError: an answer that breaks the signature's contract.
+    """
+    item_ids, scores, reasons = _columns(answer, ("item_ids", "scores", "reason_item_ids"), source)
+    return Retrieval(
+        candidates=tuple(
+            Candidate(item_id, score, reason)
+            for item_id, score, reason in zip(item_ids, scores, reasons, strict=True)
+            if item_id  # "" pads a short list
+        ),
+        user_is_known=bool(_row(answer, "user_is_known", source)),
+        history_length=int(_row(answer, "history_length", source)),
+        model_version=answer.version,
+        exact_fallback=bool(_row(answer, "exact_fallback", source)),
+        fingerprint=fingerprint(answer, source),
+    )
+
+
+def parse_ranking(answer: Prediction, item_ids: Sequence[str], source: str) -> list[RankedItem]:
+    """Reads the answer of a ranking model to one query with these candidates; see parse_retrieval."""
+    scores, known = _columns(answer, ("score", "item_is_known"), source)
+    tasks = _tasks(answer, source)
+    if any(len(column) != len(item_ids) for column in (scores, *tasks.values())) or any(
+        map(math.isnan, scores)
+    ):
+        raise ServingError(f"{source} must give one number per candidate; check the model")
+    return [
+        RankedItem(item_id, scores[i], {task: column[i] for task, column in tasks.items()}, bool(known[i]))
+        for i, item_id in enumerate(item_ids)
+    ]
+
+
+def parse_funnel(answer: Prediction, model: str, source: str) -> Recommendations:
+    """Reads the answer of a model that retrieves and ranks to one query; see parse_retrieval."""
+    names = ("item_ids", "score", "retrieval_scores", "reason_item_ids", "item_is_known")
+    item_ids, scores, retrieval_scores, reasons, known = _columns(answer, names, source)
+    tasks = _tasks(answer, source)
+    if any(len(column) != len(item_ids) for column in tasks.values()) or any(map(math.isnan, scores)):
+        raise ServingError(f"{source} must give one number per item; check the model")
+    run = fingerprint(answer, source)
+    return Recommendations(
+        items=tuple(
+            Recommendation(
+                item_id=item_id,
+                rank=i + 1,
+                retrieval_score=retrieval_scores[i],
+                reason_item_id=reasons[i],
+                predictions={task: column[i] for task, column in tasks.items()},
+                score=scores[i],
+                item_is_known=bool(known[i]),
+            )
+            for i, item_id in enumerate(item_ids)
+            if item_id  # "" pads a short list, at its end
+        ),
+        user_is_known=bool(_row(answer, "user_is_known", source)),
+        history_length=int(_row(answer, "history_length", source)),
+        model_versions={} if answer.version is None else {model: answer.version},
+        exact_fallback=bool(_row(answer, "exact_fallback", source)),
+        fingerprints={} if run is None else {model: run},
+    )
+
+
+def best_of(retrieval: Retrieval, ranked: Sequence[RankedItem], k: int) -> tuple[Recommendation, ...]:
+    """Returns the `k` retrieved items that rank best."""
+    candidates = {candidate.item_id: candidate for candidate in retrieval.candidates}
+    return tuple(
+        Recommendation(
+            item_id=item.item_id,
+            rank=rank,
+            retrieval_score=candidates[item.item_id].retrieval_score,
+            reason_item_id=candidates[item.item_id].reason_item_id,
+            predictions=item.predictions,
+            score=item.score,
+            item_is_known=item.item_is_known,
+        )
+        for rank, item in enumerate(sorted(ranked, key=lambda item: -item.score)[:k], start=1)
+    )
+
+
+def fingerprint(answer: Prediction, source: str) -> str | None:
+    """Returns the name of the run that a model comes from; None when the model does not tell."""
+    return str(_row(answer, _FINGERPRINT, source)) if _FINGERPRINT in answer.outputs else None
+
+
+def _tasks(answer: Prediction, source: str) -> dict[str, list[float]]:
+    return {name: _row(answer, name, source) for name in sorted(answer.outputs.keys() - _NO_TASKS)}
+
+
+def _columns(answer: Prediction, names: Sequence[str], source: str) -> list[list[Any]]:
+    columns = [_row(answer, name, source) for name in names]
+    if len({len(column) for column in columns}) != 1:
+        raise ServingError(f"{source}: outputs {', '.join(names)} differ in length; check the model")
+    return columns
+
+
+def _row(answer: Prediction, name: str, source: str) -> Any:
+    """Returns an output of the only request of the batch."""
+    value = answer.outputs.get(name)
+    if not isinstance(value, list) or len(value) != 1:
+        raise ServingError(f"{source}: the answer lacks output {name!r} for one query; check the model")
+    return value[0]
