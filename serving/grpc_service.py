@@ -16,8 +16,9 @@ from tensorflow_serving.apis import (
 )
 
 from serving.loader import ModelManager
-from serving.servable import DEFAULT_SIGNATURE, tensor_to_proto
+from serving.servable import DEFAULT_SIGNATURE
 from serving.status import RequestError, invalid_argument
+from serving.tensors import encode_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +58,8 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         response.model_spec.name = servable.name
         response.model_spec.version.value = servable.version
         response.model_spec.signature_name = request.model_spec.signature_name or DEFAULT_SIGNATURE
-        for name, tensor in outputs.items():
-            response.outputs[name].CopyFrom(tensor_to_proto(tensor))
+        for name, array in outputs.items():
+            encode_tensor(array, response.outputs[name])
         return response
 
 

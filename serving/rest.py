@@ -10,7 +10,6 @@ from concurrent.futures import Executor
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import tensorflow as tf
 from aiohttp import web
 from google.protobuf import json_format
@@ -89,17 +88,9 @@ class _Handlers:
     def _predict(self, spec: model_pb2.ModelSpec, body: bytes) -> bytes:
         servable = self._models.servable(spec)
         request = decode_predict_request(body, lambda signature_name: _input_dtypes(servable, signature_name))
-        inputs = {
-            name: tf.constant(array, tf.as_dtype(array.dtype)) for name, array in request.inputs.items()
-        }
-        outputs = servable.predict(request.signature_name, inputs)
-        arrays = {name: _as_array(tensor) for name, tensor in outputs.items()}
-        return encode_predict_response(arrays, request.format)
-
-
-def _as_array(tensor: tf.Tensor) -> npt.NDArray[Any]:
-    # NumPy would take a scalar string for fixed-width text and cut zero bytes from its end.
-    return np.asarray(tensor.numpy(), dtype=object if tensor.dtype == tf.string else None)
+        return encode_predict_response(
+            servable.predict(request.signature_name, request.inputs), request.format
+        )
 
 
 def _input_dtypes(servable: Servable, signature_name: str) -> Mapping[str, np.dtype[Any]]:

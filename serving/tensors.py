@@ -1,0 +1,70 @@
+"""Tensor protos of requests and answers to NumPy arrays and back; strings are object arrays of bytes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+from tensorflow.core.framework import tensor_pb2, types_pb2
+
+from serving.status import invalid_argument
+
+# A tensor proto may declare a large shape and hold one value; the shape alone must not exhaust the memory.
+_MAX_TENSOR_ELEMENTS: Final = 2**27
+
+# The field that holds one value per element, for the types where element and value are the same number.
+_VALUE_FIELDS: Final[dict[int, tuple[np.dtype[Any], str]]] = {
+    types_pb2.DT_FLOAT: (np.dtype(np.float32), "float_val"),
+    types_pb2.DT_DOUBLE: (np.dtype(np.float64), "double_val"),
+    types_pb2.DT_INT32: (np.dtype(np.int32), "int_val"),
+    types_pb2.DT_INT64: (np.dtype(np.int64), "int64_val"),
+    types_pb2.DT_UINT32: (np.dtype(np.uint32), "uint32_val"),
+    types_pb2.DT_UINT64: (np.dtype(np.uint64), "uint64_val"),
+    types_pb2.DT_BOOL: (np.dtype(np.bool_), "bool_val"),
+    types_pb2.DT_STRING: (np.dtype(object), "string_val"),
+}
+_DATA_TYPES: Final = {dtype: data_type for data_type, (dtype, _) in _VALUE_FIELDS.items()}
+
+
+def decode_tensor(name: str, proto: tensor_pb2.TensorProto) -> npt.NDArray[Any]:
+    """Decodes one request tensor.
+
+    Args:
+      name: of the input, for the error text.
+      proto: values in a typed field (`float_val`, ...; one value may stand for all) or in `tensor_content`.
+
+    Raises:
+      RequestError: INVALID_ARGUMENT when the proto contradicts itself or declares more than 2**27 elements.
+    """
+    shape = [dim.size for dim in proto.tensor_shape.dim]
+    if proto.tensor_shape.unknown_rank or any(size < 0 for size in shape):
+        raise invalid_argument(f"input {name!r}: a tensor needs a known shape, got {shape}")
+    num_elements = math.prod(shape)
+    if num_elements > _MAX_TENSOR_ELEMENTS:
+        raise invalid_argument(f"input {name!r}: shape {shape} has more than {_MAX_TENSOR_ELEMENTS} elements")
+    # tf.make_ndarray knows every type and the protos that repeat their last value, and takes five times as
+    # long: a request of a recommender has a dozen tensors with one value per element.
+    dtype, field = _VALUE_FIELDS.get(proto.dtype, (None, ""))
+    if dtype is not None:
+        values = getattr(proto, field)
+        if len(values) == num_elements and not proto.tensor_content:
+            return np.fromiter(values, dtype, num_elements).reshape(shape)
+    try:
+        return tf.make_ndarray(proto)
+    except (ValueError, TypeError, IndexError) as error:
+        raise invalid_argument(f"input {name!r}: tensor cannot be decoded: {error}") from error
+
+
+def encode_tensor(array: npt.NDArray[Any], proto: tensor_pb2.TensorProto) -> None:
+    """Fills an empty proto, with the values in the typed field, as TensorFlow Serving does."""
+    data_type = _DATA_TYPES.get(array.dtype)
+    if data_type is None:
+        proto.CopyFrom(tf.make_tensor_proto(array))
+        return
+    proto.dtype = data_type
+    for size in array.shape:
+        proto.tensor_shape.dim.add(size=size)
+    getattr(proto, _VALUE_FIELDS[data_type][1]).extend(array.ravel().tolist())

@@ -1,0 +1,53 @@
+"""Tensor protos to arrays and back, against TensorFlow's own conversions."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow.core.framework import tensor_pb2
+
+from serving.status import RequestError
+from serving.tensors import decode_tensor, encode_tensor
+
+ARRAYS = {
+    "float32": np.array([[1.5, np.nan], [np.inf, -0.0]], np.float32),
+    "float64": np.array([0.1, 1e300]),
+    "int32": np.array([[-(2**31)], [2**31 - 1]], np.int32),
+    "int64": np.array([2**53 + 1, -(2**63)], np.int64),
+    "uint8": np.array([0, 255], np.uint8),
+    "uint64": np.array([2**64 - 1], np.uint64),
+    "bool": np.array([True, False]),
+    "float16": np.array([0.5, 65504], np.float16),
+    "string": np.array([[b"a\x00", b""]], object),
+    "scalar": np.array(7, np.int64),
+    "scalar string": np.array(b"end\x00", object),
+    "empty": np.zeros((0, 3), np.float32),
+}
+
+
+@pytest.mark.parametrize("array", ARRAYS.values(), ids=ARRAYS)
+def test_an_array_survives_both_ways_and_as_tensor_content(array):
+    encoded = tensor_pb2.TensorProto()
+    encode_tensor(array, encoded)
+    for proto in (encoded, tf.make_tensor_proto(array)):
+        decoded = decode_tensor("x", proto)
+        assert decoded.dtype == array.dtype
+        np.testing.assert_array_equal(decoded, array)
+    np.testing.assert_array_equal(tf.make_ndarray(encoded), array)
+
+
+def test_a_last_value_that_stands_for_the_rest_is_repeated():
+    proto = tensor_pb2.TensorProto(dtype=tf.float32.as_datatype_enum, float_val=[1, 2])
+    proto.tensor_shape.dim.add(size=4)
+    assert decode_tensor("x", proto).tolist() == [1, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("dims", "num_values"), [([2**40], 1), ([-1], 1), ([3, -1], 1), ([2], 3), ([2**14, 2**14], 1)], ids=str
+)
+def test_a_proto_that_contradicts_itself_or_claims_too_much_is_refused(dims, num_values):
+    proto = tensor_pb2.TensorProto(dtype=tf.float32.as_datatype_enum, float_val=[0.0] * num_values)
+    for size in dims:
+        proto.tensor_shape.dim.add(size=size)
+    with pytest.raises(RequestError, match="'x'") as caught:
+        decode_tensor("x", proto)
+    assert caught.value.code.name == "INVALID_ARGUMENT"
