@@ -39,6 +39,7 @@ LIBRARIES = [
     "scikit-learn",
     "scipy",
     "setuptools>=70.1,<81",  # 81 drops pkg_resources, which TensorBoard and TF Hub import
+    "uvloop>=0.23,<0.24",
 ]
 
 EXTRAS = {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
+from concurrent.futures import Executor
 from typing import Final, TypeVar
 
 import grpc
@@ -27,23 +29,38 @@ SIGNATURE_FIELD: Final = "signature_def"
 _Answer = TypeVar("_Answer")
 
 
-def add_services(server: grpc.Server, models: ModelManager) -> None:
-    """Registers both services. Methods not defined here answer UNIMPLEMENTED."""
-    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(PredictionService(models), server)
+def add_services(server: grpc.aio.Server, models: ModelManager, executor: Executor) -> None:
+    """Registers both services. Methods not defined here answer UNIMPLEMENTED.
+
+    Args:
+      server: its migration pool runs the methods that are not coroutines.
+      models: loaded models.
+      executor: threads that run Predict.
+    """
+    service = PredictionService(models, executor)
+    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(service, server)
     model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(models), server)
 
 
 class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
     """Predict and GetModelMetadata."""
 
-    def __init__(self, models: ModelManager) -> None:
+    def __init__(self, models: ModelManager, executor: Executor) -> None:
         self._models = models
+        self._executor = executor
 
-    def Predict(
-        self, request: predict_pb2.PredictRequest, context: grpc.ServicerContext
+    async def Predict(
+        self, request: predict_pb2.PredictRequest, context: grpc.aio.ServicerContext
     ) -> predict_pb2.PredictResponse:
         """Runs a signature; the answer names the version and signature that gave it."""
-        return _answer(context, lambda: self._predict(request))
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._executor, self._predict, request)
+        except RequestError as error:
+            return await context.abort(error.code, str(error))
+        except Exception as error:
+            logger.exception("request failed")
+            return await context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}"[:1000])
 
     def GetModelMetadata(
         self, request: get_model_metadata_pb2.GetModelMetadataRequest, context: grpc.ServicerContext

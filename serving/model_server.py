@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Final
 
 import grpc
+import uvloop
 from aiohttp import web
 
 from schema.errors import ConfigError, FunnelError, ServingError
@@ -32,7 +33,7 @@ from serving.versions import check_has_version
 logger = logging.getLogger(__name__)
 
 _DRAIN_S: Final = 25.0  # below the 30 s after which process managers kill
-_NUM_THREADS: Final = max(8, 4 * (os.cpu_count() or 1))  # per API; the official default is 4 per core
+_NUM_THREADS: Final = max(8, 4 * (os.cpu_count() or 1))  # the official default is 4 per core
 _GRPC_OPTIONS: Final = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"google\.api_core")
     try:
-        return asyncio.run(_serve(flags))
+        return uvloop.run(_serve(flags))
     except FunnelError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -96,7 +97,8 @@ async def _serve(flags: argparse.Namespace) -> int:
         check_has_version(name, base_path)
     # Both ports are taken before the models load: that takes seconds, and a taken port should show at once.
     with _bind_rest(flags.host, flags.rest_api_port) as rest_socket:
-        grpc_server = grpc.server(ThreadPoolExecutor(_NUM_THREADS, "grpc"), options=_GRPC_OPTIONS)
+        executor = ThreadPoolExecutor(_NUM_THREADS, "predict")
+        grpc_server = grpc.aio.server(executor, options=_GRPC_OPTIONS)
         grpc_port = _bind_grpc(grpc_server, flags.host, flags.port)
 
         from serving.grpc_service import add_services
@@ -105,14 +107,14 @@ async def _serve(flags: argparse.Namespace) -> int:
 
         models = ModelManager(base_paths)
         models.load()
-        add_services(grpc_server, models)
-        app = create_app(models, ThreadPoolExecutor(_NUM_THREADS, "rest"))
+        add_services(grpc_server, models, executor)
+        app = create_app(models, executor)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=_DRAIN_S)
         await runner.setup()
         stop = asyncio.Event()
         for signal_number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
-        grpc_server.start()
+        await grpc_server.start()
         await web.SockSite(runner, rest_socket).start()
         models.start_polling(flags.file_system_poll_wait_seconds)
         versions = ",".join(f"{name}:{version}" for name, version in models.serving_versions())
@@ -124,9 +126,7 @@ async def _serve(flags: argparse.Namespace) -> int:
         await stop.wait()
         logger.info("stopping: no new requests, waiting up to %.0f s for those in flight", _DRAIN_S)
         models.close()
-        grpc_drained = grpc_server.stop(_DRAIN_S)
-        await runner.cleanup()
-        await asyncio.to_thread(grpc_drained.wait)
+        await asyncio.gather(grpc_server.stop(_DRAIN_S), runner.cleanup())
         logger.info("stopped")
         return 0
 
@@ -148,7 +148,7 @@ def _bind_rest(host: str, port: int) -> socket.socket:
         raise _port_error("REST", "--rest_api_port", host, port) from error
 
 
-def _bind_grpc(server: grpc.Server, host: str, port: int) -> int:
+def _bind_grpc(server: grpc.aio.Server, host: str, port: int) -> int:
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
         return server.add_insecure_port(address)
