@@ -10,6 +10,7 @@ from trainer.balancing_config import BalancingConfig
 from trainer.body_config import BehaviourConfig, ExpertsConfig, InteractionConfig
 from trainer.calibration_config import CalibrationConfig
 from trainer.debiasing_config import PositionConfig
+from trainer.preranker_config import PrerankerConfig
 
 
 class _Config(pydantic.BaseModel):
@@ -189,6 +190,8 @@ class RankingConfig(_Config):
         of them counts that much more.
       balancing: how the losses of the tasks are summed.
       calibration: of the outputs, on the eval split.
+      preranker: a small network that cuts thousands of candidates to the hundreds that the ranker scores,
+        distilled from it after training and exported with it as `pre_rank`; null exports none.
       seed: of initial weights and shuffling.
     """
 
@@ -208,4 +211,5 @@ class RankingConfig(_Config):
     negative_rate: float = pydantic.Field(default=1.0, gt=0, le=1)
     balancing: BalancingConfig = BalancingConfig()
     calibration: CalibrationConfig = CalibrationConfig()
+    preranker: PrerankerConfig | None = None
     seed: int = 42

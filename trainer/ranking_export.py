@@ -25,12 +25,17 @@ from trainer.score import SCORE_WEIGHTS, final_score, request_weights
 CANDIDATES = "candidate_item_ids"
 IS_KNOWN = "item_is_known"
 EXAMPLES = "examples"
+PRE_RANK = "pre_rank"
 
 _logger = logging.getLogger(__name__)
 
 
 class ServedRanker(tf.Module):
-    """The signatures of the exported ranker, and the variables that they read."""
+    """The signatures of the exported ranker, and the variables that they read.
+
+    Attributes:
+      preranker: a `trainer.preranker.ServedPreRanker` that is exported along; None for none.
+    """
 
     def __init__(self, model: RankingModel, layer: Any, catalogue: Catalogue, spec: DatasetSpec) -> None:
         """Copies the catalogue, with one more row that stands for any unknown item.
@@ -42,8 +47,9 @@ class ServedRanker(tf.Module):
           spec: the declaration of the dataset.
         """
         super().__init__()
+        self.preranker: Any = None
         self._spec = spec
-        self._num_items = len(catalogue)
+        self.num_items = len(catalogue)
         self._layer: Callable[[], Any] = lambda: layer
         self.transform_resources = raw_inputs.exported_resources(layer)
         # Only the weights: the Keras model would bring its optimizer and training functions along.
@@ -53,9 +59,9 @@ class ServedRanker(tf.Module):
         self._model: Callable[[], RankingModel] = lambda: model
         self.rows = tf.lookup.StaticHashTable(
             tf.lookup.KeyValueTensorInitializer(
-                tf.constant(list(catalogue.item_ids), tf.string), tf.range(self._num_items, dtype=tf.int64)
+                tf.constant(list(catalogue.item_ids), tf.string), tf.range(self.num_items, dtype=tf.int64)
             ),
-            default_value=self._num_items,
+            default_value=self.num_items,
         )
         unknown = _unknown_item(layer, spec)
         columns = {
@@ -110,7 +116,7 @@ class ServedRanker(tf.Module):
             outputs[SCORE] = model.score(outputs)
         else:
             outputs[SCORE] = final_score(outputs, request_weights(score_weights, self._spec.tasks))
-        outputs[IS_KNOWN] = tf.reshape(tf.cast(rows < self._num_items, tf.int64), shape)
+        outputs[IS_KNOWN] = tf.reshape(tf.cast(rows < self.num_items, tf.int64), shape)
         is_item = tf.not_equal(candidate_item_ids, "")
         return {name: tf.where(is_item, value, tf.zeros_like(value)) for name, value in outputs.items()}
 
@@ -144,7 +150,7 @@ class ServedRanker(tf.Module):
         request = raw_inputs.ranking_signature(self._spec)
         request[CANDIDATES] = tf.TensorSpec([None, None], tf.string, name=CANDIDATES)
         weights = tf.TensorSpec([None, len(self._spec.tasks)], tf.float32, name=SCORE_WEIGHTS)
-        return {
+        signatures = {
             "serving_default": tf.function(serve, autograph=False).get_concrete_function(**request),
             "serving_weighted": tf.function(serve_weighted, autograph=False).get_concrete_function(
                 **request, **{SCORE_WEIGHTS: weights}
@@ -153,32 +159,31 @@ class ServedRanker(tf.Module):
                 tf.TensorSpec([None], tf.string, name=EXAMPLES)
             ),
         }
+        if self.preranker is not None:
+            signatures[PRE_RANK] = self.preranker.signature()
+        return signatures
 
 
-def export(model: RankingModel, layer: Any, catalogue: Catalogue, spec: DatasetSpec, model_dir: str) -> None:
+def export(served: ServedRanker, model_dir: str) -> None:
     """Writes the SavedModel to `model_dir`, which appears complete or not at all.
 
     Args:
-      model: trained.
-      layer: `tft.TFTransformOutput.transform_features_layer()`.
-      catalogue: all items that can be looked up.
-      spec: the declaration of the dataset.
+      served: what to export.
       model_dir: local folder; absent or empty.
 
     Raises:
       OSError: the folder cannot be written or is not empty.
     """
-    ranker = ServedRanker(model, layer, catalogue, spec)
     target = Path(model_dir)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent)
     try:
-        tf.saved_model.save(ranker, partial, signatures=ranker.signatures())
+        tf.saved_model.save(served, partial, signatures=served.signatures())
         os.chmod(partial, 0o755)  # mkdtemp makes folders that only their owner can read
         os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    _logger.info("phase=export_ranking items=%d path=%s", len(catalogue), target)
+    _logger.info("phase=export_ranking items=%d path=%s", served.num_items, target)
 
 
 def _unknown_item(layer: Any, spec: DatasetSpec) -> dict[str, tf.Tensor]:

@@ -12,25 +12,34 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 import tensorflow_transform as tft
 
 from schema.contract import DatasetSpec, dataset_spec_from_json
+from schema.errors import CheckpointError
 from trainer import features
 from trainer.calibration import Calibrator
 from trainer.catalogue import Catalogue
-from trainer.checkpoint import Network, catalogue_files, read_checkpoint, write_checkpoint
+from trainer.checkpoint import Network, catalogue_files, differences, read_checkpoint, write_checkpoint
 from trainer.config import RankingConfig
 from trainer.debiasing import PositionStatistics, position_statistics
+from trainer.distillation import distil, latest_requests
 from trainer.impressions import ItemAttributes
 from trainer.input_pipeline import load_catalogue, ordered_batches, shuffled_batches, windows
 from trainer.label_statistics import LabelStatistics, label_statistics
 from trainer.preprocessing import vocabulary_sizes
+from trainer.preranker import PreRanker, ServedPreRanker, catalogue_features
+from trainer.preranker_config import PrerankerConfig
 from trainer.ranking import ROW_WEIGHT, RankingModel, calibrate, train
-from trainer.ranking_export import export
+from trainer.ranking_export import ServedRanker, export
 from trainer.row_weights import check_debiasing, weighted_windows
 
 TRAINING_LOG = "training_log.json"
+# How the pre-ranker was distilled, beside the log of the ranker.
+PRERANKER_LOG = "preranker.json"
+# Prefix of the pre-ranker's weights among the arrays of a checkpoint.
+_PRERANKER = "preranker/"
 
 
 def run_fn(fn_args: Any) -> None:
@@ -38,10 +47,11 @@ def run_fn(fn_args: Any) -> None:
 
     Args:
       fn_args: TFX's FnArgs; `custom_config` holds `dataset` and `config` as JSON, `catalogue` as file
-      patterns.
+        patterns, and `train_end_unix_s`.
 
     Writes the SavedModel with its checkpoint to `serving_model_dir`, and `training_log.json` (a list of one
-    record per epoch, see `trainer.ranking.train`; undefined metrics are null) to `model_run_dir`.
+    record per epoch, see `trainer.ranking.train`; undefined metrics are null) to `model_run_dir`; with a
+    pre-ranker also `preranker.json` (`log` and `survival`, see `trainer.distillation.Distilled`).
 
     Raises:
       DataError: a task cannot be learnt from its training labels, the eval split is empty, or the loss
@@ -66,8 +76,27 @@ def run_fn(fn_args: Any) -> None:
     batches = shuffled_batches(weighted, config.batch_size, config.seed, keep=is_kept)
     log = train(model, batches, eval_batches, config)
     calibrate(model, eval_batches, config.calibration)
-    _write_log(log, Path(fn_args.model_run_dir))
-    export(model, transform_output.transform_features_layer(), catalogue, spec, fn_args.serving_model_dir)
+    run_dir = Path(fn_args.model_run_dir)
+    _write_json([_finite(record) for record in log], run_dir / TRAINING_LOG)
+    layer = transform_output.transform_features_layer()
+    served = ServedRanker(model, layer, catalogue, spec)
+    moment, arrays = fn_args.custom_config["train_end_unix_s"], {}
+    if config.preranker is not None:
+        requests = latest_requests(
+            train_windows.as_numpy_iterator(),
+            config.preranker.num_queries + config.preranker.num_validation_users,
+            config.seed,
+        )
+        items = catalogue_features(served, layer, spec, moment)
+        distilled = distil(model, requests, items, spec, config.preranker)
+        facts = {"log": [_finite(record) for record in distilled.log], "survival": distilled.survival}
+        _write_json(facts, run_dir / PRERANKER_LOG)
+        served.preranker = ServedPreRanker(distilled.student, model, served, layer, spec, moment)
+        arrays = {
+            _PRERANKER + path: variable.numpy()
+            for path, variable in distilled.student.get_weight_paths().items()
+        }
+    export(served, fn_args.serving_model_dir)
     write_checkpoint(
         fn_args.serving_model_dir,
         _network(model),
@@ -80,7 +109,9 @@ def run_fn(fn_args: Any) -> None:
             "statistics": {name: dataclasses.asdict(value) for name, value in statistics.items()},
             "calibrators": {name: dataclasses.asdict(value) for name, value in model.calibrators.items()},
             "positions": {name: dataclasses.asdict(value) for name, value in (positions or {}).items()},
+            "train_end_unix_s": moment,
         },
+        arrays=arrays,
     )
 
 
@@ -109,8 +140,34 @@ def refresh(model_dir: Path, catalogue: Sequence[str], target: Path) -> None:
     model.calibrators = {
         name: Calibrator.from_dict(v) for name, v in checkpoint.settings["calibrators"].items()
     }
-    export(model, transform_output.transform_features_layer(), items, spec, str(target))
+    layer = transform_output.transform_features_layer()
+    served = ServedRanker(model, layer, items, spec)
+    if config.preranker is not None:
+        student = _restored_preranker(checkpoint.arrays, config.preranker)
+        moment = checkpoint.settings["train_end_unix_s"]
+        served.preranker = ServedPreRanker(student, model, served, layer, spec, moment)
+    export(served, str(target))
     checkpoint.copy_to(target, catalogue)
+
+
+def _restored_preranker(arrays: Mapping[str, np.ndarray], config: PrerankerConfig) -> PreRanker:
+    """The pre-ranker whose weights a checkpoint keeps."""
+    weights = {
+        name.removeprefix(_PRERANKER): value for name, value in arrays.items() if name.startswith(_PRERANKER)
+    }
+    query_width, item_width = (len(weights[f"{side}_inputs.mean"]) for side in ("query", "item"))
+    student = PreRanker(query_width, item_width, config)
+    variables = student.get_weight_paths()
+    built = {path: tuple(variable.shape) for path, variable in variables.items()}
+    saved = {path: value.shape for path, value in weights.items()}
+    if built != saved:
+        raise CheckpointError(
+            f"the code builds another pre-ranker than the one that was trained: {differences(saved, built)}; "
+            "train anew with this code ('funnel run'), or use the code that exported it."
+        )
+    for path, variable in variables.items():
+        variable.assign(weights[path])
+    return student
 
 
 def _model(
@@ -153,10 +210,11 @@ def _network(model: RankingModel) -> Network:
     return Network(model, [model], model)
 
 
-def _write_log(log: list[dict[str, float]], folder: Path) -> None:
+def _finite(record: Mapping[str, float]) -> dict[str, float | None]:
     """JSON has no NaN: undefined metrics become null."""
-    records = [
-        {key: value if math.isfinite(value) else None for key, value in record.items()} for record in log
-    ]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / TRAINING_LOG).write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+    return {key: value if math.isfinite(value) else None for key, value in record.items()}
+
+
+def _write_json(value: object, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -156,10 +156,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         weight.assign_add(tf.random.normal(weight.shape, stddev=0.1))
     model.calibrators = {"click": Calibrator(HALVED, {FEED_ID: SQUASHED})}
     path = tmp_path_factory.mktemp("ranker") / "serving" / "1"
-    ranking_export.export(model, layer, items, SPEC, str(path))
+    served = ranking_export.ServedRanker(model, layer, items, SPEC)
+    ranking_export.export(served, str(path))
     signatures = tf.saved_model.load(str(path)).signatures
     return Exported(
-        ranking_export.ServedRanker(model, layer, items, SPEC),
+        served,
         model,
         path,
         signatures["serving_default"],
@@ -400,9 +401,8 @@ def test_export_loads_in_a_fresh_process_that_has_only_tensorflow(exported: Expo
 def test_failed_export_leaves_nothing_behind(exported: Exported, tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "in_the_way").touch()
-    layer = world.TransformStub()
     with pytest.raises(OSError, match="not empty"):
-        ranking_export.export(exported.model, layer, catalogue(layer), SPEC, str(tmp_path / "1"))
+        ranking_export.export(exported.ranker, str(tmp_path / "1"))
     assert [p.name for p in tmp_path.rglob("*")] == ["1", "in_the_way"]
 
 
