@@ -45,6 +45,18 @@ def mrr_at_k(ranked: Sequence[str], positives: Sequence[str], k: int) -> float:
     return 1 / ranks[0] if ranks else 0.0
 
 
+def precision_at_k(ranked: Sequence[str], positives: Sequence[str], k: int) -> float:
+    ranks, num_wanted = _hit_ranks(ranked, positives, k)
+    return len(ranks) / k if num_wanted else math.nan
+
+
+def map_at_k(ranked: Sequence[str], positives: Sequence[str], k: int) -> float:
+    ranks, num_wanted = _hit_ranks(ranked, positives, k)
+    if not num_wanted:
+        return math.nan
+    return sum(number / rank for number, rank in enumerate(ranks, start=1)) / min(k, num_wanted)
+
+
 def distinct_items_at_k(ranked: Sequence[Sequence[str]], k: int) -> int:
     return len({item for row in ranked for item in row[:k] if item not in PADDING})
 
@@ -86,6 +98,13 @@ def log_loss(labels: Sequence[float], predictions: Sequence[float]) -> float:
     return sum(costs) / len(costs) if costs else math.nan
 
 
+def normalised_entropy(labels: Sequence[float], predictions: Sequence[float]) -> float:
+    if len(set(labels)) < 2:
+        return math.nan
+    rate = sum(labels) / len(labels)
+    return log_loss(labels, predictions) / log_loss(labels, [rate] * len(labels))
+
+
 def mae(labels: Sequence[float], predictions: Sequence[float]) -> float:
     costs = [abs(label - prediction) for label, prediction in zip(labels, predictions, strict=True)]
     return sum(costs) / len(costs) if costs else math.nan
@@ -121,6 +140,42 @@ def weighted_pairwise_loss(
             elif predictions[i] == predictions[j]:
                 lost += watch_times[i] / 2
     return lost / total if total else math.nan
+
+
+def coverage_at_k(lists: Sequence[Sequence[int]], k: int, num_items: int) -> float:
+    return len({row for items in lists for row in items[:k] if row >= 0}) / num_items
+
+
+def gini_at_k(lists: Sequence[Sequence[int]], k: int, num_items: int) -> float:
+    """Mean difference of two distinct items' counts, over twice the mean count."""
+    counts = [sum(items[:k].count(row) for items in lists) for row in range(num_items)]
+    pairs = list(itertools.combinations(counts, 2))
+    if not pairs or not sum(counts):
+        return math.nan
+    return sum(abs(a - b) for a, b in pairs) / len(pairs) / (2 * sum(counts) / num_items)
+
+
+def novelty_at_k(items: Sequence[int], k: int, num_choosers: Sequence[int], num_users: int) -> float:
+    rows = [row for row in items[:k] if row >= 0]
+    bits = [math.log((num_users + 1) / (num_choosers[row] + 1)) / math.log(2) for row in rows]
+    return sum(bits) / len(bits) if bits else math.nan
+
+
+def mean_popularity_at_k(items: Sequence[int], k: int, num_choosers: Sequence[int]) -> float:
+    counts = [num_choosers[row] for row in items[:k] if row >= 0]
+    return sum(counts) / len(counts) if counts else math.nan
+
+
+def attribute_diversity_at_k(items: Sequence[int], k: int, attributes: Sequence[set[int]]) -> float:
+    distances = []
+    for a, b in itertools.combinations([attributes[row] for row in items[:k] if row >= 0], 2):
+        distances.append(1 - len(a & b) / len(a | b) if a | b else 1.0)
+    return sum(distances) / len(distances) if distances else math.nan
+
+
+def mean_age_days_at_k(items: Sequence[int], k: int, uploads: Sequence[float], now: float) -> float:
+    known = [uploads[row] for row in items[:k] if row >= 0 and not math.isnan(uploads[row])]
+    return sum(max(0.0, now - time) / 86_400 for time in known) / len(known) if known else math.nan
 
 
 def sampled_softmax(

@@ -185,6 +185,7 @@ def ranking_sums(
         "auc": _concordance_sums,
         "gauc": _gauc_sums,
         "log_loss": _log_loss_sums,
+        "normalised_entropy": _normalised_entropy_sums,
         "ece": _ece_sums,
         "mae": _mae_sums,
         "xauc": _concordance_sums,
@@ -336,6 +337,16 @@ def _gauc_sums(labels: FloatArray, predictions: FloatArray, users: IntArray) -> 
 
 def _log_loss_sums(labels: FloatArray, predictions: FloatArray, users: IntArray) -> UserSums:
     return UserSums(_by_user(users, [metrics.row_log_loss(labels, predictions), np.ones(len(users))]), _ratio)
+
+
+def _normalised_entropy_sums(labels: FloatArray, predictions: FloatArray, users: IntArray) -> UserSums:
+    costs = metrics.row_log_loss(labels, predictions)
+
+    def combine(sums: FloatArray) -> FloatArray:
+        entropy = metrics.binary_entropy(_ratio(sums[..., 1:]))
+        return _ratio(np.stack([_ratio(sums[..., [0, 2]]), entropy], axis=-1))
+
+    return UserSums(_by_user(users, [costs, labels, np.ones(len(users))]), combine)
 
 
 def _mae_sums(labels: FloatArray, predictions: FloatArray, users: IntArray) -> UserSums:

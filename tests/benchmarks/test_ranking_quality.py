@@ -150,7 +150,8 @@ def test_models_are_judged_on_the_same_rows_and_compared_over_users():
     good = [np.clip(0.5 + 0.3 * (labels - 0.5) + rng.normal(0, 0.2, 1200), 0, 1) for _ in range(2)]
     poor = rng.random(1200)
     figures = judge(CLICK, labels, users, {"poor": [poor], "twin": good, OURS: good}, 300)
-    assert set(figures["models"]["poor"]) == {"auc", "gauc", "log_loss", "ece"}
+    names = {"auc", "gauc", "log_loss", "normalised_entropy", "ece"}
+    assert set(figures["models"]["poor"]) == names
     assert figures["models"]["poor"]["auc"] == {"mean": metrics.auc(labels, poor), "std": None}
     aucs = [metrics.auc(labels, p) for p in good]
     assert figures["models"][OURS]["auc"] == {

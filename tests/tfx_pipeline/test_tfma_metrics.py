@@ -1,14 +1,18 @@
 """Real TFMA runs of tiny saved models, checked against the slow oracles on the same rows."""
 
 import math
+import pickle
 import types
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from schema.contract import TaskKind, TaskSpec
 from schema.errors import ConfigError
 from tests import oracles
+from trainer import metrics
 
 KS = (1, 3, 8)
 LIST_LENGTH = 8
@@ -195,7 +199,7 @@ def test_retrieval_figures_equal_the_oracle_per_model_and_slice(evaluation, mode
     slice_key = (("surface", surface),) if surface else ()
     rows = [row for row in user_rows() if surface in (None, row["surface"])]
     for k in KS:
-        for name in ("recall", "ndcg", "hit_rate", "mrr"):
+        for name in ("recall", "precision", "ndcg", "hit_rate", "mrr", "map"):
             expected = oracles.macro_mean(
                 [
                     getattr(oracles, f"{name}_at_k")(
@@ -256,6 +260,7 @@ def test_ranking_figures_equal_the_oracles_per_task_and_slice(evaluation, surfac
         ("click", "auc"): oracles.xauc(labels, predictions),
         ("click", "gauc"): oracles.gauc(labels, predictions, [row["user_id"] for row in clicks]),
         ("click", "log_loss"): oracles.log_loss(labels, predictions),
+        ("click", "normalised_entropy"): oracles.normalised_entropy(labels, predictions),
         ("click", "ece"): oracles.ece(labels, predictions, num_bins=20),
         ("click", "num_examples"): len(clicks),
         ("watch", "mae"): oracles.mae(times, predicted_times),
@@ -265,6 +270,65 @@ def test_ranking_figures_equal_the_oracles_per_task_and_slice(evaluation, surfac
     assert not any(math.isnan(value) for value in expected.values())
     found = {key[1:]: value for key, value in figures.items() if key[0] == slice_key}
     assert found == pytest.approx(expected, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("surface", SLICES)
+def test_figures_equal_those_of_the_offline_commands(evaluation, surface):
+    slice_key = (("surface", surface),) if surface else ()
+
+    def of_slice(eval_result_dir, model_name="candidate"):
+        figures = table(evaluation.module.read_metrics(eval_result_dir, model_name))
+        return {key[1:]: value for key, value in figures.items() if key[0] == slice_key}
+
+    users = [row for row in user_rows() if surface in (None, row["surface"])]
+    padded = [row["ranked"] + [""] * (LIST_LENGTH - len(row["ranked"])) for row in users]
+    found = of_slice(evaluation.two_models, "baseline")
+    hits = metrics.match_positives(padded, [row["positives"] or [] for row in users])
+    offline = metrics.retrieval_metrics(*hits, KS)
+    assert len(offline) == len(KS) * len(metrics.RETRIEVAL_METRICS)
+    for name, values in offline.items():
+        assert found["", name] == pytest.approx(metrics.macro_mean(values), abs=TOLERANCE), name
+
+    found = of_slice(evaluation.alone)
+    for task, prediction in zip(TASKS, ("p_click", "p_watch"), strict=True):
+        rows = [row for row in impression_rows() if surface in (None, row["surface"])]
+        rows = [row for row in rows if row[task.label] not in (None, [])]
+        columns = ([row[name] for row in rows] for name in (task.label, prediction, "user_id"))
+        offline = metrics.ranking_metrics(task.kind, *columns)
+        assert tuple(offline) == metrics.RANKING_METRICS[task.kind]
+        for name, value in offline.items():
+            assert found[task.name, name] == pytest.approx(value, abs=TOLERANCE), (task.name, name)
+
+
+@given(seed=st.integers(0, 2**32 - 1), num_workers=st.integers(1, 6))
+def test_figures_do_not_depend_on_how_beam_splits_the_rows(evaluation, seed, num_workers):
+    """Bundles of any size on any worker, merged in any order: what batch size and Beam mode can change."""
+    rng = np.random.default_rng(seed)
+    judge = evaluation.module._GatherAndJudge(
+        [*metrics.RANKING_METRICS[TaskKind.BINARY], "num_examples"], TaskKind.BINARY
+    )
+    rows = [
+        (row["is_click"], row["p_click"], evaluation.module._hash_of(row["user_id"].encode()))
+        for row in impression_rows()
+        if row["is_click"] is not None
+    ]
+    lists = evaluation.module._SumUpQueries([*"abcd", *(f"other-{i}" for i in range(4))])
+    queries = [
+        evaluation.module._JudgedQuery(np.array([i / 7, np.nan if i % 3 else i, i % 2, i]), {i % 5}, {i})
+        for i in range(20)
+    ]
+    for combiner, elements in ((judge, rows), (lists, queries)):
+        expected = combiner.create_accumulator()
+        for element in elements:
+            expected = combiner.add_input(expected, element)
+        parts = [combiner.create_accumulator() for _ in range(num_workers)]
+        for place in rng.permutation(len(elements)):
+            worker = rng.integers(num_workers)
+            parts[worker] = combiner.add_input(parts[worker], elements[place])
+        merged = combiner.merge_accumulators([pickle.loads(pickle.dumps(part)) for part in parts])
+        assert combiner.extract_output(merged) == pytest.approx(
+            combiner.extract_output(expected), abs=1e-12, nan_ok=True
+        )
 
 
 def test_model_worse_than_the_baseline_is_not_blessed_and_the_reason_is_readable(evaluation):

@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+import sklearn.metrics
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -79,7 +80,28 @@ def test_ids_as_bytes_or_integers_match_as_strings_do(queries):
 def test_perfect_ranking_scores_one_and_useless_ranking_zero():
     hits, num_positives = metrics.match_positives([["a", "b", "c"], ["x", "y", "z"]], [["b", "a"], ["a"]])
     for name, values in metrics.retrieval_metrics(hits, num_positives, [1, 2, 3]).items():
-        assert values.tolist() == ([0.5, 0.0] if name == "recall_at_1" else [1.0, 0.0]), name
+        perfect = {"recall_at_1": 1 / 2, "precision_at_3": 2 / 3}.get(name, 1.0)
+        assert values.tolist() == [perfect, 0.0], name
+
+
+def test_average_precision_worked_by_hand_at_two_cut_offs():
+    # Hits at ranks 1, 3 and 4; of 5 positives, 4 could stand among the first 4, and 2 among the first 2.
+    hits, num_positives = metrics.match_positives([["a", "x", "b", "c"]], [["a", "b", "c", "d", "e"]])
+    assert metrics.map_at_k(hits, num_positives, 4)[0] == pytest.approx((1 + 2 / 3 + 3 / 4) / 4, abs=1e-12)
+    assert metrics.map_at_k(hits, num_positives, 2)[0] == pytest.approx(1 / 2, abs=1e-12)
+
+
+def test_retrieval_metrics_agree_with_scikit_learn():
+    rng = np.random.default_rng(20)
+    hits = rng.random((50, 12)) < 0.3
+    hits[:, 0] |= ~hits.any(axis=1)  # scikit-learn has no answer for a query without positives
+    # All positives stand in the list, and the list is in the order of the scores.
+    num_positives, scores = hits.sum(axis=1), -np.arange(12.0)
+    ndcg, precision = metrics.ndcg_at_k(hits, num_positives, 5), metrics.map_at_k(hits, num_positives, 12)
+    for row in range(50):
+        assert ndcg[row] == pytest.approx(sklearn.metrics.ndcg_score([hits[row]], [scores], k=5), abs=1e-12)
+        theirs = sklearn.metrics.average_precision_score(hits[row], scores)
+        assert precision[row] == pytest.approx(theirs, abs=1e-12)
 
 
 def test_ndcg_worked_by_hand_over_three_queries():
@@ -134,6 +156,47 @@ def test_binary_metrics_equal_the_oracles(rows):
     assert metrics.log_loss(labels, predictions) == pytest.approx(
         oracles.log_loss(labels, predictions), abs=1e-9, nan_ok=True
     )
+
+
+@given(rows=BINARY_ROWS)
+def test_normalised_entropy_equals_the_oracle(rows):
+    labels, predictions, _ = columns(rows, 3)
+    expected = oracles.normalised_entropy(labels, predictions)
+    found = metrics.normalised_entropy(labels, predictions)
+    assert found == pytest.approx(expected, rel=1e-9, nan_ok=True)
+
+
+def test_normalised_entropy_of_the_mean_label_is_one_however_rare_positives_are():
+    for rate in (0.01, 0.3, 0.9):
+        labels = (np.arange(1000) < 1000 * rate).astype(float)
+        assert metrics.normalised_entropy(labels, np.full(1000, rate)) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_ranking_metrics_agree_with_scikit_learn():
+    rng = np.random.default_rng(21)
+    predictions = rng.random(2000).round(2)  # ties, and probabilities of exactly 0 and 1
+    labels = (rng.random(2000) < predictions).astype(float)
+    assert metrics.auc(labels, predictions) == pytest.approx(
+        sklearn.metrics.roc_auc_score(labels, predictions), abs=1e-12
+    )
+    clipped = np.clip(predictions, 1e-7, 1 - 1e-7)  # where ours keeps them
+    assert metrics.log_loss(labels, predictions) == pytest.approx(
+        sklearn.metrics.log_loss(labels, clipped), abs=1e-12
+    )
+    assert metrics.mae(labels, predictions) == pytest.approx(
+        sklearn.metrics.mean_absolute_error(labels, predictions), abs=1e-12
+    )
+
+
+@given(rows=REAL_ROWS)
+def test_concordance_of_a_row_counts_the_others_that_stand_right_to_it(rows):
+    labels, predictions = columns(rows, 2)
+    num_right, num_different = metrics.concordance(labels, predictions)
+    for i in range(len(labels)):
+        others = [j for j in range(len(labels)) if labels[j] != labels[i]]
+        product = [(labels[i] - labels[j]) * (predictions[i] - predictions[j]) for j in others]
+        assert num_different[i] == len(others)
+        assert num_right[i] == sum(p > 0 for p in product) + sum(p == 0 for p in product) / 2
 
 
 @given(rows=BINARY_ROWS, num_bins=st.integers(1, 12))
@@ -266,7 +329,10 @@ def test_constant_predictions_order_nothing():
     labels = [0.0, 1.0, 1.0, 0.0, 1.0]
     assert metrics.auc(labels, [0.6] * 5) == 0.5
     assert metrics.xauc([1.0, 2.0, 3.0], [4.0] * 3) == 0.5
+    assert metrics.gauc(labels, [0.6] * 5, list("uuuvv")) == 0.5
     assert metrics.ece(labels, [0.6] * 5) == pytest.approx(0.0, abs=1e-12)
+    assert metrics.normalised_entropy(labels, [0.6] * 5) == pytest.approx(1.0, abs=1e-12)
+    assert metrics.weighted_pairwise_loss(labels, [9.0] * 5, [0.6] * 5, ["u"] * 5) == 0.5
 
 
 def test_one_class_or_no_rows_give_nan_not_a_number_that_passes_a_gate():

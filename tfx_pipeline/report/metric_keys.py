@@ -12,19 +12,28 @@ from trainer.metrics import LOWER_IS_BETTER
 # What a metric says, in one sentence each; k stands for the length of the list.
 MEANINGS = {
     "recall": "Share of what a user went on to choose that is among the first k recommendations.",
+    "precision": "Share of the first k recommendations that the user went on to choose.",
     "ndcg": "Like recall, but a hit counts more the higher it stands; 1 means that all hits are on top.",
     "hit_rate": "Share of users with at least one hit among the first k.",
     "cold_item_recall": "Recall of those items alone that nobody met before the end of training.",
     "distinct_items": "How many items stand among anybody's first k; k of them is the same for everybody.",
     "mrr": "One over the place of the first hit, averaged over users; 0 without a hit among the first k.",
+    "map": "Precision at each hit, averaged: all hits on top is 1.",
+    "coverage": "Share of the catalogue that stands among anybody's first k.",
+    "gini": "How unevenly recommendations go to items; 0 is evenly, 1 is one item for everybody.",
+    "novelty": "How surprising it is that somebody knows the first k items, in bits; rare items have more.",
+    "mean_popularity": "How many users chose the recommended items in training, on average.",
+    "intra_list_diversity": "How much the first k items differ in their attributes; 0 is not at all.",
+    "mean_age_days": "Mean age of the first k items when they are recommended, in days.",
     "auc": "Chance that a positive example is scored above a negative one; 0.5 is guessing.",
     "gauc": "AUC within each user, averaged: does the order help this one user?",
     "log_loss": "How far the predicted probabilities are from what happened; lower is better.",
+    "normalised_entropy": "Log loss against always predicting the mean rate, which has 1; lower is better.",
     "ece": "Gap between predicted and observed rates, averaged over like predictions; lower is better.",
     "mae": "Mean distance between prediction and truth, in the label's unit; lower is better.",
     "xauc": "Chance that of two examples the one with the larger label is scored higher; 0.5 is guessing.",
 }
-_ABBREVIATIONS = frozenset({"ndcg", "mrr", "auc", "gauc", "ece", "mae", "xauc"})
+_ABBREVIATIONS = frozenset({"ndcg", "mrr", "map", "auc", "gauc", "ece", "mae", "xauc"})
 _COUNTS = {
     "num_queries": "users",
     "num_examples": "examples",

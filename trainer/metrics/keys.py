@@ -2,14 +2,14 @@
 
 from schema.contract import TaskKind
 
-RETRIEVAL_METRICS = ("recall", "ndcg", "hit_rate", "mrr")
+RETRIEVAL_METRICS = ("recall", "precision", "ndcg", "hit_rate", "mrr", "map")
 RANKING_METRICS = {
-    TaskKind.BINARY: ("auc", "gauc", "log_loss", "ece"),
+    TaskKind.BINARY: ("auc", "gauc", "log_loss", "normalised_entropy", "ece"),
     TaskKind.WATCH_TIME: ("mae", "xauc"),
     TaskKind.REGRESSION: ("mae", "xauc"),
     TaskKind.COMPLETION: ("mae", "xauc"),
 }
-LOWER_IS_BETTER = frozenset({"log_loss", "ece", "mae"})
+LOWER_IS_BETTER = frozenset({"log_loss", "normalised_entropy", "ece", "mae"})
 
 
 def metric_key(stage: str, metric: str, *, task: str | None = None, k: int | None = None) -> str:

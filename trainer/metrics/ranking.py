@@ -5,6 +5,7 @@ Letters: n = rows.
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import entr
 
 from schema.contract import TaskKind
 from schema.errors import ShapeError
@@ -117,6 +118,35 @@ def log_loss(labels: npt.ArrayLike, predictions: npt.ArrayLike) -> float:
     0.6931
     """
     return mean_or_nan(row_log_loss(labels, predictions))
+
+
+def normalised_entropy(labels: npt.ArrayLike, predictions: npt.ArrayLike) -> float:
+    """Log loss in units of that of always predicting the mean label.
+
+    Formula: log loss / −(y̅ ln y̅ + (1 − y̅) ln(1 − y̅)). Range 0 upwards; 1 = no better than knowing the mean.
+    Unlike log loss it can be compared between tasks whose positives are rare and not so rare.
+    Ties: do not matter. Empty input, or one class only: NaN.
+    Source: He et al., ADKDD 2014, doi:10.1145/2648584.2648589, section 3.
+
+    Args, Raises: as `log_loss`.
+
+    >>> # -(ln .8 + ln .6 + ln .8 + ln .6) / 4 over ln 2
+    >>> round(normalised_entropy([1, 0, 0, 1], [0.8, 0.4, 0.2, 0.6]), 4)
+    0.5294
+    """
+    cost, rate = log_loss(labels, predictions), mean_or_nan(np.asarray(labels, np.float64))
+    entropy = float(binary_entropy(rate))
+    return cost / entropy if entropy > 0 else float("nan")
+
+
+def binary_entropy(rate: npt.ArrayLike) -> FloatArray:
+    """Entropy of 0 or 1 of which a share `rate` is 1, in nats; 0 where one of them is certain.
+
+    >>> binary_entropy([0.0, 0.5, 1.0]).round(4).tolist()
+    [0.0, 0.6931, 0.0]
+    """
+    share = np.asarray(rate, np.float64)
+    return np.asarray(entr(share) + entr(1.0 - share))
 
 
 def row_log_loss(labels: npt.ArrayLike, predictions: npt.ArrayLike) -> FloatArray:
@@ -261,6 +291,7 @@ def ranking_metrics(
         "auc": lambda: auc(labels, predictions),
         "gauc": lambda: gauc(labels, predictions, user_ids),
         "log_loss": lambda: log_loss(labels, predictions),
+        "normalised_entropy": lambda: normalised_entropy(labels, predictions),
         "ece": lambda: ece(labels, predictions),
         "mae": lambda: mae(labels, predictions),
         "xauc": lambda: xauc(labels, predictions),

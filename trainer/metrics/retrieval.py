@@ -83,6 +83,22 @@ def recall_at_k(hits: BoolArray, num_positives: IntArray, k: int) -> FloatArray:
     return _per_query(first_columns(hits, k).sum(axis=1), num_positives, divide_by=num_positives)
 
 
+def precision_at_k(hits: BoolArray, num_positives: IntArray, k: int) -> FloatArray:
+    """Share of the first k places that are positives.
+
+    Formula: hits in the first k / k; the empty places of a short list are misses.
+    Range 0 to min(k, |T_u|) / k. Ties: none, the order of the list is taken as it is. Query without
+    positives: NaN, for there is nothing to be precise about.
+    Source: Manning, Raghavan and Schütze, Introduction to Information Retrieval, 2008, section 8.4.
+
+    Args, Returns, Raises: as `recall_at_k`.
+
+    >>> precision_at_k(*match_positives([["a", "b", "c", "d"]], [["b", "d", "x"]]), k=4).tolist()
+    [0.5]
+    """
+    return _per_query(first_columns(hits, k).sum(axis=1), num_positives, divide_by=k)
+
+
 def ndcg_at_k(hits: BoolArray, num_positives: IntArray, k: int) -> FloatArray:
     """Normalised discounted cumulative gain with binary gains.
 
@@ -131,6 +147,25 @@ def mrr_at_k(hits: BoolArray, num_positives: IntArray, k: int) -> FloatArray:
     return _per_query(np.where(top.any(axis=1), 1.0 / (top.argmax(axis=1) + 1.0), 0.0), num_positives)
 
 
+def map_at_k(hits: BoolArray, num_positives: IntArray, k: int) -> FloatArray:
+    """Average precision among the first k; its mean over queries is MAP.
+
+    Formula: Σ over the ranks r <= k that are hits of precision@r / min(k, |T_u|).
+    Range 0 to 1; 1 = the first min(k, |T_u|) places are all positives. Ties: none. Query without positives:
+    NaN. Source: Manning, Raghavan and Schütze, Introduction to Information Retrieval, 2008, section 8.4; the
+    cut-off at k in the divisor, too, so that a perfect list has 1.
+
+    Args, Returns, Raises: as `recall_at_k`.
+
+    >>> # (1/2 + 2/4) / 3
+    >>> map_at_k(*match_positives([["a", "b", "c", "d"]], [["b", "d", "x"]]), k=4).round(4).tolist()
+    [0.3333]
+    """
+    top = first_columns(hits, k)
+    precision = np.cumsum(top, axis=1) / np.arange(1, k + 1)
+    return _per_query((precision * top).sum(axis=1), num_positives, divide_by=np.minimum(num_positives, k))
+
+
 def retrieval_metrics(
     hits: BoolArray, num_positives: IntArray, ks: Sequence[int], metrics: Sequence[str] = RETRIEVAL_METRICS
 ) -> dict[str, FloatArray]:
@@ -144,7 +179,14 @@ def retrieval_metrics(
     Returns:
       `<metric>_at_<k>` -> float64 [Q]; NaN for queries without positives.
     """
-    functions = {"recall": recall_at_k, "ndcg": ndcg_at_k, "hit_rate": hit_rate_at_k, "mrr": mrr_at_k}
+    functions = {
+        "recall": recall_at_k,
+        "precision": precision_at_k,
+        "ndcg": ndcg_at_k,
+        "hit_rate": hit_rate_at_k,
+        "mrr": mrr_at_k,
+        "map": map_at_k,
+    }
     return {f"{name}_at_{k}": functions[name](hits, num_positives, k) for k in ks for name in metrics}
 
 
