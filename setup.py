@@ -32,6 +32,7 @@ LIBRARIES = [
     "matplotlib>=3.10,<4",
     "packaging>=23",
     "polars>=2.0,<3",
+    "prometheus-client>=0.26,<1",
     "psutil>=7.2,<8",
     "pydantic>=2.14,<3",
     "pyyaml>=6.0,<7",

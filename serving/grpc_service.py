@@ -1,26 +1,34 @@
-"""gRPC: PredictionService (Predict, GetModelMetadata), ModelService (GetModelStatus) on the loaded models."""
+"""gRPC: PredictionService and ModelService on the loaded models."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from typing import Final, TypeVar
 
 import grpc
 from tensorflow_serving.apis import (
+    classification_pb2,
     get_model_metadata_pb2,
     get_model_status_pb2,
+    inference_pb2,
+    model_management_pb2,
+    model_pb2,
     model_service_pb2_grpc,
     predict_pb2,
     prediction_service_pb2_grpc,
+    regression_pb2,
 )
 
-from serving.loader import ModelManager
-from serving.servable import DEFAULT_SIGNATURE
+from schema.errors import ConfigError
+from serving import inference, metrics
+from serving.config import parse_model_config
+from serving.manager import ModelManager
+from serving.servable import Servable
 from serving.status import RequestError, invalid_argument
-from serving.tensors import encode_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -29,68 +37,126 @@ SIGNATURE_FIELD: Final = "signature_def"
 _Answer = TypeVar("_Answer")
 
 
-def add_services(server: grpc.aio.Server, models: ModelManager, executor: Executor) -> None:
-    """Registers both services. Methods not defined here answer UNIMPLEMENTED.
+def add_services(
+    server: grpc.aio.Server, models: ModelManager, executor: Executor, *, check_method_name: bool = False
+) -> None:
+    """Registers both services. Methods not defined here, such as PredictStreamed, answer UNIMPLEMENTED.
 
     Args:
-      server: its migration pool runs the methods that are not coroutines.
-      models: loaded models.
-      executor: threads that run Predict.
+      server: not started yet.
+      models: the loaded models.
+      executor: threads that run models. A call that still waits for one when its deadline passes, or when the
+        client has gone, is dropped; one that runs goes on, for nobody.
+      check_method_name: see `inference.classify`.
     """
-    service = PredictionService(models, executor)
-    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(service, server)
+    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(
+        PredictionService(models, executor, check_method_name), server
+    )
     model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(models), server)
 
 
 class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
-    """Predict and GetModelMetadata."""
+    """Predict, Classify, Regress, MultiInference and GetModelMetadata."""
 
-    def __init__(self, models: ModelManager, executor: Executor) -> None:
+    def __init__(self, models: ModelManager, executor: Executor, check_method_name: bool) -> None:
         self._models = models
         self._executor = executor
+        self._check_method_name = check_method_name
 
     async def Predict(
         self, request: predict_pb2.PredictRequest, context: grpc.aio.ServicerContext
     ) -> predict_pb2.PredictResponse:
         """Runs a signature; the answer names the version and signature that gave it."""
-        try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._executor, self._predict, request)
-        except RequestError as error:
-            return await context.abort(error.code, str(error))
-        except Exception as error:
-            logger.exception("request failed")
-            return await context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}"[:1000])
 
-    def GetModelMetadata(
-        self, request: get_model_metadata_pb2.GetModelMetadataRequest, context: grpc.ServicerContext
+        def call(servable: Servable) -> predict_pb2.PredictResponse:
+            return inference.predict(servable, request)
+
+        return await self._infer(context, "Predict", request.model_spec, call)
+
+    async def Classify(
+        self, request: classification_pb2.ClassificationRequest, context: grpc.aio.ServicerContext
+    ) -> classification_pb2.ClassificationResponse:
+        """Gives classes and scores for tf.Examples."""
+
+        def call(servable: Servable) -> classification_pb2.ClassificationResponse:
+            return inference.classify(servable, request, check_method_name=self._check_method_name)
+
+        return await self._infer(context, "Classify", request.model_spec, call)
+
+    async def Regress(
+        self, request: regression_pb2.RegressionRequest, context: grpc.aio.ServicerContext
+    ) -> regression_pb2.RegressionResponse:
+        """Gives one number for each tf.Example."""
+
+        def call(servable: Servable) -> regression_pb2.RegressionResponse:
+            return inference.regress(servable, request, check_method_name=self._check_method_name)
+
+        return await self._infer(context, "Regress", request.model_spec, call)
+
+    async def MultiInference(
+        self, request: inference_pb2.MultiInferenceRequest, context: grpc.aio.ServicerContext
+    ) -> inference_pb2.MultiInferenceResponse:
+        """Runs several classifications and regressions of one model on the same tf.Examples."""
+
+        def call(servable: Servable) -> inference_pb2.MultiInferenceResponse:
+            return inference.multi_inference(servable, request, check_method_name=self._check_method_name)
+
+        spec = request.tasks[0].model_spec if request.tasks else model_pb2.ModelSpec()
+        return await self._infer(context, "MultiInference", spec, call)
+
+    async def GetModelMetadata(
+        self, request: get_model_metadata_pb2.GetModelMetadataRequest, context: grpc.aio.ServicerContext
     ) -> get_model_metadata_pb2.GetModelMetadataResponse:
         """Returns the signatures of a model."""
-        return _answer(context, lambda: model_metadata(self._models, request))
+        return await _answer(context, asyncio.to_thread(model_metadata, self._models, request))
 
-    def _predict(self, request: predict_pb2.PredictRequest) -> predict_pb2.PredictResponse:
-        servable = self._models.servable(request.model_spec)
-        outputs = servable.predict_request(request)
-        response = predict_pb2.PredictResponse()
-        response.model_spec.name = servable.name
-        response.model_spec.version.value = servable.version
-        response.model_spec.signature_name = request.model_spec.signature_name or DEFAULT_SIGNATURE
-        for name, array in outputs.items():
-            encode_tensor(array, response.outputs[name])
-        return response
+    async def _infer(
+        self,
+        context: grpc.aio.ServicerContext,
+        api: str,
+        spec: model_pb2.ModelSpec,
+        call: Callable[[Servable], _Answer],
+    ) -> _Answer:
+        started = time.perf_counter()
+        code = grpc.StatusCode.CANCELLED
+
+        def infer() -> _Answer:
+            nonlocal code
+            try:
+                answer = call(self._models.servable(spec))
+                code = grpc.StatusCode.OK
+            except RequestError as error:
+                code = error.code
+                raise
+            except Exception:
+                code = grpc.StatusCode.INTERNAL
+                raise
+            return answer
+
+        try:
+            return await _answer(context, asyncio.get_running_loop().run_in_executor(self._executor, infer))
+        finally:
+            model = spec.name if self._models.is_served(spec.name) else ""
+            metrics.record_request(model, api, "GRPC", code, time.perf_counter() - started)
 
 
 class ModelService(model_service_pb2_grpc.ModelServiceServicer):
-    """GetModelStatus."""
+    """GetModelStatus and HandleReloadConfigRequest."""
 
     def __init__(self, models: ModelManager) -> None:
         self._models = models
 
-    def GetModelStatus(
-        self, request: get_model_status_pb2.GetModelStatusRequest, context: grpc.ServicerContext
+    async def GetModelStatus(
+        self, request: get_model_status_pb2.GetModelStatusRequest, context: grpc.aio.ServicerContext
     ) -> get_model_status_pb2.GetModelStatusResponse:
         """Returns the state of one version, or of all versions of a model."""
-        return _answer(context, lambda: model_status(self._models, request))
+        return await _answer(context, asyncio.to_thread(model_status, self._models, request))
+
+    async def HandleReloadConfigRequest(
+        self, request: model_management_pb2.ReloadConfigRequest, context: grpc.aio.ServicerContext
+    ) -> model_management_pb2.ReloadConfigResponse:
+        """Serves what the config in the request names, and only that; answers when it is loaded."""
+        return await _answer(context, asyncio.to_thread(reload_config, self._models, request))
 
 
 def model_metadata(
@@ -101,7 +167,7 @@ def model_metadata(
     Raises:
       RequestError: INVALID_ARGUMENT for a field other than `signature_def`, NOT_FOUND for a model not loaded.
     """
-    if list(request.metadata_field) != [SIGNATURE_FIELD]:
+    if not request.metadata_field or set(request.metadata_field) != {SIGNATURE_FIELD}:
         raise invalid_argument(
             f"metadata_field must be ['{SIGNATURE_FIELD}'], got {list(request.metadata_field)}"
         )
@@ -132,12 +198,31 @@ def model_status(
     return response
 
 
-def _answer(context: grpc.ServicerContext, call: Callable[[], _Answer]) -> _Answer:
+def reload_config(
+    models: ModelManager, request: model_management_pb2.ReloadConfigRequest
+) -> model_management_pb2.ReloadConfigResponse:
+    """Answers HandleReloadConfigRequest.
+
+    Raises:
+      RequestError: INVALID_ARGUMENT for a config that is refused, or one that is no model_config_list; and
+        whatever ModelManager.load raises.
+    """
+    if request.config.WhichOneof("config") != "model_config_list":
+        raise invalid_argument("the config of a reload request must be a model_config_list")
     try:
-        return call()
+        configs = parse_model_config(request.config)
+    except ConfigError as error:
+        raise invalid_argument(str(error)) from error
+    models.load(configs)
+    return model_management_pb2.ReloadConfigResponse()
+
+
+async def _answer(context: grpc.aio.ServicerContext, call: Awaitable[_Answer]) -> _Answer:
+    try:
+        return await call
     except RequestError as error:
-        context.abort(error.code, str(error))
+        await context.abort(error.code, str(error))
     except Exception as error:
         logger.exception("request failed")
-        context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}"[:1000])
+        await context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}"[:1000])
     raise AssertionError("unreachable: abort raises")

@@ -1,10 +1,7 @@
-"""JSON of the REST API: requests to arrays, arrays to answers, by TensorFlow Serving's `api_rest.md`."""
+"""JSON of the REST API's `:predict`, by `api_rest.md`: requests to arrays, arrays to answers."""
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -12,6 +9,17 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
+from serving.json_body import (
+    decode_base64,
+    dump,
+    encode_base64,
+    encode_text,
+    is_base64,
+    overflowed,
+    parse_body,
+    show,
+    signature_name_of,
+)
 from serving.status import invalid_argument
 
 RequestFormat = Literal["row", "column"]
@@ -42,15 +50,8 @@ def decode_predict_request(
     Raises:
       RequestError: INVALID_ARGUMENT, with the place in the body that is wrong.
     """
-    try:
-        document = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise invalid_argument(f"JSON Parse error: {error}") from error
-    if not isinstance(document, dict):
-        raise invalid_argument(f"the body must be a JSON object, got {_show(document)}")
-    signature_name = document.get("signature_name", "")
-    if not isinstance(signature_name, str):
-        raise invalid_argument(f"'signature_name' must be a string, got {_show(signature_name)}")
+    document = parse_body(body)
+    signature_name = signature_name_of(document)
     dtypes = input_dtypes(signature_name)
 
     if ("instances" in document) == ("inputs" in document):
@@ -81,7 +82,7 @@ def encode_predict_response(outputs: Mapping[str, npt.NDArray[Any]], request_for
     """
     if request_format == "column":
         values = {name: _encode_array(name, array) for name, array in outputs.items()}
-        return _dump({"outputs": next(iter(values.values())) if len(values) == 1 else values})
+        return dump({"outputs": next(iter(values.values())) if len(values) == 1 else values})
     sizes = {name: array.shape[:1] for name, array in outputs.items()}
     if len(set(sizes.values())) != 1 or () in sizes.values():
         raise invalid_argument(
@@ -91,33 +92,20 @@ def encode_predict_response(outputs: Mapping[str, npt.NDArray[Any]], request_for
         )
     values = {name: _encode_array(name, array) for name, array in outputs.items()}
     if len(values) == 1:
-        return _dump({"predictions": next(iter(values.values()))})
-    return _dump(
+        return dump({"predictions": next(iter(values.values()))})
+    return dump(
         {"predictions": [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]}
     )
 
 
-def encode_error(message: str) -> bytes:
-    """Encodes `{"error": message}`."""
-    return _dump({"error": message})
-
-
-def _dump(value: object) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
-
-
 def _columns_of_instances(instances: object, dtypes: Mapping[str, np.dtype[Any]]) -> dict[str, Any]:
     if not isinstance(instances, list) or not instances:
-        raise invalid_argument(
-            f"'instances' must be a list with at least one element, got {_show(instances)}"
-        )
+        raise invalid_argument(f"'instances' must be a list with at least one element, got {show(instances)}")
     if not _is_named(instances[0]):
         return {_only_input("instances", dtypes): instances}
     for position, instance in enumerate(instances):
         if not _is_named(instance):
-            raise invalid_argument(
-                f"'instances': element {position} must be an object, got {_show(instance)}"
-            )
+            raise invalid_argument(f"'instances': element {position} must be an object, got {show(instance)}")
         _check_names(f"'instances': element {position}", instance, dtypes)
     return {name: [instance[name] for instance in instances] for name in dtypes}
 
@@ -167,7 +155,7 @@ def _decode_array(name: str, value: object, dtype: np.dtype[Any]) -> npt.NDArray
     for depth, size in enumerate(shape):
         for position, item in enumerate(leaves):
             if not isinstance(item, list) or len(item) != size:
-                got = f"{len(item)} values" if isinstance(item, list) else _show(item)
+                got = f"{len(item)} values" if isinstance(item, list) else show(item)
                 raise invalid_argument(
                     f"input {name!r}: list {position} at level {depth} must have {size} values like the "
                     f"first one, got {got}; all lists of a tensor have one length, so pad the shorter ones"
@@ -197,24 +185,17 @@ def _decode_leaves(name: str, leaves: list[Any], dtype: np.dtype[Any]) -> list[A
 def _decode_float(name: str, leaf: object, dtype: np.dtype[Any]) -> float:
     if type(leaf) is int and abs(leaf) < 2 ** (np.finfo(dtype).nmant + 1):
         return leaf
-    if type(leaf) is float and not np.finfo(dtype).max < abs(leaf) < np.inf:
+    if type(leaf) is float and not (np.finfo(dtype).max < abs(leaf) < np.inf or overflowed(leaf)):
         return leaf
     return _wrong_type(name, leaf, dtype)
 
 
 def _decode_string(name: str, leaf: object) -> bytes:
-    if isinstance(leaf, dict) and set(leaf) == {"b64"} and isinstance(leaf["b64"], str):
-        try:
-            # TensorFlow Serving takes base64 with and without padding.
-            return base64.b64decode(leaf["b64"] + "=" * (-len(leaf["b64"]) % 4), validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise invalid_argument(f"input {name!r}: {_show(leaf)} is not base64: {error}") from error
+    if is_base64(leaf):
+        return decode_base64(f"input {name!r}", leaf)
     if not isinstance(leaf, str):
         return _wrong_type(name, leaf, np.dtype(object))
-    try:
-        return leaf.encode()
-    except UnicodeEncodeError as error:
-        raise invalid_argument(f"input {name!r}: {_show(leaf)} is not valid Unicode: {error}") from error
+    return encode_text(f"input {name!r}", leaf)
 
 
 def _wrong_type(name: str, leaf: object, dtype: np.dtype[Any]) -> Any:
@@ -222,14 +203,17 @@ def _wrong_type(name: str, leaf: object, dtype: np.dtype[Any]) -> Any:
         dtype.kind,
         f"a number that {dtype} holds exactly" if dtype.kind in "iu" else f"a number in {dtype}'s range",
     )
-    raise invalid_argument(f"input {name!r} takes {expected}, got {_show(leaf)}")
+    raise invalid_argument(f"input {name!r} takes {expected}, got {show(leaf)}")
 
 
 def _encode_array(name: str, array: npt.NDArray[Any]) -> Any:
     if array.dtype.kind == "O":
-        encode = _encode_bytes if name.endswith(_BYTES_SUFFIX) else _encode_text
         flat = np.empty(array.size, object)
-        flat[:] = [encode(name, value) for value in array.ravel().tolist()]
+        values = array.ravel().tolist()
+        if name.endswith(_BYTES_SUFFIX):
+            flat[:] = [encode_base64(value) for value in values]
+        else:
+            flat[:] = [_encode_text(name, value) for value in values]
         return flat.reshape(array.shape).tolist()
     if array.dtype in (np.float16, np.float32):
         # Through the shortest text: 0.2 stays 0.2, where widening to double would print 0.20000000298.
@@ -237,10 +221,6 @@ def _encode_array(name: str, array: npt.NDArray[Any]) -> Any:
     if array.dtype.kind in "biuf":
         return array.tolist()
     raise invalid_argument(f"output {name!r}: dtype {array.dtype} has no JSON form; ask over gRPC")
-
-
-def _encode_bytes(name: str, value: bytes) -> dict[str, str]:
-    return {"b64": base64.b64encode(value).decode()}
 
 
 def _encode_text(name: str, value: bytes) -> str:
@@ -251,8 +231,3 @@ def _encode_text(name: str, value: bytes) -> str:
             f"output {name!r} is not UTF-8 text; export it with a name that ends in '{_BYTES_SUFFIX}' "
             f"to get base64, or ask over gRPC"
         ) from error
-
-
-def _show(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 100 else text[:100] + " ..."

@@ -1,21 +1,21 @@
-"""Which version of each model is loaded, when it is replaced, and what is known about each."""
+"""The versions of one model: which are loaded, when they are replaced, and what is known about each."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 import tensorflow as tf
-from tensorflow_serving.apis import get_model_status_pb2, model_pb2
+from tensorflow_serving.apis import get_model_status_pb2
 
-from schema.errors import ServingError
+from serving import metrics
+from serving.config import ModelConfig
 from serving.servable import Servable
-from serving.status import RequestError, code_from_number, invalid_argument, not_found
+from serving.status import RequestError, code_from_number, not_found
 from serving.versions import find_versions
 from serving.warmup import replay_warmup_requests
 
@@ -27,36 +27,75 @@ _Fingerprint = tuple[tuple[str, int, int], ...]
 
 
 @dataclass(frozen=True)
+class LoadSettings:
+    """How versions are loaded.
+
+    Args:
+      max_num_retries: tries after the first that failed.
+      retry_interval_s: seconds between tries.
+      num_warmup_iterations: how often each warm-up record is replayed; 0 replays none.
+    """
+
+    max_num_retries: int = 5
+    retry_interval_s: float = 60.0
+    num_warmup_iterations: int = 1
+
+
+@dataclass(frozen=True)
 class VersionStatus:
-    """State of one version; `message` is empty unless loading it failed."""
+    """State of one version; `code` and `message` tell why the last try to load it failed."""
 
     state: int
     code: grpc.StatusCode = grpc.StatusCode.OK
     message: str = ""
 
 
-class Model:
-    """The versions of one model. At any time the newest version that loads is served."""
+@dataclass(frozen=True)
+class _Failure:
+    fingerprint: _Fingerprint
+    num_tries: int
+    time_s: float
 
-    def __init__(self, name: str, base_path: Path) -> None:
-        self.name = name
-        self.base_path = base_path
+
+class Model:
+    """The versions of one model that are loaded, by the version policy of its config.
+
+    One thread at a time may call `refresh`; all others may be called from any thread.
+    """
+
+    def __init__(self, config: ModelConfig, settings: LoadSettings) -> None:
+        self.config = config
+        self._settings = settings
+        # Replaced whole, never changed in place: requests read them without a lock.
         self._loaded: dict[int, Servable] = {}
         self._statuses: dict[int, VersionStatus] = {}
-        self._failed: dict[int, _Fingerprint] = {}
+        self._failures: dict[int, _Failure] = {}
+        self._status_lock = threading.Lock()
+
+    @property
+    def name(self) -> str:
+        """Model name in requests."""
+        return self.config.name
 
     def refresh(self) -> None:
-        """Serves the newest version on disk that loads; the version before serves until that one is ready.
+        """Brings what is loaded in line with the version policy and what is on disk.
 
-        A version that fails is reported with its error and tried again once its files change. When no version
-        is left on disk the loaded one stays.
+        New versions are loaded first; those that the policy no longer wants go once one that it wants is
+        there. A version that does not load makes place for the next older one, is tried again later or once
+        its files change, and never costs a version that serves. When no version is left on disk the loaded
+        ones stay.
         """
-        for version, path in sorted(find_versions(self.base_path).items(), reverse=True):
-            if version in self._loaded:
-                return
-            fingerprint = _fingerprint(path)
-            if self._failed.get(version) != fingerprint and self._load(version, path, fingerprint):
-                return
+        found = find_versions(self.config.base_path)
+        policy = self.config.policy
+        served: list[int] = []
+        for version in policy.candidates(found):
+            if policy.limit is not None and len(served) == policy.limit:
+                break
+            if version in self._loaded or self._try_to_load(version, found[version]):
+                served.append(version)
+        if served:
+            self._unload(set(self._loaded) - set(served))
+        self._forget(set(found) | set(self._loaded))
 
     def servable(self, version: int | None) -> Servable:
         """Returns the loaded version asked for, or the newest one.
@@ -70,125 +109,84 @@ class Model:
         if version is not None and version in loaded:
             return loaded[version]
         wanted = "any version" if version is None else f"version {version}"
-        available = ", ".join(map(str, loaded)) or "none"
+        available = ", ".join(map(str, sorted(loaded))) or "none"
         raise not_found(f"Servable not found: {wanted} of model {self.name}; loaded: {available}")
 
-    def statuses(self) -> dict[int, VersionStatus]:
-        """Returns the state of each version seen since the start, newest first."""
-        return dict(sorted(self._statuses.items(), reverse=True))
+    def versions(self) -> list[int]:
+        """Returns the loaded versions, oldest first."""
+        return sorted(self._loaded)
 
-    def _load(self, version: int, path: Path, fingerprint: _Fingerprint) -> bool:
+    def statuses(self) -> dict[int, VersionStatus]:
+        """Returns the state of each version that is loaded, or on disk and was tried, newest first."""
+        with self._status_lock:
+            return dict(sorted(self._statuses.items(), reverse=True))
+
+    def failures(self) -> str:
+        """Returns, for an error text, why versions could not be loaded."""
+        reasons = (
+            f"version {v}: {status.message}" for v, status in self.statuses().items() if status.message
+        )
+        return "; ".join(reasons) or "there is none that the version policy allows"
+
+    def _try_to_load(self, version: int, path: Path) -> bool:
+        fingerprint = _fingerprint(path)
+        failure = self._failures.get(version)
+        num_tries = 0
+        if failure is not None and failure.fingerprint == fingerprint:
+            num_tries = failure.num_tries
+            due_s = failure.time_s + self._settings.retry_interval_s
+            if num_tries > self._settings.max_num_retries or time.monotonic() < due_s:
+                return False
+        if self._load(version, path, is_last_try=num_tries == self._settings.max_num_retries):
+            self._failures.pop(version, None)
+            return True
+        self._failures[version] = _Failure(fingerprint, num_tries + 1, time.monotonic())
+        return False
+
+    def _load(self, version: int, path: Path, *, is_last_try: bool) -> bool:
         logger.info("loading model=%s version=%d path=%s", self.name, version, path)
         started = time.monotonic()
-        self._statuses[version] = VersionStatus(State.LOADING)
+        self._set_status(version, VersionStatus(State.LOADING))
         try:
             servable = Servable(self.name, version, path)
-            num_warmups = replay_warmup_requests(servable)
+            num_warmups = replay_warmup_requests(servable, self._settings.num_warmup_iterations)
         except Exception as error:  # whatever a damaged folder raises, the versions that serve must go on
-            self._statuses[version] = VersionStatus(State.END, _code_of(error), str(error))
-            self._failed[version] = fingerprint
+            code = _code_of(error)
+            metrics.record_load(path, code, time.monotonic() - started)
+            state = State.END if is_last_try else State.LOADING
+            self._set_status(version, VersionStatus(state, code, str(error)))
             logger.exception(
-                "model=%s version=%d cannot be loaded, still serving=%s; repair or remove %s",
-                self.name, version, sorted(self._loaded) or "nothing", path,
+                "model=%s version=%d cannot be loaded, still serving=%s, next try %s; repair or remove %s",
+                self.name, version, self.versions() or "nothing",
+                "when its files change" if is_last_try else f"in {self._settings.retry_interval_s:g} s", path,
             )  # fmt: skip
             return False
-        replaced = self._loaded
-        self._statuses[version] = VersionStatus(State.AVAILABLE)
-        self._loaded = {version: servable}
-        self._failed.pop(version, None)
-        for old_version in replaced:
-            self._statuses[old_version] = VersionStatus(State.END)
+        self._loaded = {**self._loaded, version: servable}
+        self._set_status(version, VersionStatus(State.AVAILABLE))
+        metrics.record_load(path, grpc.StatusCode.OK, time.monotonic() - started)
         logger.info(
-            "serving model=%s version=%d warmup_requests=%d load_time=%.2f s replaced=%s",
-            self.name, version, num_warmups, time.monotonic() - started, sorted(replaced) or "nothing",
+            "serving model=%s version=%d warmup_requests=%d load_time=%.2f s",
+            self.name, version, num_warmups, time.monotonic() - started,
         )  # fmt: skip
         return True
 
+    def _unload(self, versions: set[int]) -> None:
+        if not versions:
+            return
+        self._loaded = {v: servable for v, servable in self._loaded.items() if v not in versions}
+        for version in versions:
+            self._set_status(version, VersionStatus(State.END))
+        logger.info("unloaded model=%s versions=%s serving=%s", self.name, sorted(versions), self.versions())
 
-class ModelManager:
-    """All models of a server, and the thread that looks for new versions.
+    def _set_status(self, version: int, status: VersionStatus) -> None:
+        with self._status_lock:
+            self._statuses[version] = status
 
-    Args:
-      base_paths: folder of version directories by model name.
-    """
-
-    def __init__(self, base_paths: Mapping[str, Path]) -> None:
-        self._models = {name: Model(name, path) for name, path in base_paths.items()}
-        self._closing = threading.Event()
-        self._poller: threading.Thread | None = None
-
-    def load(self) -> None:
-        """Loads each model for the first time.
-
-        Raises:
-          ServingError: a model has no version that loads; the text holds the reason per version.
-        """
-        for model in self._models.values():
-            model.refresh()
-            if not any(status.state == State.AVAILABLE for status in model.statuses().values()):
-                reasons = "; ".join(f"version {v}: {s.message}" for v, s in model.statuses().items())
-                raise ServingError(
-                    f"model {model.name!r}: no version under {model.base_path} can be loaded: "
-                    f"{reasons or 'there is none'}"
-                )
-
-    def start_polling(self, wait_s: float) -> None:
-        """Looks for new versions every `wait_s` seconds; never, when that is not positive."""
-        if wait_s > 0:
-            self._poller = threading.Thread(
-                target=self._poll, args=(wait_s,), name="version-poller", daemon=True
-            )
-            self._poller.start()
-
-    def close(self) -> None:
-        """Stops looking for new versions."""
-        self._closing.set()
-
-    def servable(self, spec: model_pb2.ModelSpec) -> Servable:
-        """Returns the version that a request's `model_spec` asks for.
-
-        Raises:
-          RequestError: INVALID_ARGUMENT for a spec without name or with a label, NOT_FOUND if not loaded.
-        """
-        if spec.HasField("version_label"):
-            raise invalid_argument(
-                f"Unrecognized servable version label: {spec.version_label}; ask by number"
-            )
-        version = spec.version.value if spec.HasField("version") else None
-        return self._model(spec.name).servable(version)
-
-    def statuses(self, spec: model_pb2.ModelSpec) -> dict[int, VersionStatus]:
-        """Returns the state of the versions asked for, newest first.
-
-        Raises:
-          RequestError: INVALID_ARGUMENT for a spec without name, NOT_FOUND for an unknown model or version.
-        """
-        statuses = self._model(spec.name).statuses()
-        if not spec.HasField("version"):
-            return statuses
-        version = spec.version.value
-        if version not in statuses:
-            raise not_found(f"Could not find version {version} of model {spec.name}")
-        return {version: statuses[version]}
-
-    def serving_versions(self) -> Iterable[tuple[str, int]]:
-        """Returns (model name, version) of what answers a request without version."""
-        return [(model.name, model.servable(None).version) for model in self._models.values()]
-
-    def _model(self, name: str) -> Model:
-        if not name:
-            raise invalid_argument("model_spec has no model name")
-        if name not in self._models:
-            raise not_found(f"Servable not found: no model {name}; served: {', '.join(sorted(self._models))}")
-        return self._models[name]
-
-    def _poll(self, wait_s: float) -> None:
-        while not self._closing.wait(wait_s):
-            for model in self._models.values():
-                try:
-                    model.refresh()
-                except OSError:  # a folder that is being replaced while it is read; the next look may succeed
-                    logger.exception("cannot look for versions model=%s path=%s", model.name, model.base_path)
+    def _forget(self, known: set[int]) -> None:
+        """Without this a server that gets a version a minute would remember every one that it ever had."""
+        with self._status_lock:
+            self._statuses = {v: status for v, status in self._statuses.items() if v in known}
+        self._failures = {v: failure for v, failure in self._failures.items() if v in known}
 
 
 def _code_of(error: Exception) -> grpc.StatusCode:

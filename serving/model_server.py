@@ -3,69 +3,47 @@
     python -m serving.model_server --model_config_file models.config
     python -m serving.model_server --model_name ranking --model_base_path runs/demo/serving_models/ranking
 
-Flags have the names of the official binary. Heavy imports wait until models and ports have been checked, so
-that a mistake on the command line shows at once.
+Heavy imports wait until models and ports have been checked, so that a mistake shows at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import signal
 import socket
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import grpc
 import uvloop
 from aiohttp import web
 
 from schema.errors import ConfigError, FunnelError, ServingError
-from serving.config import read_model_config
+from serving.config import ModelConfig, read_model_config
+from serving.flags import OFF, parse_flags
 from serving.versions import check_has_version
+
+if TYPE_CHECKING:
+    from serving.manager import ModelManager
 
 logger = logging.getLogger(__name__)
 
 _DRAIN_S: Final = 25.0  # below the 30 s after which process managers kill
-_NUM_THREADS: Final = max(8, 4 * (os.cpu_count() or 1))  # the official default is 4 per core
+# Requests that run or wait for a thread, per API. More would only wait longer, and hold memory meanwhile.
+_MAX_CONCURRENT_RPCS: Final = 1000
+_MAX_MESSAGE_BYTES: Final = 2**31 - 1  # what a proto can be
 _GRPC_OPTIONS: Final = (
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),  # otherwise two servers share a port without a word
 )
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the server's flags."""
-    parser = argparse.ArgumentParser(
-        prog="python -m serving.model_server",
-        description="Serves SavedModels over TensorFlow Serving's gRPC and REST API, ScaNN ops included.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--port", type=int, default=8500, help="gRPC port; 0 picks a free one")
-    parser.add_argument("--rest_api_port", type=int, default=8501, help="REST port; 0 picks a free one")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in"
-    )
-    parser.add_argument(
-        "--model_config_file", type=Path, help="ModelServerConfig text proto, for several models"
-    )
-    parser.add_argument("--model_name", default="default", help="name of the model in --model_base_path")
-    parser.add_argument("--model_base_path", type=Path, help="folder of version folders, for one model")
-    parser.add_argument(
-        "--file_system_poll_wait_seconds",
-        type=float,
-        default=1.0,
-        help="pause between looks for new versions; 0: never",
-    )
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       Exit code: 0 after a clean stop, 1 when it cannot start. Wrong flags exit with 2.
     """
-    flags = build_parser().parse_args(argv)
+    flags = parse_flags(argv)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
@@ -92,51 +70,100 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _serve(flags: argparse.Namespace) -> int:
-    base_paths = _base_paths(flags)
-    for name, base_path in base_paths.items():
-        check_has_version(name, base_path)
+    configs = _model_configs(flags)
+    for config in configs.values():
+        check_has_version(config)
     # Both ports are taken before the models load: that takes seconds, and a taken port should show at once.
-    with _bind_rest(flags.host, flags.rest_api_port) as rest_socket:
-        executor = ThreadPoolExecutor(_NUM_THREADS, "predict")
-        grpc_server = grpc.aio.server(executor, options=_GRPC_OPTIONS)
-        grpc_port = _bind_grpc(grpc_server, flags.host, flags.port)
+    with contextlib.ExitStack() as stack:
+        rest_socket = None
+        if flags.rest_api_port != OFF:
+            rest_socket = stack.enter_context(_bind_rest(flags.host, flags.rest_api_port))
+        grpc_server = grpc.aio.server(
+            options=(*_GRPC_OPTIONS, *flags.grpc_channel_arguments),
+            maximum_concurrent_rpcs=_MAX_CONCURRENT_RPCS,
+        )
+        grpc_port = _bind_grpc(grpc_server, flags)
 
+        models = _load_models(flags, configs)
         from serving.grpc_service import add_services
-        from serving.loader import ModelManager
-        from serving.rest import create_app
 
-        models = ModelManager(base_paths)
-        models.load()
-        add_services(grpc_server, models, executor)
-        app = create_app(models, executor)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=_DRAIN_S)
-        await runner.setup()
+        add_services(
+            grpc_server,
+            models,
+            ThreadPoolExecutor(flags.grpc_max_threads, "grpc"),
+            check_method_name=flags.enable_signature_method_name_check,
+        )
         stop = asyncio.Event()
         for signal_number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
         await grpc_server.start()
-        await web.SockSite(runner, rest_socket).start()
+        rest = None if rest_socket is None else await _start_rest(flags, models, rest_socket)
         models.start_polling(flags.file_system_poll_wait_seconds)
+        if flags.model_config_file is not None:
+            models.start_polling_config(flags.model_config_file, flags.model_config_file_poll_wait_seconds)
         versions = ",".join(f"{name}:{version}" for name, version in models.serving_versions())
-        rest_port = rest_socket.getsockname()[1]
-        print(
-            f"ready grpc={flags.host}:{grpc_port} rest={flags.host}:{rest_port} models={versions}", flush=True
-        )
+        rest_address = "off" if rest_socket is None else f"{flags.host}:{rest_socket.getsockname()[1]}"
+        print(f"ready grpc={flags.host}:{grpc_port} rest={rest_address} models={versions}", flush=True)
 
         await stop.wait()
         logger.info("stopping: no new requests, waiting up to %.0f s for those in flight", _DRAIN_S)
         models.close()
-        await asyncio.gather(grpc_server.stop(_DRAIN_S), runner.cleanup())
+        drained = [grpc_server.stop(_DRAIN_S)]
+        if rest is not None:
+            drained.append(rest.cleanup())
+        await asyncio.gather(*drained)
         logger.info("stopped")
         return 0
 
 
-def _base_paths(flags: argparse.Namespace) -> dict[str, Path]:
+def _model_configs(flags: argparse.Namespace) -> dict[str, ModelConfig]:
     if (flags.model_config_file is None) == (flags.model_base_path is None):
         raise ConfigError("give either --model_config_file, or --model_base_path with --model_name")
     if flags.model_config_file is not None:
         return read_model_config(flags.model_config_file)
-    return {flags.model_name: flags.model_base_path}
+    return {flags.model_name: ModelConfig(flags.model_name, flags.model_base_path)}
+
+
+def _load_models(flags: argparse.Namespace, configs: Mapping[str, ModelConfig]) -> ModelManager:
+    import tensorflow as tf
+
+    from serving.loader import LoadSettings
+    from serving.manager import ModelManager
+
+    if num_threads := flags.tensorflow_intra_op_parallelism or flags.tensorflow_session_parallelism:
+        tf.config.threading.set_intra_op_parallelism_threads(num_threads)
+    if num_threads := flags.tensorflow_inter_op_parallelism or flags.tensorflow_session_parallelism:
+        tf.config.threading.set_inter_op_parallelism_threads(num_threads)
+    num_iterations = max(1, flags.num_request_iterations_for_warmup) if flags.enable_model_warmup else 0
+    settings = LoadSettings(
+        max_num_retries=flags.max_num_load_retries,
+        retry_interval_s=max(0.0, flags.load_retry_interval_micros / 1e6),
+        num_warmup_iterations=num_iterations,
+    )
+    models = ModelManager(
+        settings, allow_labels_before_loading=flags.allow_version_labels_for_unavailable_models
+    )
+    models.load(configs)
+    return models
+
+
+async def _start_rest(
+    flags: argparse.Namespace, models: ModelManager, rest_socket: socket.socket
+) -> web.AppRunner:
+    from serving.metrics import read_metrics_path
+    from serving.rest import RestSettings, create_runner
+
+    settings = RestSettings(
+        timeout_s=flags.rest_api_timeout_in_ms / 1000 or None,
+        check_method_name=flags.enable_signature_method_name_check,
+        enable_cors=flags.rest_api_enable_cors_support,
+        metrics_path=flags.monitoring_config_file and read_metrics_path(flags.monitoring_config_file),
+    )
+    executor = ThreadPoolExecutor(flags.rest_api_num_threads, "rest")
+    runner = create_runner(models, executor, settings, shutdown_timeout_s=_DRAIN_S)
+    await runner.setup()
+    await web.SockSite(runner, rest_socket).start()
+    return runner
 
 
 def _bind_rest(host: str, port: int) -> socket.socket:
@@ -148,18 +175,27 @@ def _bind_rest(host: str, port: int) -> socket.socket:
         raise _port_error("REST", "--rest_api_port", host, port) from error
 
 
-def _bind_grpc(server: grpc.aio.Server, host: str, port: int) -> int:
+def _bind_grpc(server: grpc.aio.Server, flags: argparse.Namespace) -> int:
+    host, port = flags.host, flags.port
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        return server.add_insecure_port(address)
+        bound_port = server.add_insecure_port(address)
     except RuntimeError as error:
         raise _port_error("gRPC", "--port", host, port) from error
+    if flags.grpc_socket_path:
+        try:
+            server.add_insecure_port(f"unix:{flags.grpc_socket_path}")
+        except RuntimeError as error:
+            raise ServingError(
+                f"--grpc_socket_path {flags.grpc_socket_path} cannot be listened on: {error}"
+            ) from error
+    return bound_port
 
 
 def _port_error(api: str, flag: str, host: str, port: int) -> ServingError:
     return ServingError(
         f"the {api} port {port} on {host} is taken or not allowed; stop what uses it, or choose another with "
-        f"{flag} (0 picks a free one)"
+        f"{flag} (auto picks a free one)"
     )
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -29,10 +29,11 @@ class ModelServerProcess:
             client = RecommenderClient(server.grpc_target)
 
     Args:
-      models: base path (the folder of the version directories) by model name.
+      models: base path (the folder of the version directories) by model name, or a `models.config` file.
       grpc_port: 0 picks a free port.
       rest_port: 0 picks a free port.
       poll_wait_s: pause between looks for new versions; 0 never looks.
+      flags: further flags of the server, such as `--max_num_load_retries=0`.
       startup_timeout_s: time for importing TensorFlow, loading and warming up all models.
 
     Raises:
@@ -41,18 +42,20 @@ class ModelServerProcess:
 
     def __init__(
         self,
-        models: Mapping[str, Path],
+        models: Mapping[str, Path] | Path,
         *,
         grpc_port: int = 0,
         rest_port: int = 0,
         poll_wait_s: float = 0.0,
+        flags: Sequence[str] = (),
         startup_timeout_s: float = 180.0,
     ) -> None:
-        self._models = dict(models)
+        self._models = models
         self._flags = [
-            f"--port={grpc_port}",
-            f"--rest_api_port={rest_port}",
+            f"--port={grpc_port or 'auto'}",
+            f"--rest_api_port={rest_port or 'auto'}",
             f"--file_system_poll_wait_seconds={poll_wait_s}",
+            *flags,
         ]
         self._startup_timeout_s = startup_timeout_s
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -90,8 +93,10 @@ class ModelServerProcess:
     def __enter__(self) -> ModelServerProcess:
         self._folder = tempfile.TemporaryDirectory(prefix="funnel-model-server-")
         folder = Path(self._folder.name)
-        config_file = folder / "models.config"
-        config_file.write_text(format_model_config(self._models), encoding="utf-8")
+        config_file = self._models
+        if not isinstance(config_file, Path):
+            models, config_file = config_file, folder / "models.config"
+            config_file.write_text(format_model_config(models), encoding="utf-8")
         command = [
             sys.executable,
             "-m",

@@ -1,62 +1,134 @@
-"""REST: predict, status and metadata of TensorFlow Serving's HTTP API, over aiohttp."""
+"""REST: TensorFlow Serving's HTTP API on the loaded models, over aiohttp."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from typing import Any, Final
 
+import grpc
 import numpy as np
 import tensorflow as tf
 from aiohttp import web
 from google.protobuf import json_format
 from google.protobuf.message import Message
-from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2, model_pb2
+from tensorflow_serving.apis import (
+    classification_pb2,
+    get_model_metadata_pb2,
+    get_model_status_pb2,
+    model_pb2,
+    regression_pb2,
+)
 
+from serving import inference, metrics
 from serving.grpc_service import SIGNATURE_FIELD, model_metadata, model_status
-from serving.json_codec import decode_predict_request, encode_error, encode_predict_response
-from serving.loader import ModelManager
+from serving.json_body import encode_error
+from serving.json_codec import decode_predict_request, encode_predict_response
+from serving.json_examples import (
+    decode_examples_request,
+    encode_classifications,
+    encode_regressions,
+)
+from serving.manager import ModelManager
 from serving.servable import Servable
-from serving.status import RequestError
+from serving.status import RequestError, deadline_exceeded, invalid_argument
 
 logger = logging.getLogger(__name__)
 
-_MAX_BODY_BYTES: Final = 2**30
 _MODEL: Final = r"/v1/models/{model:[^/:]+}"
-_VERSION: Final = r"/versions/{version:\d{1,18}}"
+_CHOICES: Final = ("", r"/versions/{version:\d{1,19}}", r"/labels/{label:[^/:]+}")
+_INT64_MAX: Final = 2**63 - 1
+_CORS_HEADERS: Final = {
+    "Access-Control-Allow-Origin": "*",
+    "Access-Control-Allow-Methods": "POST, GET",
+    "Access-Control-Allow-Headers": "Content-Type",
+}
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def create_app(models: ModelManager, executor: Executor) -> web.Application:
-    """Returns the REST application.
+@dataclass(frozen=True)
+class RestSettings:
+    """How REST answers, and its limits.
 
     Args:
-      models: loaded models.
-      executor: threads that decode, run and encode a request, so that a slow one does not hold up the others.
+      timeout_s: time for one call, then 504; None for no limit.
+      check_method_name: see `inference.classify`.
+      enable_cors: whether browsers of other sites may ask.
+      metrics_path: URL path of the Prometheus metrics, None for none.
+      max_body_bytes: size of a request body, unpacked; more is 413.
+      body_timeout_s: time in which a request body must be there, else 408.
+      idle_timeout_s: time in which a connection must send a whole request head, else it is closed.
     """
-    handlers = _Handlers(models, executor)
-    app = web.Application(client_max_size=_MAX_BODY_BYTES, middlewares=[_errors_as_json])
-    for prefix in (_MODEL, _MODEL + _VERSION):
-        app.router.add_post(prefix + ":predict", handlers.predict)
-        app.router.add_post(prefix + ":{method:classify|regress}", handlers.not_built)
+
+    timeout_s: float | None = 30.0
+    check_method_name: bool = False
+    enable_cors: bool = False
+    metrics_path: str | None = None
+    max_body_bytes: int = 2**30
+    body_timeout_s: float = 60.0
+    idle_timeout_s: float = 75.0
+
+
+def create_runner(
+    models: ModelManager, executor: Executor, settings: RestSettings, shutdown_timeout_s: float
+) -> web.AppRunner:
+    """Returns what runs the REST API.
+
+    Args:
+      models: the loaded models.
+      executor: threads that decode, run and encode a request, so that a slow one does not hold up the others.
+      settings: limits and options.
+      shutdown_timeout_s: time for requests in flight to finish, once it is asked to stop.
+    """
+    handlers = _Handlers(models, executor, settings)
+    middlewares = [_errors_as_json]
+    if settings.enable_cors:
+        middlewares.insert(0, _with_cors_headers)
+    app = web.Application(client_max_size=settings.max_body_bytes, middlewares=middlewares)
+    if settings.metrics_path is not None:
+        app.router.add_get(settings.metrics_path, handlers.metrics)
+    app.router.add_get("/v1/models", handlers.no_model)
+    for choice in _CHOICES:
+        prefix = _MODEL + choice
+        app.router.add_post(prefix + ":{method:predict|classify|regress}", handlers.infer)
         app.router.add_get(prefix, handlers.status)
         app.router.add_get(prefix + "/metadata", handlers.metadata)
-    return app
+    return web.AppRunner(
+        app,
+        access_log=None,
+        shutdown_timeout=shutdown_timeout_s,
+        keepalive_timeout=settings.idle_timeout_s,  # aiohttp holds a head that does not end to it as well
+    )
 
 
 class _Handlers:
-    def __init__(self, models: ModelManager, executor: Executor) -> None:
+    def __init__(self, models: ModelManager, executor: Executor, settings: RestSettings) -> None:
         self._models = models
         self._executor = executor
+        self._settings = settings
+        self._methods = {"predict": self._predict, "classify": self._classify, "regress": self._regress}
 
-    async def predict(self, request: web.Request) -> web.Response:
-        spec, body = _model_spec(request), await request.read()
-        loop = asyncio.get_running_loop()
-        return _json_response(await loop.run_in_executor(self._executor, self._predict, spec, body))
+    async def infer(self, request: web.Request) -> web.Response:
+        method, spec = request.match_info["method"], _model_spec(request)
+        body = await self._read(request)
+        started = time.perf_counter()
+        code = grpc.StatusCode.INTERNAL
+        try:
+            answer = await self._in_thread(self._methods[method], spec, body)
+            code = grpc.StatusCode.OK
+            return _json_response(answer)
+        except RequestError as error:
+            code = error.code
+            raise
+        finally:
+            model = spec.name if self._models.is_served(spec.name) else ""
+            metrics.record_request(model, method, "REST", code, time.perf_counter() - started)
 
     async def status(self, request: web.Request) -> web.Response:
         status_request = get_model_status_pb2.GetModelStatusRequest(model_spec=_model_spec(request))
@@ -79,18 +151,55 @@ class _Handlers:
             )
         )
 
-    async def not_built(self, request: web.Request) -> web.Response:
-        method = request.match_info["method"]
-        raise web.HTTPNotImplemented(
-            text=f"{method} is not built into this server; call a signature with :predict"
-        )
+    async def no_model(self, request: web.Request) -> web.Response:
+        raise invalid_argument("Missing model name in request.")
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        return web.Response(body=metrics.render(), headers={"Content-Type": metrics.CONTENT_TYPE})
+
+    async def _read(self, request: web.Request) -> bytes:
+        try:
+            return await asyncio.wait_for(request.read(), self._settings.body_timeout_s)
+        except asyncio.TimeoutError as error:
+            raise web.HTTPRequestTimeout(
+                text=f"the request body was not complete after {self._settings.body_timeout_s:g} s"
+            ) from error
+
+    async def _in_thread(
+        self, method: Callable[[model_pb2.ModelSpec, bytes], bytes], spec: model_pb2.ModelSpec, body: bytes
+    ) -> bytes:
+        call = asyncio.get_running_loop().run_in_executor(self._executor, method, spec, body)
+        try:
+            # One that still waits for a thread is dropped; one that runs goes on, for nobody.
+            return await asyncio.wait_for(call, self._settings.timeout_s)
+        except asyncio.TimeoutError as error:
+            raise deadline_exceeded(f"no answer after {self._settings.timeout_s:g} s") from error
 
     def _predict(self, spec: model_pb2.ModelSpec, body: bytes) -> bytes:
         servable = self._models.servable(spec)
         request = decode_predict_request(body, lambda signature_name: _input_dtypes(servable, signature_name))
-        return encode_predict_response(
-            servable.predict(request.signature_name, request.inputs), request.format
+        outputs = inference.timed(
+            servable.name, "Predict", lambda: servable.predict(request.signature_name, request.inputs)
         )
+        return encode_predict_response(outputs, request.format)
+
+    def _classify(self, spec: model_pb2.ModelSpec, body: bytes) -> bytes:
+        signature_name, examples = decode_examples_request(body)
+        request = classification_pb2.ClassificationRequest(model_spec=spec, input=examples)
+        request.model_spec.signature_name = signature_name
+        response = inference.classify(
+            self._models.servable(spec), request, check_method_name=self._settings.check_method_name
+        )
+        return encode_classifications(response.result)
+
+    def _regress(self, spec: model_pb2.ModelSpec, body: bytes) -> bytes:
+        signature_name, examples = decode_examples_request(body)
+        request = regression_pb2.RegressionRequest(model_spec=spec, input=examples)
+        request.model_spec.signature_name = signature_name
+        response = inference.regress(
+            self._models.servable(spec), request, check_method_name=self._settings.check_method_name
+        )
+        return encode_regressions(response.result)
 
 
 def _input_dtypes(servable: Servable, signature_name: str) -> Mapping[str, np.dtype[Any]]:
@@ -101,7 +210,12 @@ def _input_dtypes(servable: Servable, signature_name: str) -> Mapping[str, np.dt
 def _model_spec(request: web.Request) -> model_pb2.ModelSpec:
     spec = model_pb2.ModelSpec(name=request.match_info["model"])
     if "version" in request.match_info:
-        spec.version.value = int(request.match_info["version"])
+        version = int(request.match_info["version"])
+        if version > _INT64_MAX:
+            raise invalid_argument(f"Failed to convert version: {version} to numeric.")
+        spec.version.value = version
+    if "label" in request.match_info:
+        spec.version_label = request.match_info["label"]
     return spec
 
 
@@ -135,3 +249,12 @@ async def _errors_as_json(request: web.Request, handler: _Handler) -> web.Stream
     except Exception as error:
         logger.exception("request failed path=%s", request.path)
         return _json_response(encode_error(f"{type(error).__name__}: {error}"), 500)
+
+
+@web.middleware
+async def _with_cors_headers(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    if request.method == "OPTIONS" and request.path.startswith("/v1/"):
+        return web.Response(headers=_CORS_HEADERS)
+    response = await handler(request)
+    response.headers.update(_CORS_HEADERS)
+    return response

@@ -55,6 +55,21 @@ def not_found(message: str) -> RequestError:
     return RequestError(grpc.StatusCode.NOT_FOUND, message)
 
 
+def failed_precondition(message: str) -> RequestError:
+    """Returns the error of a request that this model cannot answer, however it is put."""
+    return RequestError(grpc.StatusCode.FAILED_PRECONDITION, message)
+
+
+def unimplemented(message: str) -> RequestError:
+    """Returns the error of a request for something that the server does not have."""
+    return RequestError(grpc.StatusCode.UNIMPLEMENTED, message)
+
+
+def deadline_exceeded(message: str) -> RequestError:
+    """Returns the error of a request that took longer than it may."""
+    return RequestError(grpc.StatusCode.DEADLINE_EXCEEDED, message)
+
+
 def code_from_number(number: int) -> grpc.StatusCode:
     """Turns a canonical error number, as TensorFlow's errors carry it, into the gRPC code."""
     return _BY_NUMBER.get(number, grpc.StatusCode.UNKNOWN)

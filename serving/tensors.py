@@ -14,6 +14,7 @@ from serving.status import invalid_argument
 
 # A tensor proto may declare a large shape and hold one value; the shape alone must not exhaust the memory.
 _MAX_TENSOR_ELEMENTS: Final = 2**27
+_MAX_REPEATED_ELEMENTS: Final = 2**20
 
 # The field that holds one value per element, for the types where element and value are the same number.
 _VALUE_FIELDS: Final[dict[int, tuple[np.dtype[Any], str]]] = {
@@ -37,7 +38,8 @@ def decode_tensor(name: str, proto: tensor_pb2.TensorProto) -> npt.NDArray[Any]:
       proto: values in a typed field (`float_val`, ...; one value may stand for all) or in `tensor_content`.
 
     Raises:
-      RequestError: INVALID_ARGUMENT when the proto contradicts itself or declares more than 2**27 elements.
+      RequestError: INVALID_ARGUMENT when the proto contradicts itself, declares more than 2**27 elements, or
+        more than 2**20 by repeating one value.
     """
     shape = [dim.size for dim in proto.tensor_shape.dim]
     if proto.tensor_shape.unknown_rank or any(size < 0 for size in shape):
@@ -52,6 +54,11 @@ def decode_tensor(name: str, proto: tensor_pb2.TensorProto) -> npt.NDArray[Any]:
         values = getattr(proto, field)
         if len(values) == num_elements and not proto.tensor_content:
             return np.fromiter(values, dtype, num_elements).reshape(shape)
+        if num_elements > _MAX_REPEATED_ELEMENTS and not proto.tensor_content:
+            raise invalid_argument(
+                f"input {name!r}: {len(values)} values for the {num_elements} elements of shape {shape}; "
+                f"above {_MAX_REPEATED_ELEMENTS} elements every value must be given"
+            )
     try:
         return tf.make_ndarray(proto)
     except (ValueError, TypeError, IndexError) as error:

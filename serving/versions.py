@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from schema.errors import ServingError
+from serving.config import ModelConfig
 
 
 def find_versions(base_path: Path) -> dict[int, Path]:
@@ -18,10 +19,17 @@ def find_versions(base_path: Path) -> dict[int, Path]:
     }
 
 
-def check_has_version(name: str, base_path: Path) -> None:
-    """Raises ServingError when a model has no version directory, with what to do about it."""
-    if find_versions(base_path):
+def check_has_version(config: ModelConfig) -> None:
+    """Raises ServingError when a model has no version directory to serve, with what to do about it."""
+    name, base_path = config.name, config.base_path
+    found = find_versions(base_path)
+    if config.policy.candidates(found):
         return
+    if found:
+        raise ServingError(
+            f"model {name!r}: {base_path} holds the versions {sorted(found)}, none of those that its "
+            f"model_version_policy names"
+        )
     if not base_path.is_dir():
         raise ServingError(f"model {name!r}: base path {base_path} is not a folder; check the path")
     if (base_path / "saved_model.pb").is_file():

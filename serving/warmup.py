@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,14 +10,12 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy.typing as npt
 import tensorflow as tf
 from google.protobuf.message import DecodeError
-from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
+from tensorflow_serving.apis import prediction_log_pb2
 
 from schema.errors import ServingError
 
 if TYPE_CHECKING:
     from serving.servable import Servable
-
-logger = logging.getLogger(__name__)
 
 WARMUP_FILE: Final = Path("assets.extra") / "tf_serving_warmup_requests"
 MAX_WARMUP_REQUESTS: Final = 1000  # TensorFlow Serving refuses a model with more
@@ -65,27 +62,50 @@ def write_warmup_requests(
     return path
 
 
-def replay_warmup_requests(servable: Servable) -> int:
+def replay_warmup_requests(servable: Servable, num_iterations: int = 1) -> int:
     """Runs the warm-up requests that travel with a model version, if there are any.
+
+    Args:
+      servable: the loaded version.
+      num_iterations: how often each record is run; 0 runs none.
 
     Returns:
       Number of requests run.
 
     Raises:
-      ServingError: the file is damaged, holds too many records, or a request fails: like TensorFlow Serving,
-        the server then does not serve this version.
+      ServingError: the file is damaged, holds too many records or one that cannot be replayed, or a request
+        fails: like TensorFlow Serving, the server then does not serve this version.
     """
     path = servable.path / WARMUP_FILE
-    if not path.is_file():
+    if num_iterations == 0 or not path.is_file():
         return 0
-    num_requests = 0
-    for request in _read_requests(path):
-        servable.predict_request(request)
-        num_requests += 1
-    return num_requests
+    logs = _read_logs(path)
+    for log in logs:
+        for _ in range(num_iterations):
+            _replay(servable, log, path)
+    return len(logs) * num_iterations
 
 
-def _read_requests(path: Path) -> list[predict_pb2.PredictRequest]:
+def _replay(servable: Servable, log: prediction_log_pb2.PredictionLog, path: Path) -> None:
+    from serving import inference  # it imports ScaNN; the exporter, which only writes, need not wait for it
+
+    kind = log.WhichOneof("log_type")
+    if kind == "predict_log":
+        inference.predict(servable, log.predict_log.request)
+    elif kind == "classify_log":
+        inference.classify(servable, log.classify_log.request, check_method_name=False)
+    elif kind == "regress_log":
+        inference.regress(servable, log.regress_log.request, check_method_name=False)
+    elif kind == "multi_inference_log":
+        inference.multi_inference(servable, log.multi_inference_log.request, check_method_name=False)
+    else:
+        raise ServingError(
+            f"{path} holds a record of type {kind or 'unknown'}; "
+            f"expected predict_log, classify_log, regress_log or multi_inference_log"
+        )
+
+
+def _read_logs(path: Path) -> list[prediction_log_pb2.PredictionLog]:
     try:
         records = list(tf.data.TFRecordDataset(str(path)).take(MAX_WARMUP_REQUESTS + 1).as_numpy_iterator())
         logs = [prediction_log_pb2.PredictionLog.FromString(record) for record in records]
@@ -93,9 +113,4 @@ def _read_requests(path: Path) -> list[predict_pb2.PredictRequest]:
         raise ServingError(f"{path} is not a TFRecord of PredictionLog: {error}") from error
     if len(logs) > MAX_WARMUP_REQUESTS:
         raise ServingError(f"{path} has more than {MAX_WARMUP_REQUESTS} records; keep the first ones")
-    requests = [log.predict_log.request for log in logs if log.HasField("predict_log")]
-    if len(requests) < len(logs):
-        logger.warning(
-            "skipped %d warm-up records that are not Predict requests: %s", len(logs) - len(requests), path
-        )
-    return requests
+    return logs

@@ -155,6 +155,11 @@ def test_a_wrong_body_is_an_invalid_argument_that_names_the_place(body, complain
     assert caught.value.http_code == 400
 
 
+def test_a_number_that_no_double_holds_is_not_taken_for_infinity():
+    with pytest.raises(RequestError, match="'x' takes a number in float32's range"):
+        decode(b'{"inputs": {"x": [Infinity, 1e999]}}', {"x": np.dtype(np.float32)})
+
+
 @pytest.mark.parametrize(("value", "dtype"), [(2**24, np.float32), (1e39, np.float32), (2**53, np.float64)])
 def test_a_number_that_the_float_type_cannot_hold_is_refused(value, dtype):
     with pytest.raises(RequestError, match="'x'"):

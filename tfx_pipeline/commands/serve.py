@@ -22,8 +22,8 @@ _ITEMS_NAMED = 5
 
 
 @click.command()
-@click.option("--port", default=GRPC_PORT, show_default=True, help="gRPC port.")
-@click.option("--rest-api-port", default=REST_PORT, show_default=True, help="REST port.")
+@click.option("--port", default=GRPC_PORT, show_default=True, help="gRPC port; 0 picks a free one.")
+@click.option("--rest-api-port", default=REST_PORT, show_default=True, help="REST port; 0 picks a free one.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @output_dir_option
 def serve(port: int, rest_api_port: int, host: str, output_dir: Path) -> None:
@@ -52,8 +52,8 @@ def serve(port: int, rest_api_port: int, host: str, output_dir: Path) -> None:
         serve_models(
             [
                 f"--host={host}",
-                f"--port={port}",
-                f"--rest_api_port={rest_api_port}",
+                f"--port={port or 'auto'}",
+                f"--rest_api_port={rest_api_port or 'auto'}",
                 f"--model_config_file={config_file}",
             ]
         )

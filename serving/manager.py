@@ -1,0 +1,169 @@
+"""All models of a server: which there are, which version a request means, and when to look for changes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import grpc
+from tensorflow_serving.apis import model_pb2
+
+from schema.errors import ConfigError, ServingError
+from serving.config import ModelConfig, read_model_config
+from serving.loader import LoadSettings, Model, VersionStatus
+from serving.servable import Servable
+from serving.status import RequestError, invalid_argument, not_found
+
+logger = logging.getLogger(__name__)
+
+
+class ModelManager:
+    """The models of a server by name, and the threads that look for new versions and a new config.
+
+    Args:
+      settings: how versions are loaded.
+      allow_labels_before_loading: whether a new version label may name a version that is not loaded yet.
+    """
+
+    def __init__(
+        self, settings: LoadSettings | None = None, *, allow_labels_before_loading: bool = False
+    ) -> None:
+        self._settings = settings or LoadSettings()
+        self._allow_labels_before_loading = allow_labels_before_loading
+        self._models: dict[str, Model] = {}  # replaced whole: requests read it without a lock
+        self._loading = threading.Lock()  # one thread at a time loads and unloads
+        self._closing = threading.Event()
+
+    def load(self, configs: Mapping[str, ModelConfig]) -> None:
+        """Loads the models of a config and unloads all others; what serves goes on serving meanwhile.
+
+        Raises:
+          RequestError: FAILED_PRECONDITION for a version label of a version that is not loaded: nothing has
+            changed. UNKNOWN for a new model without a version that loads: the config holds from now on, that
+            model is tried again when its time has come.
+        """
+        with self._loading:
+            self._check_labels(configs)
+            models: dict[str, Model] = {}
+            for name, config in configs.items():
+                model = self._models.get(name)
+                if model is None or model.config.base_path != config.base_path:
+                    model = Model(config, self._settings)
+                model.config = config
+                model.refresh()
+                models[name] = model
+            self._models = models
+        failures = [
+            f"model {name!r}: no version under {model.config.base_path} can be loaded: {model.failures()}"
+            for name, model in models.items()
+            if not model.versions()
+        ]
+        if failures:
+            raise RequestError(grpc.StatusCode.UNKNOWN, " ".join(failures))
+
+    def start_polling(self, wait_s: float) -> None:
+        """Looks for new versions every `wait_s` seconds; never, when that is not positive."""
+        self._start("version-poller", wait_s, self._refresh)
+
+    def start_polling_config(self, path: Path, wait_s: float) -> None:
+        """Reads the `models.config` again every `wait_s` seconds; never, when that is not positive."""
+        self._start("config-poller", wait_s, lambda: self._reload(path))
+
+    def close(self) -> None:
+        """Stops looking for changes."""
+        self._closing.set()
+
+    def servable(self, spec: model_pb2.ModelSpec) -> Servable:
+        """Returns the version that a request's `model_spec` asks for.
+
+        Raises:
+          RequestError: INVALID_ARGUMENT for a spec without name or with an unknown label, NOT_FOUND if not
+            loaded.
+        """
+        model = self._model(spec.name)
+        return model.servable(_version_of(spec, model))
+
+    def statuses(self, spec: model_pb2.ModelSpec) -> dict[int, VersionStatus]:
+        """Returns the state of the versions asked for, newest first.
+
+        Raises:
+          RequestError: INVALID_ARGUMENT for a spec without name or with an unknown label, NOT_FOUND for an
+            unknown model or version.
+        """
+        model = self._model(spec.name)
+        statuses = model.statuses()
+        version = _version_of(spec, model)
+        if version is None:
+            return statuses
+        if version not in statuses:
+            raise not_found(f"Could not find version {version} of model {spec.name}")
+        return {version: statuses[version]}
+
+    def is_served(self, name: str) -> bool:
+        """Whether there is a model of that name."""
+        return name in self._models
+
+    def serving_versions(self) -> list[tuple[str, int]]:
+        """Returns (model name, version) of what answers a request without version."""
+        return [(model.name, model.servable(None).version) for model in self._models.values()]
+
+    def _model(self, name: str) -> Model:
+        if not name:
+            raise invalid_argument("model_spec has no model name")
+        models = self._models
+        if name not in models:
+            raise not_found(f"Servable not found: no model {name}; served: {', '.join(sorted(models))}")
+        return models[name]
+
+    def _check_labels(self, configs: Mapping[str, ModelConfig]) -> None:
+        for name, config in configs.items():
+            model = self._models.get(name)
+            loaded = model.versions() if model else []
+            old_labels = model.config.labels if model else {}
+            for label, version in config.labels.items():
+                moves = old_labels.get(label, version) != version
+                if version not in loaded and (moves or not self._allow_labels_before_loading):
+                    raise RequestError(
+                        grpc.StatusCode.FAILED_PRECONDITION,
+                        f"Request to assign label {label} to version {version} of model {name}, which is not "
+                        f"loaded; load the version first, or set "
+                        f"--allow_version_labels_for_unavailable_models for labels not in use yet",
+                    )
+
+    def _start(self, name: str, wait_s: float, look: Callable[[], None]) -> None:
+        def run() -> None:
+            while not self._closing.wait(wait_s):
+                look()
+
+        if wait_s > 0:
+            threading.Thread(target=run, name=name, daemon=True).start()
+
+    def _refresh(self) -> None:
+        with self._loading:
+            for model in self._models.values():
+                try:
+                    model.refresh()
+                except OSError:  # a folder that is being replaced while it is read; the next look may succeed
+                    logger.exception(
+                        "cannot look for versions model=%s path=%s", model.name, model.config.base_path
+                    )
+
+    def _reload(self, path: Path) -> None:
+        try:
+            configs = read_model_config(path)
+            if configs != {name: model.config for name, model in self._models.items()}:
+                self.load(configs)
+                logger.info("reloaded path=%s models=%s", path, ",".join(configs))
+        except (ConfigError, ServingError) as error:
+            logger.error("cannot take over %s, still serving=%s: %s", path, self.serving_versions(), error)
+
+
+def _version_of(spec: model_pb2.ModelSpec, model: Model) -> int | None:
+    choice = spec.WhichOneof("version_choice")
+    if choice == "version_label":
+        if spec.version_label not in model.config.labels:
+            raise invalid_argument(f"Unrecognized servable version label: {spec.version_label}")
+        return model.config.labels[spec.version_label]
+    return spec.version.value if choice == "version" else None
