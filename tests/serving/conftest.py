@@ -17,7 +17,9 @@ POLL_WAIT_S = 0.1
 def base_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Base path by model name; `swapped` is for the tests that push versions."""
     root = tmp_path_factory.mktemp("serving_models")
-    paths = {name: root / name for name in ("retrieval", "ranking", "one_call", "echo", "swapped")}
+    paths = {
+        name: root / name for name in ("retrieval", "ranking", "one_call", "echo", "examples", "swapped")
+    }
     for path in paths.values():
         path.mkdir()
     models.save(models.Retrieval(), paths["retrieval"] / "1")
@@ -25,9 +27,19 @@ def base_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     models.save(models.Funnel(), paths["one_call"] / "1")
     models.save_echo(paths["echo"] / "1", version=1)
     models.save_echo(paths["swapped"] / "1", version=1)
+    models.save_examples_model(paths["examples"] / "1")
     requests = [{"x": np.zeros(size, np.float32)} for size in (1, 2, 4)]
     write_warmup_requests(paths["echo"] / "1", "echo", requests, signature_name="which_version")
     return paths
+
+
+@pytest.fixture(scope="session")
+def echo_versions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Saved versions 1 to 4 of the echo model, to be copied to where a test wants them."""
+    root = tmp_path_factory.mktemp("echo_versions")
+    for version in range(1, 5):
+        models.save_echo(root / str(version), version=version)
+    return root
 
 
 @pytest.fixture(scope="session")

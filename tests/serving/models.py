@@ -165,3 +165,47 @@ def save_echo(path: Path, version: int) -> Path:
         which_version=model.which_version,
         sleep=model.sleep,
     )
+
+
+def save_examples_model(path: Path) -> Path:
+    """A TF 1 SavedModel of tf.Examples with the float feature "x", which no TF 2 exporter writes any more.
+
+    classify: classes low and high with the scores 1 - x and x; scores: the same without classes; regress: 2x;
+    native: as regress, with the method name that TF 2 gives every signature; other_input: as regress, from an
+    input tensor of its own; labels: a class that is not UTF-8.
+    """
+    methods = tf.compat.v1.saved_model.signature_constants
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+
+        def x_of(serialized):
+            features = {"x": tf.io.FixedLenFeature([], tf.float32), "y": tf.io.VarLenFeature(tf.string)}
+            return tf.io.parse_example(serialized, features)["x"][:, None]
+
+        def signature(inputs, outputs, method):
+            build = tf.compat.v1.saved_model.build_tensor_info
+            return tf.compat.v1.saved_model.build_signature_def(
+                {"inputs": build(inputs)}, {name: build(tensor) for name, tensor in outputs.items()}, method
+            )
+
+        inputs = tf.compat.v1.placeholder(tf.string, [None], name="serialized")
+        other = tf.compat.v1.placeholder(tf.string, [None], name="other")
+        x = x_of(inputs)
+        scores = tf.concat([1 - x, x], axis=1)
+        classes = tf.tile([["low", "high"]], [tf.shape(x)[0], 1])
+        bad_labels = tf.tile(tf.constant([[b"\xff"]]), [tf.shape(x)[0], 1])
+        classify, regress = methods.CLASSIFY_METHOD_NAME, methods.REGRESS_METHOD_NAME
+        builder = tf.compat.v1.saved_model.Builder(str(path))
+        builder.add_meta_graph_and_variables(
+            session,
+            ["serve"],
+            signature_def_map={
+                "classify": signature(inputs, {"classes": classes, "scores": scores}, classify),
+                "scores": signature(inputs, {"scores": scores}, classify),
+                "labels": signature(inputs, {"classes": bad_labels}, classify),
+                "regress": signature(inputs, {"outputs": x * 2}, regress),
+                "native": signature(inputs, {"outputs": x * 2}, methods.PREDICT_METHOD_NAME),
+                "other_input": signature(other, {"outputs": x_of(other) * 2}, regress),
+            },
+        )
+        builder.save()
+    return path
