@@ -1,17 +1,15 @@
 """The exported candidate index against other libraries, in one run: recall, speed, build time and size.
 
 Example:
-  python benchmarks/index.py --items 200000 --width 128
-  python benchmarks/index.py --items 1000000 --width 64
+  python -m benchmarks.index --items 200000 --width 128
+  python -m benchmarks.index --items 1000000 --width 64
 
 Needs the extras `benchmarks` and `index-benchmark`. Every library is tuned to the same recall at 100 by its
 own settings, and then all take turns, one thread per query. Speed is counted in queries per second of
 processor time, all threads of the process together; a busy machine lowers all figures, by what the
 contenders lose of its caches.
 
-Vectors: a mixture of Gaussians, one for about 150 items, with cluster sizes that fall with the square root of
-their rank. The spread within a cluster is that of the cluster centres: a vector is as far from its centre as
-the centre is from the origin. Norms vary log-normally by a fifth. Queries come from the same mixture.
+Vectors: see benchmarks/vectors.py.
 """
 
 from __future__ import annotations
@@ -34,13 +32,13 @@ import scann
 import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
+from benchmarks.vectors import clustered_vectors
 from trainer.config import IndexConfig
 from trainer.index_build import IndexFacts, build_index
 from trainer.served_index import EXCLUDED, K, ServedIndex
 
 NEIGHBOURS = 100
 BATCH = 256
-_ITEMS_PER_CLUSTER = 150
 _SAMPLE_QUERIES, _QUERIES, _EXCLUDED = 1_024, 2_048, 50
 _REPEATS = 5
 _SECONDS_PER_REPEAT = 1.0
@@ -83,23 +81,6 @@ class World:
     queries: np.ndarray
     sample_exact: np.ndarray
     exact: np.ndarray
-
-
-def clustered_vectors(
-    num_items: int, width: int, num_queries: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Items float32 [num_items, width] and queries float32 [num_queries, width]; see the top of this file."""
-    rng = np.random.default_rng(seed)
-    num_clusters = max(1, num_items // _ITEMS_PER_CLUSTER)
-    centres = rng.standard_normal((num_clusters, width), np.float32) / np.sqrt(width, dtype=np.float32)
-    sizes = np.arange(1, num_clusters + 1) ** -0.5
-
-    def draw(count: int) -> np.ndarray:
-        vectors = rng.standard_normal((count, width), np.float32) / np.sqrt(width, dtype=np.float32)
-        vectors += centres[rng.choice(num_clusters, count, p=sizes / sizes.sum())]
-        return vectors * np.exp(0.2 * rng.standard_normal((count, 1), np.float32))
-
-    return draw(num_items), draw(num_queries)
 
 
 def exact_rows(items: np.ndarray, queries: np.ndarray) -> np.ndarray:

@@ -43,8 +43,6 @@ _FIXED: Final = {
 
 # Official flags that this server does not have at all, whatever their value.
 _ABSENT: Final = (
-    "enable_batching",
-    "batching_parameters_file",
     "enable_grpc_healthcheck_service",
     "num_tflite_pools",
     "remove_unused_fields_from_bundle_metagraph",
@@ -178,6 +176,17 @@ def _add_requests(parser: argparse.ArgumentParser) -> None:
         type=_channel_arguments,
         default=(),
         help="comma-separated gRPC settings, such as grpc.max_connection_age_ms=2000",
+    )
+    group.add_argument(
+        "--enable_batching",
+        **_BOOLEAN,
+        default=False,
+        help="run Predict requests that arrive together as one",
+    )
+    group.add_argument(
+        "--batching_parameters_file",
+        type=Path,
+        help="BatchingParameters text proto, with --enable_batching; see serving/batching.config",
     )
     group.add_argument(
         "--monitoring_config_file",

@@ -25,6 +25,7 @@ from tensorflow_serving.apis import (
 
 from schema.errors import ConfigError
 from serving import inference, metrics
+from serving.batching import Batcher
 from serving.config import parse_model_config
 from serving.manager import ModelManager
 from serving.servable import Servable
@@ -38,7 +39,12 @@ _Answer = TypeVar("_Answer")
 
 
 def add_services(
-    server: grpc.aio.Server, models: ModelManager, executor: Executor, *, check_method_name: bool = False
+    server: grpc.aio.Server,
+    models: ModelManager,
+    executor: Executor,
+    *,
+    batcher: Batcher | None = None,
+    check_method_name: bool = False,
 ) -> None:
     """Registers both services. Methods not defined here, such as PredictStreamed, answer UNIMPLEMENTED.
 
@@ -47,10 +53,11 @@ def add_services(
       models: the loaded models.
       executor: threads that run models. A call that still waits for one when its deadline passes, or when the
         client has gone, is dropped; one that runs goes on, for nobody.
+      batcher: runs Predict requests together; None runs each alone.
       check_method_name: see `inference.classify`.
     """
     prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(
-        PredictionService(models, executor, check_method_name), server
+        PredictionService(models, executor, batcher, check_method_name), server
     )
     model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(models), server)
 
@@ -58,15 +65,22 @@ def add_services(
 class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
     """Predict, Classify, Regress, MultiInference and GetModelMetadata."""
 
-    def __init__(self, models: ModelManager, executor: Executor, check_method_name: bool) -> None:
+    def __init__(
+        self, models: ModelManager, executor: Executor, batcher: Batcher | None, check_method_name: bool
+    ) -> None:
         self._models = models
         self._executor = executor
+        self._batcher = batcher
         self._check_method_name = check_method_name
 
     async def Predict(
         self, request: predict_pb2.PredictRequest, context: grpc.aio.ServicerContext
     ) -> predict_pb2.PredictResponse:
         """Runs a signature; the answer names the version and signature that gave it."""
+        if self._batcher is not None:
+            return await self._counted(
+                context, "Predict", request.model_spec, self._predict_batched(request, self._batcher)
+            )
 
         def call(servable: Servable) -> predict_pb2.PredictResponse:
             return inference.predict(servable, request)
@@ -108,7 +122,7 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         self, request: get_model_metadata_pb2.GetModelMetadataRequest, context: grpc.aio.ServicerContext
     ) -> get_model_metadata_pb2.GetModelMetadataResponse:
         """Returns the signatures of a model."""
-        return await _answer(context, _at_once(model_metadata, self._models, request))
+        return await _answer(context, asyncio.to_thread(model_metadata, self._models, request))
 
     async def _infer(
         self,
@@ -117,13 +131,31 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         spec: model_pb2.ModelSpec,
         call: Callable[[Servable], _Answer],
     ) -> _Answer:
+        def infer() -> _Answer:
+            return call(self._models.servable(spec))
+
+        answer = asyncio.get_running_loop().run_in_executor(self._executor, infer)
+        return await self._counted(context, api, spec, answer)
+
+    async def _predict_batched(
+        self, request: predict_pb2.PredictRequest, batcher: Batcher
+    ) -> predict_pb2.PredictResponse:
+        return await inference.predict_batched(self._models.servable(request.model_spec), request, batcher)
+
+    async def _counted(
+        self,
+        context: grpc.aio.ServicerContext,
+        api: str,
+        spec: model_pb2.ModelSpec,
+        call: Awaitable[_Answer],
+    ) -> _Answer:
         started = time.perf_counter()
         code = grpc.StatusCode.CANCELLED
 
-        def infer() -> _Answer:
+        async def counted() -> _Answer:
             nonlocal code
             try:
-                answer = call(self._models.servable(spec))
+                answer = await call
                 code = grpc.StatusCode.OK
             except RequestError as error:
                 code = error.code
@@ -134,7 +166,7 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
             return answer
 
         try:
-            return await _answer(context, asyncio.get_running_loop().run_in_executor(self._executor, infer))
+            return await _answer(context, counted())
         finally:
             model = spec.name if self._models.is_served(spec.name) else ""
             metrics.record_request(model, api, "GRPC", code, time.perf_counter() - started)
@@ -150,8 +182,7 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
         self, request: get_model_status_pb2.GetModelStatusRequest, context: grpc.aio.ServicerContext
     ) -> get_model_status_pb2.GetModelStatusResponse:
         """Returns the state of one version, or of all versions of a model."""
-        # Not in a thread: a probe must not wait behind what is slow.
-        return await _answer(context, _at_once(model_status, self._models, request))
+        return await _answer(context, asyncio.to_thread(model_status, self._models, request))
 
     async def HandleReloadConfigRequest(
         self, request: model_management_pb2.ReloadConfigRequest, context: grpc.aio.ServicerContext
@@ -216,10 +247,6 @@ def reload_config(
         raise invalid_argument(str(error)) from error
     models.load(configs)
     return model_management_pb2.ReloadConfigResponse()
-
-
-async def _at_once(function: Callable[..., _Answer], *args: object) -> _Answer:
-    return function(*args)
 
 
 async def _answer(context: grpc.aio.ServicerContext, call: Awaitable[_Answer]) -> _Answer:

@@ -26,11 +26,13 @@ import uvloop
 from aiohttp import web
 
 from schema.errors import ConfigError, FunnelError, ServingError
+from serving.batching_config import BatchingParameters, read_batching_parameters
 from serving.config import ModelConfig, read_model_config
 from serving.flags import OFF, parse_flags
 from serving.versions import check_has_version
 
 if TYPE_CHECKING:
+    from serving.batching import Batcher
     from serving.manager import ModelManager
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
     # What TensorFlow prints at import is noise; errors of its ops come back as exceptions.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # It warns of the loader into a session, which TensorFlow Serving itself uses.
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"google\.api_core")
     try:
         return uvloop.run(_serve(flags))
@@ -70,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _serve(flags: argparse.Namespace) -> int:
+    batching = _batching_parameters(flags)
     configs = _model_configs(flags)
     for config in configs.values():
         check_has_version(config)
@@ -85,19 +90,21 @@ async def _serve(flags: argparse.Namespace) -> int:
         grpc_port = _bind_grpc(grpc_server, flags)
 
         models = _load_models(flags, configs)
+        batcher = _create_batcher(batching)
         from serving.grpc_service import add_services
 
         add_services(
             grpc_server,
             models,
             ThreadPoolExecutor(flags.grpc_max_threads, "grpc"),
+            batcher=batcher,
             check_method_name=flags.enable_signature_method_name_check,
         )
         stop = asyncio.Event()
         for signal_number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
         await grpc_server.start()
-        rest = None if rest_socket is None else await _start_rest(flags, models, rest_socket)
+        rest = None if rest_socket is None else await _start_rest(flags, models, batcher, rest_socket)
         models.start_polling(flags.file_system_poll_wait_seconds)
         if flags.model_config_file is not None:
             models.start_polling_config(flags.model_config_file, flags.model_config_file_poll_wait_seconds)
@@ -124,6 +131,24 @@ def _model_configs(flags: argparse.Namespace) -> dict[str, ModelConfig]:
     return {flags.model_name: ModelConfig(flags.model_name, flags.model_base_path)}
 
 
+def _batching_parameters(flags: argparse.Namespace) -> BatchingParameters | None:
+    if not flags.enable_batching:
+        if flags.batching_parameters_file is not None:
+            raise ConfigError("--batching_parameters_file needs --enable_batching")
+        return None
+    if flags.batching_parameters_file is None:
+        return BatchingParameters()
+    return read_batching_parameters(flags.batching_parameters_file)
+
+
+def _create_batcher(parameters: BatchingParameters | None) -> Batcher | None:
+    if parameters is None:
+        return None
+    from serving.batching import Batcher
+
+    return Batcher(parameters, ThreadPoolExecutor(parameters.num_batch_threads, "batch"))
+
+
 def _load_models(flags: argparse.Namespace, configs: Mapping[str, ModelConfig]) -> ModelManager:
     import tensorflow as tf
 
@@ -148,7 +173,7 @@ def _load_models(flags: argparse.Namespace, configs: Mapping[str, ModelConfig]) 
 
 
 async def _start_rest(
-    flags: argparse.Namespace, models: ModelManager, rest_socket: socket.socket
+    flags: argparse.Namespace, models: ModelManager, batcher: Batcher | None, rest_socket: socket.socket
 ) -> web.AppRunner:
     from serving.metrics import read_metrics_path
     from serving.rest import RestSettings, create_runner
@@ -160,7 +185,7 @@ async def _start_rest(
         metrics_path=flags.monitoring_config_file and read_metrics_path(flags.monitoring_config_file),
     )
     executor = ThreadPoolExecutor(flags.rest_api_num_threads, "rest")
-    runner = create_runner(models, executor, settings, shutdown_timeout_s=_DRAIN_S)
+    runner = create_runner(models, executor, settings, shutdown_timeout_s=_DRAIN_S, batcher=batcher)
     await runner.setup()
     await web.SockSite(runner, rest_socket).start()
     return runner

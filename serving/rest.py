@@ -26,9 +26,10 @@ from tensorflow_serving.apis import (
 )
 
 from serving import inference, metrics
+from serving.batching import Batcher
 from serving.grpc_service import SIGNATURE_FIELD, model_metadata, model_status
 from serving.json_body import encode_error
-from serving.json_codec import decode_predict_request, encode_predict_response
+from serving.json_codec import JsonPredictRequest, decode_predict_request, encode_predict_response
 from serving.json_examples import (
     decode_examples_request,
     encode_classifications,
@@ -76,7 +77,11 @@ class RestSettings:
 
 
 def create_runner(
-    models: ModelManager, executor: Executor, settings: RestSettings, shutdown_timeout_s: float
+    models: ModelManager,
+    executor: Executor,
+    settings: RestSettings,
+    shutdown_timeout_s: float,
+    batcher: Batcher | None = None,
 ) -> web.AppRunner:
     """Returns what runs the REST API.
 
@@ -85,8 +90,9 @@ def create_runner(
       executor: threads that decode, run and encode a request, so that a slow one does not hold up the others.
       settings: limits and options.
       shutdown_timeout_s: time for requests in flight to finish, once it is asked to stop.
+      batcher: runs `:predict` requests together; None runs each alone.
     """
-    handlers = _Handlers(models, executor, settings)
+    handlers = _Handlers(models, executor, settings, batcher)
     middlewares = [_errors_as_json]
     if settings.enable_cors:
         middlewares.insert(0, _with_cors_headers)
@@ -108,8 +114,11 @@ def create_runner(
 
 
 class _Handlers:
-    def __init__(self, models: ModelManager, executor: Executor, settings: RestSettings) -> None:
+    def __init__(
+        self, models: ModelManager, executor: Executor, settings: RestSettings, batcher: Batcher | None
+    ) -> None:
         self._models = models
+        self._batcher = batcher
         self._executor = executor
         self._settings = settings
         self._methods = {"predict": self._predict, "classify": self._classify, "regress": self._regress}
@@ -120,7 +129,12 @@ class _Handlers:
         started = time.perf_counter()
         code = grpc.StatusCode.INTERNAL
         try:
-            answer = await self._in_thread(self._methods[method], spec, body)
+            if method == "predict" and self._batcher is not None:
+                call: Awaitable[bytes] = self._predict_batched(spec, body, self._batcher)
+            else:
+                loop = asyncio.get_running_loop()
+                call = loop.run_in_executor(self._executor, self._methods[method], spec, body)
+            answer = await self._within_timeout(call)
             code = grpc.StatusCode.OK
             return _json_response(answer)
         except RequestError as error:
@@ -165,10 +179,7 @@ class _Handlers:
                 text=f"the request body was not complete after {self._settings.body_timeout_s:g} s"
             ) from error
 
-    async def _in_thread(
-        self, method: Callable[[model_pb2.ModelSpec, bytes], bytes], spec: model_pb2.ModelSpec, body: bytes
-    ) -> bytes:
-        call = asyncio.get_running_loop().run_in_executor(self._executor, method, spec, body)
+    async def _within_timeout(self, call: Awaitable[bytes]) -> bytes:
         try:
             # One that still waits for a thread is dropped; one that runs goes on, for nobody.
             return await asyncio.wait_for(call, self._settings.timeout_s)
@@ -177,11 +188,18 @@ class _Handlers:
 
     def _predict(self, spec: model_pb2.ModelSpec, body: bytes) -> bytes:
         servable = self._models.servable(spec)
-        request = decode_predict_request(body, lambda signature_name: _input_dtypes(servable, signature_name))
+        request = _decode(servable, body)
         outputs = inference.timed(
             servable.name, "Predict", lambda: servable.predict(request.signature_name, request.inputs)
         )
         return encode_predict_response(outputs, request.format)
+
+    async def _predict_batched(self, spec: model_pb2.ModelSpec, body: bytes, batcher: Batcher) -> bytes:
+        servable = self._models.servable(spec)
+        request = await inference.small_inline(len(body), _decode, servable, body)
+        outputs = await inference.timed_batch(batcher, servable, request.signature_name, request.inputs)
+        size_bytes = inference.num_bytes(outputs)
+        return await inference.small_inline(size_bytes, encode_predict_response, outputs, request.format)
 
     def _classify(self, spec: model_pb2.ModelSpec, body: bytes) -> bytes:
         signature_name, examples = decode_examples_request(body)
@@ -200,6 +218,10 @@ class _Handlers:
             self._models.servable(spec), request, check_method_name=self._settings.check_method_name
         )
         return encode_regressions(response.result)
+
+
+def _decode(servable: Servable, body: bytes) -> JsonPredictRequest:
+    return decode_predict_request(body, lambda signature_name: _input_dtypes(servable, signature_name))
 
 
 def _input_dtypes(servable: Servable, signature_name: str) -> Mapping[str, np.dtype[Any]]:

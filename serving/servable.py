@@ -74,6 +74,11 @@ class _InputSpec:
         )
 
 
+def decode_inputs(request: predict_pb2.PredictRequest) -> dict[str, npt.NDArray[Any]]:
+    """Returns the inputs of a Predict request by name; errors as in `decode_tensor`."""
+    return {name: decode_tensor(name, proto) for name, proto in request.inputs.items()}
+
+
 class _Signature:
     """One signature of a loaded model, ready to be called and checked against."""
 
@@ -174,8 +179,7 @@ class Servable:
 
     def predict_request(self, request: predict_pb2.PredictRequest) -> dict[str, npt.NDArray[Any]]:
         """Runs a Predict request: the same as `predict`, with the inputs as tensor protos."""
-        inputs = {name: decode_tensor(name, proto) for name, proto in request.inputs.items()}
-        return self.predict(request.model_spec.signature_name, inputs, request.output_filter)
+        return self.predict(request.model_spec.signature_name, decode_inputs(request), request.output_filter)
 
     def _signature(self, name: str) -> _Signature:
         name = name or DEFAULT_SIGNATURE

@@ -1,0 +1,86 @@
+"""Models of the size that the serving benchmarks want, written in seconds instead of trained.
+
+The index is built, tuned and exported by the trainer's own code; in front of it stands a query tower of two
+lookups: a vector by user id, and the mean of the watched items' vectors.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import trainer  # noqa: F401  # isort: skip  selects Keras 2, before TensorFlow is imported
+import numpy as np
+import tensorflow as tf
+
+from benchmarks.vectors import clustered_vectors
+from serving.warmup import write_warmup_requests
+from trainer.config import IndexConfig
+from trainer.index import NO_ROW
+from trainer.index_build import build_index
+from trainer.served_index import ServedIndex
+
+MAX_K = 500
+MIN_RECALL = 0.95
+_USERS = 1_024
+_HISTORY_WEIGHT = 0.2
+
+logger = logging.getLogger(__name__)
+
+
+class RetrievalModel(tf.Module):
+    """Signatures like those of the exported retrieval model, by the names of docs/architecture.md."""
+
+    def __init__(self, index: ServedIndex, users: np.ndarray) -> None:
+        """Joins index and tower; users: float32 [U, D]."""
+        super().__init__()
+        self.index = index
+        self.users = tf.Variable(users, trainable=False)
+
+    def serve(
+        self, user_id: tf.Tensor, history_item_ids: tf.Tensor, **request: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        """Recommends items: user_id string [B], history_item_ids string [B, L], the rest see ServedIndex."""
+        user = tf.gather(self.users, tf.strings.to_hash_bucket_fast(user_id, self.users.shape[0]))
+        rows = self.index.rows.lookup(history_item_ids)
+        watched = tf.cast(rows != NO_ROW, tf.float32)[..., tf.newaxis]
+        vectors = tf.gather(self.index.vectors, tf.maximum(rows, 0)) * watched
+        mean = tf.math.divide_no_nan(tf.reduce_sum(vectors, axis=1), tf.reduce_sum(watched, axis=1))
+        found = self.index.search(user + _HISTORY_WEIGHT * mean, request)
+        return {"item_ids": self.index.ids(found.rows), "scores": found.scores}
+
+    def signatures(self) -> dict[str, Any]:
+        """The signatures to save."""
+        query = {
+            "user_id": tf.TensorSpec([None], tf.string, name="user_id"),
+            "history_item_ids": tf.TensorSpec([None, None], tf.string, name="history_item_ids"),
+        }
+        serve = tf.function(self.serve, autograph=False)
+        return {"serving_default": serve.get_concrete_function(**query, **self.index.request_signature())}
+
+
+def requests(num_rows: int, k: int, history: int, num_items: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Inputs of `serving_default`: users and watched items at random, nothing excluded."""
+    rng = np.random.default_rng(seed)
+    users = np.array([b"u%d" % user for user in rng.integers(1_000_000, size=num_rows)], object)
+    items = np.array([b"i%d" % item for item in rng.integers(num_items, size=num_rows * history)], object)
+    return {
+        "user_id": users,
+        "history_item_ids": items.reshape(num_rows, history),
+        "k": np.full(num_rows, k, np.int32),
+        "exclude_item_ids": np.full((num_rows, 1), b"", object),
+    }
+
+
+def save_retrieval_model(path: Path, num_items: int, width: int, seed: int = 0) -> None:
+    """Builds an index over made-up vectors and saves the model with warm-up requests to `path`."""
+    items, queries = clustered_vectors(num_items, width, 2 * _USERS, seed)
+    ids = [f"i{row}" for row in range(num_items)]
+    index, facts = build_index(ids, items, queries[:_USERS], IndexConfig(min_recall=MIN_RECALL), MAX_K)
+    logger.info("items=%d width=%d recall=%.3f efforts=%s", num_items, width, facts.recall, facts.efforts)
+    model = RetrievalModel(ServedIndex(index, ids, MAX_K), queries[_USERS:])
+    options = tf.saved_model.SaveOptions(namespace_whitelist=["Scann"])
+    tf.saved_model.save(model, str(path), signatures=model.signatures(), options=options)
+    warmup = [requests(size, k, 20, num_items) for size in (1, 2, 4, 8, 16, 32, 64) for k in (10, 100)]
+    write_warmup_requests(path, "retrieval", warmup)

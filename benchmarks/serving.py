@@ -1,0 +1,399 @@
+"""Speed of the local model server beside its floors, in one run: gRPC and REST, alone and under load.
+
+The model is the trainer's own ScaNN index behind a small query tower (benchmarks/served_models.py). The
+floors: the signature called in this process, and an echo of messages of the same size over the same RPC and
+HTTP libraries. Load comes from h2load (Debian: nghttp2-client) and wrk, which are written in C and take
+little of the cores that they share with the server. Every scenario first compares one answer with that of the
+signature called in this process, and afterwards the bytes that came back with what so many answers have.
+
+Example:
+  python -m benchmarks.serving --quick
+  python -m benchmarks.serving --items 200000 --width 128 --workers 2 --seconds 10 --json serving.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import click
+import grpc
+import httpx
+import numpy as np
+import psutil
+from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
+
+from benchmarks import echo, served_models
+from serving.process import ModelServerProcess
+from serving.servable import Servable
+from serving.tensors import decode_tensor, encode_tensor
+
+MODEL = "retrieval"
+K, HISTORY = 100, 20
+LARGE_ROWS = 8
+_PREDICT = "/tensorflow.serving.PredictionService/Predict"
+_GRPC_PREFIX_BYTES = 5
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of the table; `cpu_ms` is that of the server's processes per request, `target` in words."""
+
+    name: str
+    requests_per_s: float
+    p50_ms: float
+    p99_ms: float
+    cpu_ms: float
+    target: str = ""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a load generator reports."""
+
+    num_requests: int
+    requests_per_s: float
+    p50_ms: float
+    p99_ms: float
+
+
+def h2load(target: str, path: str, message: bytes, answer: bytes, clients: int, seconds: int) -> Load:
+    """Calls a gRPC method from `clients` connections, each with one call at a time."""
+    with tempfile.TemporaryDirectory() as folder:
+        body, log = Path(folder, "body"), Path(folder, "log")
+        body.write_bytes(b"\0" + struct.pack(">I", len(message)) + message)
+        address = target.removeprefix("grpc://")
+        command = [
+            "h2load",
+            f"--duration={seconds}",
+            "--warm-up-time=1",
+            f"--clients={clients}",
+            "--threads=1",
+        ]
+        command += ["--max-concurrent-streams=1", f"--data={body}", f"--log-file={log}"]
+        command += ["--header=content-type: application/grpc", "--header=te: trailers"]
+        output = _output([*command, f"http://{address}{path}"])
+        done = _number(r"(\d+) succeeded", output)
+        _check_bytes(_number(r"\((\d+)\) data", output), done, len(answer) + _GRPC_PREFIX_BYTES, output)
+        times_ms = [int(line.split("\t")[2]) / 1000 for line in log.read_text().splitlines()]
+    return Load(done, done / seconds, *_percentiles(times_ms))
+
+
+def wrk(target: str, path: str, body: bytes, answer: bytes, connections: int, seconds: int) -> Load:
+    """Posts a body from keep-alive connections, each with one request at a time."""
+    with tempfile.TemporaryDirectory() as folder:
+        data, script = Path(folder, "body"), Path(folder, "post.lua")
+        data.write_bytes(body)
+        script.write_text(_WRK_SCRIPT.format(body=data, size=len(answer)))
+        command = ["wrk", f"--duration={seconds}s", f"--connections={connections}", "--threads=1"]
+        output = _output([*command, f"--script={script}", f"{target}{path}"])
+    if wrong := _number(r"wrong (\d+)", output):
+        raise click.ClickException(f"{wrong} answers of {target}{path} were not as expected:\n{output}")
+    done = _number(r"done (\d+)", output)
+    p50_ms, p99_ms = (_number(rf"{name} (\d+)", output) / 1000 for name in ("p50", "p99"))
+    return Load(done, done / seconds, p50_ms, p99_ms)
+
+
+_WRK_SCRIPT = """
+wrk.method = "POST"
+wrk.headers["Content-Type"] = "application/json"
+wrk.body = io.open("{body}", "rb"):read("*a")
+threads, wrong = {{}}, 0
+function setup(thread) table.insert(threads, thread) end
+function response(status, headers, body)
+  if status ~= 200 or string.len(body) ~= {size} then wrong = wrong + 1 end
+end
+function done(summary, latency)
+  local bad = summary.errors.connect + summary.errors.read + summary.errors.write + summary.errors.timeout
+  for _, thread in ipairs(threads) do bad = bad + thread:get("wrong") end
+  print(string.format("wrong %d", bad))
+  print(string.format("done %d", summary.requests))
+  print(string.format("p50 %d", latency:percentile(50)))
+  print(string.format("p99 %d", latency:percentile(99)))
+end
+"""
+
+
+def _output(command: Sequence[str]) -> str:
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise click.ClickException(f"{command[0]} failed:\n{run.stdout}{run.stderr}")
+    return run.stdout
+
+
+def _number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    if match is None:
+        raise click.ClickException(f"no {pattern!r} in:\n{text}")
+    return int(match.group(1))
+
+
+def _check_bytes(got: int, num_answers: int, size: int, output: str) -> None:
+    # Over gRPC an error is HTTP 200 as well, only shorter. Calls in flight when the time is over may count.
+    if num_answers == 0 or not 0 <= got - num_answers * size <= 64 * size:
+        raise click.ClickException(
+            f"expected {num_answers} answers of {size} bytes, got {got} bytes:\n{output}"
+        )
+
+
+def _percentiles(times_ms: Sequence[float]) -> tuple[float, float]:
+    ordered = sorted(times_ms)
+    return ordered[len(ordered) // 2], ordered[int(len(ordered) * 0.99)]
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
+
+
+def _cpu_s(pid: int) -> float:
+    return sum(sum(process.cpu_times()[:2]) for process in _family(pid))
+
+
+def memory_mb(pid: int) -> dict[str, float]:
+    """Memory of a server with its workers: `rss` counts shared pages once per process, `pss` once in all."""
+    infos = [process.memory_full_info() for process in _family(pid)]
+    return {"rss": sum(info.rss for info in infos) / 2**20, "pss": sum(info.pss for info in infos) / 2**20}
+
+
+class Bench:
+    """One model on disk, one request to it, and the measured rows."""
+
+    def __init__(self, base_path: Path, num_items: int, seconds: int) -> None:
+        self.base_path, self._seconds = base_path, seconds
+        self.results: list[Result] = []
+        self.servable = Servable(MODEL, 1, base_path / "1")
+        self.inputs = served_models.requests(1, K, HISTORY, num_items)
+        self.large_inputs = served_models.requests(LARGE_ROWS, served_models.MAX_K, HISTORY, num_items)
+        self.message = _message(self.inputs)
+        self.answer = b""
+
+    def in_process(self) -> None:
+        """The signature called here, with and without decoding and encoding."""
+        for rows in (1, 8, 32):
+            inputs = {name: np.concatenate([array] * rows) for name, array in self.inputs.items()}
+            times, cpu_s = [], -time.process_time()
+            deadline = time.perf_counter() + self._seconds / 2
+            while time.perf_counter() < deadline:
+                started = time.perf_counter()
+                self.servable.predict("", inputs)
+                times.append((time.perf_counter() - started) * 1000)
+            cpu_s += time.process_time()
+            self._add(
+                f"floor: signature in process, batch {rows}", len(times) * 1000 / sum(times), times, cpu_s
+            )
+
+    def echoes(self) -> None:
+        """gRPC and REST servers that do nothing, with messages of the same size."""
+        body, rest_answer = self._rest_body(self.inputs), self._rest_answer(self.inputs)
+        with _echo_server(len(self.answer), len(rest_answer)) as (process, grpc_target, rest_target):
+            for clients in (1, 64):
+                self._load(
+                    f"floor: gRPC echo, {clients} clients", process.pid, h2load, grpc_target, "/echo/Echo",
+                    self.message, b"x" * len(self.answer), clients,
+                )  # fmt: skip
+            for connections in (1, 16):
+                self._load(
+                    f"floor: REST echo, {connections} connections", process.pid, wrk, rest_target, "/echo",
+                    body, b"x" * len(rest_answer), connections,
+                )  # fmt: skip
+
+    def grpc(self, server: ModelServerProcess, name: str, clients: int, target: str = "") -> None:
+        """Predict over gRPC."""
+        self._check(server)
+        self._load(
+            f"gRPC {name}, {clients} clients", server.pid, h2load, server.grpc_target, _PREDICT,
+            self.message, self.answer, clients, target=target,
+        )  # fmt: skip
+
+    def rest(self, server: ModelServerProcess, name: str, connections: int, target: str = "") -> None:
+        """:predict over REST."""
+        self._rest(server, name, self.inputs, connections, target)
+
+    def large_rest(self, server: ModelServerProcess) -> None:
+        """:predict over REST with an answer above 64 kB, on one keep-alive connection."""
+        size = len(self._rest_answer(self.large_inputs))
+        name = f"answers of {size / 1000:.0f} kB"
+        self._rest(server, name, self.large_inputs, 1, "no 44 ms stall")
+
+    def _rest(
+        self,
+        server: ModelServerProcess,
+        name: str,
+        inputs: Mapping[str, np.ndarray],
+        connections: int,
+        target: str,
+    ) -> None:
+        path, body = f"/v1/models/{MODEL}:predict", self._rest_body(inputs)
+        answer = httpx.post(server.rest_target + path, content=body, timeout=30).content
+        if answer != self._rest_answer(inputs):
+            raise click.ClickException(
+                f"REST answers otherwise than the signature in process: {answer[:500]!r}"
+            )
+        self._load(
+            f"REST {name}, {connections} connections", server.pid, wrk, server.rest_target, path,
+            body, answer, connections, target=target,
+        )  # fmt: skip
+
+    def _check(self, server: ModelServerProcess) -> None:
+        with grpc.insecure_channel(server.grpc_target.removeprefix("grpc://")) as channel:
+            stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+            response = stub.Predict(predict_pb2.PredictRequest.FromString(self.message), timeout=30)
+        self.answer = response.SerializeToString()
+        expected = self.servable.predict("", self.inputs)
+        for name, proto in response.outputs.items():
+            np.testing.assert_array_equal(decode_tensor(name, proto), expected[name])
+
+    def _load(self, name: str, pid: int, generator: Any, *arguments: Any, target: str = "") -> None:
+        cpu_s = -_cpu_s(pid)
+        load = generator(*arguments, self._seconds)
+        cpu_s += _cpu_s(pid)
+        self._record(
+            Result(
+                name, load.requests_per_s, load.p50_ms, load.p99_ms, cpu_s / load.num_requests * 1000, target
+            )
+        )
+
+    def _add(self, name: str, rate: float, times_ms: Sequence[float], cpu_s: float) -> None:
+        self._record(Result(name, rate, *_percentiles(times_ms), cpu_s / len(times_ms) * 1000))
+
+    def _record(self, result: Result) -> None:
+        self.results.append(result)
+        click.echo(
+            f"{result.name:<52} {result.requests_per_s:>9,.0f} {result.p50_ms:>8.2f} {result.p99_ms:>8.2f} "
+            f"{result.cpu_ms:>8.3f}  {result.target}"
+        )
+
+    def _rest_body(self, inputs: Mapping[str, np.ndarray]) -> bytes:
+        columns = {name: array.tolist() for name, array in inputs.items()}
+        return json.dumps({"inputs": columns}, default=bytes.decode).encode()
+
+    def _rest_answer(self, inputs: Mapping[str, np.ndarray]) -> bytes:
+        from serving.json_codec import encode_predict_response
+
+        return encode_predict_response(self.servable.predict("", inputs), "column")
+
+
+def _message(inputs: Mapping[str, np.ndarray]) -> bytes:
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name = MODEL
+    for name, array in inputs.items():
+        encode_tensor(array, request.inputs[name])
+    return bytes(request.SerializeToString())
+
+
+@contextmanager
+def _echo_server(grpc_bytes: int, rest_bytes: int) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+    command = [sys.executable, "-m", echo.__name__, str(grpc_bytes), str(rest_bytes)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        grpc_port, rest_port = process.stdout.readline().split()
+        yield process, f"grpc://127.0.0.1:{grpc_port}", f"http://127.0.0.1:{rest_port}"
+        process.terminate()
+
+
+@click.command(help=__doc__)
+@click.option("--items", default=200_000, show_default=True, help="Items in the index.")
+@click.option("--width", default=128, show_default=True, help="Width of a vector.")
+@click.option("--models", type=click.Path(path_type=Path), help="Folder to keep the built model in.")
+@click.option("--workers", default=2, show_default=True, help="Processes of the server with several.")
+@click.option("--seconds", default=10, show_default=True, help="Seconds of load per row.")
+@click.option("--quick", is_flag=True, help="2,000 items, 1 second per row: to see that it works.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures to this file.")
+def main(
+    items: int,
+    width: int,
+    models: Path | None,
+    workers: int,
+    seconds: int,
+    quick: bool,
+    json_file: Path | None,
+) -> None:
+    for tool, package in (("h2load", "nghttp2-client"), ("wrk", "wrk")):
+        if shutil.which(tool) is None:
+            raise click.ClickException(f"{tool} is not installed; it is in Debian's package {package}")
+    if quick:
+        items, width, seconds = 2_000, 32, 1
+    with tempfile.TemporaryDirectory() as temporary:
+        base_path = (models or Path(temporary)) / f"{MODEL}-{items}x{width}"
+        if not (base_path / "1").is_dir():
+            served_models.save_retrieval_model(base_path / "1", items, width)
+        bench = Bench(base_path, items, seconds)
+        memory = _measure(bench, workers)
+    click.echo("")
+    for name, sizes in memory.items():
+        click.echo(f"memory, {name}: RSS {sizes['rss']:,.0f} MB, PSS {sizes['pss']:,.0f} MB")
+    _print_ratios({result.name: result for result in bench.results})
+    if json_file is not None:
+        figures = {"results": [asdict(result) for result in bench.results], "memory_mb": memory}
+        json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def _measure(bench: Bench, workers: int) -> dict[str, dict[str, float]]:
+    click.echo(f"{'':<52} {'req/s':>9} {'p50 ms':>8} {'p99 ms':>8} {'CPU ms':>8}  target")
+    memory = {}
+    models = {MODEL: bench.base_path}
+    bench.in_process()
+    with ModelServerProcess(models) as server:
+        memory["1 worker"] = memory_mb(server.pid)
+        bench.grpc(server, "1 worker", 1, "p50 <= 1.2 ms, p99 <= 2.5 ms")
+        bench.echoes()
+        bench.grpc(server, "1 worker", 16)
+        bench.rest(server, "1 worker", 1, ">= 1,250/s")
+        bench.rest(server, "1 worker", 16)
+        bench.large_rest(server)
+    several = f"{workers} workers"
+    with ModelServerProcess(models, flags=[f"--num_workers={workers}"]) as server:
+        memory[several] = memory_mb(server.pid)
+        bench.grpc(server, several, 16, ">= 1,500/s")
+        bench.rest(server, several, 16, ">= 4,450/s")
+    batching = [
+        "--enable_batching=true",
+        f"--batching_parameters_file={Path(__file__).parents[1] / 'serving' / 'batching.config'}",
+    ]
+    with ModelServerProcess(models, flags=batching) as server:
+        bench.grpc(server, "1 worker, batching", 1)
+        bench.grpc(server, "1 worker, batching", 64)
+    with ModelServerProcess(models, flags=[*batching, f"--num_workers={workers}"]) as server:
+        bench.grpc(server, f"{several}, batching", 64, ">= 5,000/s")
+        bench.rest(server, f"{several}, batching", 16)
+        bench.rest(server, f"{several}, batching", 64)
+    return memory
+
+
+def _print_ratios(results: Mapping[str, Result]) -> None:
+    for name, result in results.items():
+        api = name.partition(" ")[0]
+        number = re.search(r", (\d+) \w+$", name)
+        if api not in ("gRPC", "REST") or number is None:
+            continue
+        floors = [
+            floor
+            for floor in results.values()
+            if floor.name.startswith(f"floor: {api} echo, {number.group(1)} ")
+        ]
+        ratios = [
+            f"{result.requests_per_s / floor.requests_per_s:.2f} of the echo's rate" for floor in floors
+        ]
+        alone = results["floor: signature in process, batch 1"]
+        ratios.append(f"{result.p50_ms / alone.p50_ms:.2f} times the signature's p50")
+        click.echo(f"{name}: {', '.join(ratios)}")
+
+
+if __name__ == "__main__":
+    main()

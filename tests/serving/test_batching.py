@@ -1,0 +1,398 @@
+"""Dynamic batching with a clock and threads that only move when the test says so."""
+
+import asyncio
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import httpx
+import numpy as np
+import pytest
+
+import serving
+from schema.errors import ConfigError
+from serving.batching import Batcher
+from serving.batching_config import BatchingParameters, read_batching_parameters
+from serving.client import BadRequestError, RecommenderClient
+from serving.model_server import main
+from serving.process import ModelServerProcess
+from serving.status import RequestError, invalid_argument
+
+
+class Double:
+    """Stands for a loaded version: doubles `x`, refuses a batch with a 13, records what it was run on."""
+
+    name, version = "double", 1
+
+    def __init__(self):
+        self.runs = []
+
+    def check(self, signature_name, inputs, output_filter):
+        if set(inputs) != {"x"}:
+            raise invalid_argument("inputs do not match the signature")
+
+    def predict(self, signature_name, inputs):
+        self.runs.append(inputs["x"].tolist())
+        if (inputs["x"] == 13).any():
+            raise invalid_argument("13 is not allowed")
+        if signature_name == "echo":
+            return {"y": inputs["x"]}
+        if signature_name == "total":
+            return {"y": np.sum(inputs["x"], keepdims=True).reshape(1)}
+        return {"y": inputs["x"] * 2, "x": inputs["x"]}
+
+
+class Threads(Executor):
+    """Keeps what it should run until it is told to."""
+
+    def __init__(self):
+        self.waiting = []
+
+    def submit(self, function, *args):
+        self.waiting.append((function, args))
+        return Future()
+
+    def run_one(self):
+        function, args = self.waiting.pop(0)
+        function(*args)
+
+
+class World:
+    """A batcher with a model, and everything that could happen by itself in the test's hands."""
+
+    def __init__(self, **parameters):
+        self.model, self.threads, self.timers = Double(), Threads(), []
+        parameters = {"num_batch_threads": 1, "batch_timeout_s": 0.005, **parameters}
+        self.batcher = Batcher(
+            BatchingParameters(**parameters),
+            self.threads,
+            lambda seconds, callback: self.timers.append((seconds, callback)),
+        )
+
+    async def ask(self, *rows, signature="", model=None, output_filter=("y",), dtype=np.int64):
+        task = asyncio.ensure_future(
+            self.batcher.predict(model or self.model, signature, {"x": np.array(rows, dtype)}, output_filter)
+        )
+        await asyncio.sleep(0)  # lets the request reach its batch
+        return task
+
+    def time_is_over(self):
+        self.timers.pop(0)[1]()
+
+    async def run_all(self):
+        while self.threads.waiting:
+            self.threads.run_one()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+
+
+async def answer(task):
+    return (await task)["y"].tolist()
+
+
+def in_loop(test):
+    def run():
+        asyncio.run(asyncio.wait_for(test(), timeout=10))
+
+    run.__name__, run.__doc__ = test.__name__, test.__doc__
+    return run
+
+
+@in_loop
+async def test_requests_within_the_timeout_run_together_and_each_gets_its_own_rows():
+    world = World(max_batch_size=8)
+    asked = [await world.ask(1, 2), await world.ask(3), await world.ask(4, 5)]
+    assert [seconds for seconds, _ in world.timers] == [0.005]
+    assert not world.threads.waiting
+    world.time_is_over()
+    await world.run_all()
+    assert [await answer(task) for task in asked] == [[2, 4], [6], [8, 10]]
+    assert world.model.runs == [[1, 2, 3, 4, 5]]
+
+
+@in_loop
+async def test_a_full_batch_does_not_wait_for_its_time():
+    world = World(max_batch_size=3)
+    asked = [await world.ask(1, 2), await world.ask(3)]
+    await world.run_all()
+    assert [await answer(task) for task in asked] == [[2, 4], [6]]
+    world.time_is_over()  # the timer of a batch that is gone does nothing
+    assert not world.threads.waiting
+
+
+@in_loop
+async def test_a_request_that_does_not_fit_any_more_opens_the_next_batch():
+    world = World(max_batch_size=3, num_batch_threads=2)
+    asked = [await world.ask(1, 2), await world.ask(3, 4)]
+    world.timers[1][1]()
+    await world.run_all()
+    assert [await answer(task) for task in asked] == [[2, 4], [6, 8]]
+    assert world.model.runs == [[1, 2], [3, 4]]
+
+
+@in_loop
+async def test_a_batch_that_is_due_goes_on_collecting_until_a_thread_is_free():
+    world = World(max_batch_size=8, batch_timeout_s=0.0)
+    first = await world.ask(1)
+    world.time_is_over()
+    second = await world.ask(2)
+    world.time_is_over()
+    third = await world.ask(3)
+    assert len(world.threads.waiting) == 1
+    await world.run_all()
+    assert [await answer(task) for task in (first, second, third)] == [[2], [4], [6]]
+    assert world.model.runs == [[1], [2, 3]]
+
+
+@in_loop
+async def test_a_batch_is_filled_up_to_an_allowed_size_with_its_first_row():
+    world = World(max_batch_size=8, allowed_batch_sizes=(2, 4, 8))
+    asked = [await world.ask(5), await world.ask(6, 7)]
+    world.time_is_over()
+    await world.run_all()
+    assert [await answer(task) for task in asked] == [[10], [12, 14]]
+    assert world.model.runs == [[5, 6, 7, 5]]
+
+
+@in_loop
+async def test_one_bad_request_fails_alone():
+    world = World(max_batch_size=8)
+    asked = [await world.ask(value) for value in (1, 2, 13, 4, 5)]
+    world.time_is_over()
+    await world.run_all()
+    with pytest.raises(RequestError, match="13 is not allowed"):
+        await asked.pop(2)
+    assert [await answer(task) for task in asked] == [[2], [4], [8], [10]]
+
+
+@in_loop
+async def test_a_request_is_refused_when_too_many_batches_wait_and_taken_again_later():
+    world = World(max_batch_size=1, max_enqueued_batches=2)
+    running, *waiting = [await world.ask(value) for value in (1, 2, 3)]
+    with pytest.raises(RequestError, match="queue to which this task was submitted is full") as caught:
+        await (await world.ask(4))
+    assert caught.value.code == grpc.StatusCode.UNAVAILABLE
+    world.threads.run_one()
+    await asyncio.sleep(0)
+    accepted = await world.ask(5)
+    await world.run_all()
+    assert [await answer(task) for task in (running, *waiting, accepted)] == [[2], [4], [6], [10]]
+
+
+@in_loop
+async def test_models_signatures_and_shapes_do_not_share_a_batch():
+    world = World(max_batch_size=8, num_batch_threads=9)
+    other = Double()
+    asked = [
+        await world.ask(1),
+        await world.ask(2, signature="serving_default"),  # the same as no name
+        await world.ask(3, signature="another"),
+        await world.ask(4, model=other),
+        await world.ask([5, 5]),
+    ]
+    while world.timers:
+        world.time_is_over()
+    await world.run_all()
+    assert [await answer(task) for task in asked] == [[2], [4], [6], [8], [[10, 10]]]
+    assert world.model.runs == [[1, 2], [3], [[5, 5]]]
+    assert other.runs == [[4]]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "short", "long", "expected"),
+    [
+        (np.float32, [1], [2, 3, 4], [[1, 0, 0], [2, 3, 4]]),
+        (object, [b"a"], [b"b", b"c"], [[b"a", b""], [b"b", b"c"]]),
+        (object, [], [b"b"], [[b""], [b"b"]]),
+    ],
+    ids=["float", "string", "empty"],
+)
+def test_shorter_lists_are_padded_at_the_end_when_padding_is_on(dtype, short, long, expected):
+    @in_loop
+    async def run():
+        world = World(max_batch_size=8, pad_variable_length_inputs=True)
+        asked = [
+            await world.ask(short, signature="echo", dtype=dtype),
+            await world.ask(long, signature="echo", dtype=dtype),
+        ]
+        world.time_is_over()
+        await world.run_all()
+        assert [await answer(task) for task in asked] == [[row] for row in expected]
+
+    run()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "complaint"),
+    [
+        ({}, "at least one input"),
+        ({"x": np.array(1)}, "at least one dimension"),
+        ({"x": np.zeros(2), "y": np.zeros(3)}, r"equal 0th-dimension size, got x \[2\], y \[3\]"),
+        ({"x": np.zeros(9)}, "Task size 9 is larger than maximum input batch size 8"),
+    ],
+    ids=["none", "scalar", "unequal", "too many"],
+)
+def test_inputs_that_cannot_be_batched_are_refused(inputs, complaint):
+    @in_loop
+    async def run():
+        world = World(max_batch_size=8)
+        world.model.check = lambda *_: None
+        with pytest.raises(RequestError, match=complaint) as caught:
+            await world.batcher.predict(world.model, "", inputs)
+        assert caught.value.code == grpc.StatusCode.INVALID_ARGUMENT
+
+    run()
+
+
+@in_loop
+async def test_a_request_that_does_not_fit_the_signature_never_reaches_a_batch():
+    world = World()
+    with pytest.raises(RequestError, match="do not match"):
+        await world.batcher.predict(world.model, "", {"z": np.zeros(1)})
+    assert not world.timers
+
+
+@in_loop
+async def test_an_output_without_a_row_for_each_row_of_input_is_an_error():
+    world = World(max_batch_size=8)
+    asked = [await world.ask(1, signature="total"), await world.ask(2, signature="total")]
+    world.time_is_over()
+    await world.run_all()
+    for task in asked:
+        with pytest.raises(RequestError, match=r"'y' has shape \[1\] for 2 rows") as caught:
+            await task
+        assert caught.value.code == grpc.StatusCode.FAILED_PRECONDITION
+
+
+@in_loop
+async def test_a_request_given_up_while_it_waits_is_not_run():
+    world = World(max_batch_size=8)
+    given_up, kept = await world.ask(1), await world.ask(2)
+    given_up.cancel()
+    await asyncio.sleep(0)
+    world.time_is_over()
+    await world.run_all()
+    assert await answer(kept) == [4]
+    assert world.model.runs == [[2]]
+
+
+@in_loop
+async def test_no_more_batches_run_at_a_time_than_there_are_threads():
+    world = World(max_batch_size=1, num_batch_threads=2)
+    asked = [await world.ask(value) for value in range(5)]
+    assert len(world.threads.waiting) == 2
+    world.threads.run_one()
+    await asyncio.sleep(0)
+    assert len(world.threads.waiting) == 2
+    await world.run_all()
+    assert [await answer(task) for task in asked] == [[0], [2], [4], [6], [8]]
+
+
+# batching.config
+
+
+def test_a_batching_config_is_read_and_what_it_leaves_out_has_the_official_default(tmp_path):
+    path = tmp_path / "batching.config"
+    path.write_text(
+        "max_batch_size { value: 8 } batch_timeout_micros { value: 1500 } num_batch_threads { value: 3 }\n"
+        "thread_pool_name { value: 'x' } allowed_batch_sizes: [2, 8] pad_variable_length_inputs: true"
+    )
+    assert read_batching_parameters(path) == BatchingParameters(8, 0.0015, 10, 3, (2, 8), True)
+    path.write_text("num_batch_threads { value: 1 }")
+    assert read_batching_parameters(path) == BatchingParameters(1000, 0.0, 10, 1, (), False)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("max_batch_size: 8", "not a BatchingParameters text proto"),
+        ("max_batch_siez { value: 8 }", "not a BatchingParameters text proto"),
+        ("max_batch_size { value: 0 }", "max_batch_size must be at least 1, got 0"),
+        ("batch_timeout_micros { value: -1 }", "batch_timeout_s must be at least 0"),
+        ("num_batch_threads { value: 0 }", "num_batch_threads must be at least 1"),
+        (
+            "max_batch_size { value: 8 } allowed_batch_sizes: [2, 4]",
+            r"end with max_batch_size 8, got \[2, 4\]",
+        ),
+        ("max_batch_size { value: 8 } allowed_batch_sizes: [4, 2, 8]", "ascend"),
+    ],
+)
+def test_a_wrong_batching_config_is_refused(tmp_path, text, complaint):
+    path = tmp_path / "batching.config"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        read_batching_parameters(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_batching_config_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_batching_parameters(tmp_path / "batching.config")
+
+
+# The server
+
+
+@pytest.fixture(scope="module")
+def batching_server(base_paths, tmp_path_factory):
+    config = tmp_path_factory.mktemp("batching") / "batching.config"
+    config.write_text(
+        "max_batch_size { value: 4 } allowed_batch_sizes: [4] batch_timeout_micros { value: 50000 }\n"
+        "num_batch_threads { value: 1 } pad_variable_length_inputs: true"
+    )
+    flags = ["--enable_batching=true", f"--batching_parameters_file={config}"]
+    models = {name: base_paths[name] for name in ("retrieval", "ranking")}
+    with ModelServerProcess(models, flags=flags) as server:
+        yield server
+
+
+def test_requests_over_both_apis_share_batches_and_a_bad_one_fails_alone(batching_server):
+    queries = [
+        {"user_id": f"u{i}", "history_item_ids": ["item1"] * i, "k": k} for i, k in enumerate((3, 2, 99, 1))
+    ]
+
+    def over_grpc(query):
+        with RecommenderClient(batching_server.grpc_target) as client:
+            return client.retrieve(_features(query), query["k"])
+
+    def over_rest(query):
+        with RecommenderClient(batching_server.rest_target) as client:
+            return client.retrieve(_features(query), query["k"])
+
+    def ask(number):
+        try:
+            answer = (over_grpc, over_rest)[number % 2](queries[number])
+            return [candidate.item_id for candidate in answer.candidates]
+        except BadRequestError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(ask, range(4)))
+    assert [answers[i] for i in (0, 1, 3)] == [["item0", "item1", "item2"], ["item0", "item1"], ["item0"]]
+    assert "k above the exported maximum" in answers[2]
+
+
+def _features(query):
+    return {name: query[name] for name in ("user_id", "history_item_ids")}
+
+
+def test_a_request_above_the_maximum_is_refused_as_invalid(batching_server):
+    rows = [{"user_id": "u", "age": 1.0, "event_time_unix_s": 1, "history_item_ids": [""], "k": 1,
+             "exclude_item_ids": [""], "allow_parity": [""]}] * 5  # fmt: skip
+    answer = httpx.post(
+        f"{batching_server.rest_target}/v1/models/retrieval:predict", json={"instances": rows}, timeout=30
+    )
+    assert answer.status_code == 400
+    assert answer.json()["error"] == "Task size 5 is larger than maximum input batch size 4"
+
+
+def test_a_batching_file_without_batching_is_an_error(base_paths, capsys):
+    flags = ["--port=auto", f"--model_base_path={base_paths['echo']}", "--batching_parameters_file=b.config"]
+    assert main(flags) == 1
+    assert "--batching_parameters_file needs --enable_batching" in capsys.readouterr().err
+
+
+def test_the_batching_config_of_the_repository_is_valid():
+    parameters = read_batching_parameters(Path(serving.__file__).parent / "batching.config")
+    assert parameters.allowed_batch_sizes[-1] == parameters.max_batch_size == 64
+    assert parameters.pad_variable_length_inputs
