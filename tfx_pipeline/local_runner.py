@@ -193,7 +193,6 @@ def locations(paths: RunPaths, tables_dir: Path) -> Any:
         train_end_unix_s=summary.train_end_unix_s,
         pipeline_root=str(paths.pipeline_root.resolve()),
         serving_models=str(paths.serving_models.resolve()),
-        report_dir=str(paths.report.resolve()),
         code_version=code_version(),
         released={model: newest_version(str(paths.serving_models.resolve() / model)) for model in MODELS},
     )
@@ -203,12 +202,12 @@ def _collect(
     config: RunConfig, paths: RunPaths, tables_dir: Path, timings: tuple[ComponentTiming, ...]
 ) -> RunResult:
     """Reads the outcome of the newest run from ML Metadata, and shows its report."""
-    from tfx_pipeline.components.report_writer import publish_report
     from tfx_pipeline.outcome import read_outcome
+    from tfx_pipeline.report.history import publish
 
     outcome = read_outcome(paths.metadata)
-    # A ReportWriter that is reused writes nothing, and what lies there may be of another run, or gone.
-    publish_report(Path(outcome.report_uri), paths.report)
+    # Also when the ReportWriter was reused: what lies there may be of another run, or gone.
+    page = publish(Path(outcome.report_uri), paths.report, timings)
     return RunResult(
         dataset=config.dataset.name,
         config_json=config.model_dump_json(),
@@ -217,6 +216,6 @@ def _collect(
         blessed={model: outcome.blessed[model] for model in MODELS},
         pushed={model: outcome.pushed[model] for model in MODELS},
         reasons=outcome.reasons,
-        report=str(paths.report.resolve() / "index.html"),
+        report=str(page.resolve()),
         timings=timings,
     )

@@ -46,7 +46,6 @@ class PipelineLocations:
       train_end_unix_s: end of training, from the tables' summary.
       pipeline_root: TFX artifacts.
       serving_models: base folder of the pushed models.
-      report_dir: where the report is put.
       code_version: changes with the code, so that no component reuses what older code made.
       released: per model, the newest pushed version, "" before the first; a Pusher whose released version
         is gone or no longer the newest pushes again.
@@ -56,7 +55,6 @@ class PipelineLocations:
     train_end_unix_s: int
     pipeline_root: str
     serving_models: str
-    report_dir: str
     code_version: str
     released: Mapping[str, str]
 
@@ -203,7 +201,6 @@ def create_pipeline(
             retrieval_pushed=pushers[RETRIEVAL].outputs["pushed_model"],
             ranking_pushed=pushers[RANKING].outputs["pushed_model"],
             tables_dir=locations.tables_dir,
-            report_dir=locations.report_dir,
             config=config.model_dump_json(),
             code_version=locations.code_version,
         )

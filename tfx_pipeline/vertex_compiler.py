@@ -21,7 +21,7 @@ def compile_for_vertex(
       config: what to run.
       tables_dir: contract tables in cloud storage, with schema.pbtxt.
       train_end_unix_s: end of training, from the tables' summary.
-      pipeline_root: artifacts in cloud storage; pushed models and report go below it.
+      pipeline_root: artifacts in cloud storage; pushed models go below it.
       image: container image with this repository installed.
       out: JSON file to write, whole or not at all.
 
@@ -39,7 +39,6 @@ def compile_for_vertex(
         train_end_unix_s=train_end_unix_s,
         pipeline_root=pipeline_root,
         serving_models=f"{pipeline_root}/serving_models",
-        report_dir=f"{pipeline_root}/report",
         code_version=code_version(),
         released=dict.fromkeys(MODELS, ""),
     )

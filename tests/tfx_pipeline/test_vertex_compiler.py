@@ -100,7 +100,6 @@ def locations(tmp_path: Path) -> PipelineLocations:
         1,
         str(tmp_path / "root"),
         str(tmp_path / "models"),
-        str(tmp_path / "report"),
         code_version="1",
         released={"retrieval": "", "ranking": "7"},
     )

@@ -173,7 +173,6 @@ def _print_plan(run_config: RunConfig, paths: RunPaths) -> None:
         0,
         str(paths.pipeline_root),
         str(paths.serving_models),
-        str(paths.report),
         code_version=__version__,
         released=dict.fromkeys(MODELS, ""),
     )

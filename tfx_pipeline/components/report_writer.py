@@ -1,8 +1,6 @@
 """Writes the report of a run from the artifacts of the other components."""
 
 # No postponed annotations here: TFX reads the types of the component function.
-import os
-import shutil
 from pathlib import Path
 
 from tfx.dsl.component.experimental.annotations import InputArtifact, OutputArtifact, Parameter
@@ -22,13 +20,13 @@ from tfx.types.standard_artifacts import (
 from tfx_pipeline.components.baseline_evaluator import BASELINES_FILE, BaselineMetrics
 from tfx_pipeline.components.infra_validator import REASON_FILE, RECOMMENDATIONS_FILE
 from tfx_pipeline.config import RANKING, RETRIEVAL
-from tfx_pipeline.report.facts import ReportSources, collect
+from tfx_pipeline.report.collect import ReportSources, collect
 from tfx_pipeline.report.render import write_report
 from trainer.version import __version__
 
 
 class Report(Artifact):
-    """A folder with index.html and metrics.json."""
+    """A folder with index.html, metrics.json and model_card.md."""
 
     TYPE_NAME = "funnel.Report"
 
@@ -51,11 +49,10 @@ def ReportWriter(
     ranking_pushed: InputArtifact[PushedModel],
     report: OutputArtifact[Report],
     tables_dir: Parameter[str],
-    report_dir: Parameter[str],
     config: Parameter[str],
     code_version: Parameter[str],
 ) -> None:
-    """Writes index.html and metrics.json as an artifact and copies them to `report_dir`."""
+    """Writes the report as an artifact; `tfx_pipeline.report.history` shows it to people."""
     infra_reason = Path(infra_blessing.uri) / REASON_FILE
     facts = collect(
         ReportSources(
@@ -79,16 +76,7 @@ def ReportWriter(
             recommendations_path=Path(infra_blessing.uri) / RECOMMENDATIONS_FILE,
             config_json=config,
             funnel_version=__version__,
+            code_version=code_version,
         )
     )
     write_report(facts, Path(report.uri))
-    publish_report(Path(report.uri), Path(report_dir))
-
-
-def publish_report(artifact: Path, destination: Path) -> None:
-    """Copies a Report artifact to where people look for it; each file appears whole or not at all."""
-    destination.mkdir(parents=True, exist_ok=True)
-    for file in artifact.iterdir():
-        partial = destination / f".{file.name}.partial"
-        shutil.copyfile(file, partial)
-        os.replace(partial, destination / file.name)

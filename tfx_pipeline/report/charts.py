@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -9,8 +10,9 @@ from markupsafe import Markup
 
 from tfx_pipeline.config import RETRIEVAL
 from tfx_pipeline.report import formatting, metric_keys, plots
-from tfx_pipeline.report.facts import RunFacts
+from tfx_pipeline.report.facts import IndexFacts, RunFacts
 
+_THIS_MODEL = "this model"
 _SEE_TABLE = "the table below has the numbers."
 
 
@@ -18,10 +20,15 @@ def comparison_plot(name: str, facts: RunFacts) -> Markup | None:
     """Model and rivals: recall and NDCG by k, or AUC and XAUC by task; None without metrics."""
     model = facts.models[name]
     series = {
-        "this model": model.overall,
+        _THIS_MODEL: model.overall,
         **{formatting.words(rival): v for rival, v in model.rivals.items()},
     }
     keys = metric_keys.in_task_order(model.overall, facts.tasks)
+    bounds = {
+        figure.key: (figure.low, figure.high)
+        for figure in model.figures
+        if not figure.slice and figure.low is not None and figure.high is not None
+    }
     if name == RETRIEVAL:
         panels = []
         for base in ("recall", "ndcg"):
@@ -29,14 +36,26 @@ def comparison_plot(name: str, facts: RunFacts) -> Markup | None:
             if chosen:
                 lines = {label: [values.get(key) for key in chosen] for label, values in series.items()}
                 x = [float(metric_keys.cutoff(key)) for key in chosen]
-                panels.append(plots.Panel(f"{metric_keys.label(base)}@k", "k", x, lines))
+                panels.append(
+                    plots.Panel(f"{metric_keys.label(base)}@k", "k", x, lines, bands=_bands(chosen, bounds))
+                )
         alt = f"Recall and NDCG by k of the retrieval model and of what it has to beat; {_SEE_TABLE}"
         return plots.line_plot("comparison-retrieval", alt, panels) if panels else None
     chosen = [key for key in keys if metric_keys.base(key) in {"auc", "xauc"}]
     rows = {metric_keys.label(k): {label: values.get(k) for label, values in series.items()} for k in chosen}
     alt = f"AUC and XAUC by task of the ranking model and of what it has to beat; {_SEE_TABLE}"
     title = "How often a pair is in the right order: 0.5 is guessing"
-    return plots.dot_plot("comparison-ranking", alt, title, rows) if rows else None
+    intervals = {metric_keys.label(k): {_THIS_MODEL: bounds[k]} for k in chosen if k in bounds}
+    return plots.dot_plot("comparison-ranking", alt, title, rows, intervals) if rows else None
+
+
+def _bands(
+    keys: Sequence[str], bounds: Mapping[str, tuple[float, float]]
+) -> dict[str, tuple[list[float | None], list[float | None]]]:
+    """The band of this model over the keys; none unless an interval of each was measured."""
+    if not all(key in bounds for key in keys):
+        return {}
+    return {_THIS_MODEL: ([bounds[key][0] for key in keys], [bounds[key][1] for key in keys])}
 
 
 def training_plot(name: str, facts: RunFacts) -> Markup | None:
@@ -55,6 +74,62 @@ def training_plot(name: str, facts: RunFacts) -> Markup | None:
         return None
     alt = f"Training of the {name} model over {len(log)} epochs; the weights of epoch {kept[0]:g} were kept."
     return plots.line_plot(f"training-{name}", alt, panels)
+
+
+def reliability_plot(facts: RunFacts) -> Markup:
+    """What was predicted against what happened, one panel per task; `facts.scores` is not empty."""
+    panels = [
+        plots.Panel(
+            formatting.words(scores.task),
+            "mean prediction",
+            [group.predicted for group in scores.bins],
+            {"what happened": [group.observed for group in scores.bins]},
+            diagonal=True,
+        )
+        for scores in facts.scores
+    ]
+    alt = f"Reliability of the predictions, by task; {_SEE_TABLE}"
+    return plots.line_plot("reliability", alt, panels)
+
+
+def scores_plot(facts: RunFacts) -> Markup:
+    """Histograms of the predictions as lines, one panel per task; `facts.scores` is not empty."""
+    panels = []
+    for scores in facts.scores:
+        middles = [(low + high) / 2 for low, high in itertools.pairwise(scores.edges)]
+        lines: dict[str, list[float | None]] = {}
+        for label, counts in scores.histogram.items():
+            total = sum(counts)
+            lines[label] = [count / total if total else None for count in counts]
+        panels.append(plots.Panel(formatting.words(scores.task), "predicted value", middles, lines))
+    alt = f"Share of the examples by predicted value, by task; {_SEE_TABLE}"
+    return plots.line_plot("score-distributions", alt, panels)
+
+
+def index_plot(index: IndexFacts) -> Markup:
+    """Recall and work of ScaNN by how many items are asked for; the index has efforts."""
+    x = [float(effort.k) for effort in index.efforts]
+    panels = [
+        plots.Panel(
+            "Exact results found",
+            "items asked for",
+            x,
+            {"recall": [effort.recall for effort in index.efforts]},
+            is_logarithmic=True,
+        ),
+        plots.Panel(
+            "Work",
+            "items asked for",
+            x,
+            {
+                "leaves searched": [float(effort.num_leaves_to_search) for effort in index.efforts],
+                "candidates reordered": [float(effort.num_reordering_candidates) for effort in index.efforts],
+            },
+            is_logarithmic=True,
+        ),
+    ]
+    alt = f"Recall of ScaNN against exact search, and its work, by how many items are asked for; {_SEE_TABLE}"
+    return plots.line_plot("index-effort", alt, panels)
 
 
 def best_epoch(name: str, log: Sequence[Mapping[str, float | None]]) -> int:

@@ -1,99 +1,38 @@
-"""Collects the facts of a run from what its components wrote; the report shows these and nothing else."""
+"""The facts of a run as plain data: what the page, the model card and metrics.json show, and nothing else."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
-import math
-import platform
 import time
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import polars as pl
 import pydantic
-from google.protobuf.message import DecodeError
 
-from schema.errors import DataError, FunnelError
-from schema.tables import ITEMS, TablesSummary, read_summary
-from tfx_pipeline.config import MODELS, RANKING, RETRIEVAL
-from tfx_pipeline.report.data_facts import SplitAnomalies, SplitStatistics, read_anomalies, read_statistics
+from schema.errors import DataError
+from schema.tables import TablesSummary
+from tfx_pipeline.report.data_facts import SplitAnomalies, SplitStatistics
+from tfx_pipeline.run_result import ComponentTiming
 from trainer import features
-from trainer.metrics import LOWER_IS_BETTER, metric_key
-
-_TRAINING_LOG = "training_log.json"
-_INDEX_FACTS = Path("Format-Serving") / "assets.extra" / "index.json"
-# What decides whether a model can be trained again to the same figures.
-_PACKAGES = (
-    "tfx",
-    "tensorflow",
-    "tf-keras",
-    "tensorflow-recommenders",
-    "scann",
-    "tensorflow-model-analysis",
-    "apache-beam",
-    "numpy",
-)
 
 COLD_USERS = f"{features.USER_TYPE} = {features.COLD}"
-_COLD_USER_BASELINES = "retrieval_cold_users"
-
-_BOUNDS = {"min": "at least", "max": "at most"}
-# How a limit on the change begins in the words of tfx_pipeline.tfma_metrics.
-_CHANGE_LIMIT = "change against the last blessed model "
-
-_T = TypeVar("_T")
-_PathLike = str | Path
-
-
-@dataclasses.dataclass(frozen=True)
-class ReportSources:
-    """Where the facts of a run lie; a file that is absent or broken costs its section of the report only.
-
-    Attributes:
-      tables_dir: contract tables with summary.json.
-      statistics_uri, anomalies_uri: artifacts with one folder per split.
-      retrieval_evaluation_uri, ranking_evaluation_uri: what the Evaluators wrote.
-      retrieval_blessed, ranking_blessed: the Evaluators' verdicts.
-      infra_blessed, infra_reason: the verdict of infra validation, and why when it is negative.
-      pushed: model -> pushed version, None when it was not pushed.
-      baselines_path: JSON, see `tfx_pipeline.components.baseline_evaluator.BaselineMetrics`.
-      retrieval_run_uri, ranking_run_uri: folders with training_log.json.
-      retrieval_model_uri: the Trainer's model artifact, which holds the facts of the index.
-      recommendations_path: JSON list of example answers, see `ExampleAnswer`; item ids instead of titles.
-      config_json: the resolved RunConfig.
-      funnel_version: of the code that ran.
-    """
-
-    tables_dir: _PathLike
-    statistics_uri: _PathLike
-    anomalies_uri: _PathLike
-    retrieval_evaluation_uri: _PathLike
-    ranking_evaluation_uri: _PathLike
-    retrieval_blessed: bool
-    ranking_blessed: bool
-    infra_blessed: bool
-    infra_reason: str
-    pushed: Mapping[str, str | None]
-    baselines_path: _PathLike
-    retrieval_run_uri: _PathLike
-    ranking_run_uri: _PathLike
-    retrieval_model_uri: _PathLike
-    recommendations_path: _PathLike
-    config_json: str
-    funnel_version: str
+METRICS_FILE = "metrics.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """One value of a metric: slice "" is the whole test split, None a value that the data do not define."""
+    """One value of a metric, with the bounds of its interval where one was measured.
+
+    Slice "" is the whole test split; None is a value that the data do not define.
+    """
 
     slice: str
     key: str
     value: float | None
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,12 +91,12 @@ class ModelFacts:
     @property
     def overall(self) -> dict[str, float | None]:
         """Metric key -> value on the whole test split."""
-        return _overall(self.figures)
+        return overall(self.figures)
 
     @property
     def overall_last_blessed(self) -> dict[str, float | None]:
         """The same of the last blessed model; empty when there is none."""
-        return _overall(self.last_blessed)
+        return overall(self.last_blessed)
 
     @property
     def rivals(self) -> dict[str, Mapping[str, float | None]]:
@@ -168,12 +107,12 @@ class ModelFacts:
     @property
     def cold_users(self) -> dict[str, float | None]:
         """Metric key -> value on users without a history; empty when there is none, and for ranking."""
-        return _overall(self.figures, COLD_USERS)
+        return overall(self.figures, COLD_USERS)
 
     @property
     def cold_user_rivals(self) -> dict[str, Mapping[str, float | None]]:
         """`rivals` on users without a history."""
-        previous = _overall(self.last_blessed, COLD_USERS)
+        previous = overall(self.last_blessed, COLD_USERS)
         return {**({"last_blessed": previous} if previous else {}), **self.cold_user_baselines}
 
 
@@ -200,8 +139,24 @@ class ExampleAnswer:
 
 
 @dataclasses.dataclass(frozen=True)
+class SearchEffort:
+    """How hard ScaNN looks for k items, and which share of the exact results it finds then."""
+
+    k: int
+    num_leaves_to_search: int
+    num_reordering_candidates: int
+    recall: float
+
+
+@dataclasses.dataclass(frozen=True)
 class IndexFacts:
-    """The candidate index, as `trainer.index` describes it."""
+    """The candidate index, as `trainer.index_build` describes it.
+
+    Attributes:
+      recall: share of the k exact results that ScaNN finds, at the largest k.
+      efforts: from the smallest k to the largest; none of an exact index.
+      recall_by_slice: the same for head, tail and new items.
+    """
 
     num_items: int
     vector_width: int
@@ -209,6 +164,65 @@ class IndexFacts:
     k: int
     recall: float
     build_s: float
+    efforts: tuple[SearchEffort, ...] = ()
+    recall_by_slice: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
+    num_sample_queries: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ReliabilityBin:
+    """Examples that were predicted alike: the means of what was predicted and of what happened."""
+
+    predicted: float
+    observed: float
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskScores:
+    """What the ranking model predicts on the test split for one task, against what happened.
+
+    Attributes:
+      task: its name.
+      bins: groups of equal size by prediction, from the lowest to the highest.
+      edges: of the histogram, one more than it has bars.
+      histogram: label -> examples per bar; of a binary task those with label 1 and those with label 0, else
+        what was predicted and what happened.
+      undefined: examples whose prediction or label is not a number; they are in none of the above.
+    """
+
+    task: str
+    bins: tuple[ReliabilityBin, ...]
+    edges: tuple[float, ...]
+    histogram: Mapping[str, tuple[int, ...]]
+    undefined: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Something that differs between two runs, in words; None where a run does not have it."""
+
+    name: str
+    before: str | None
+    after: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Differences:
+    """What lies between two runs, apart from their figures.
+
+    Attributes:
+      before, after: their run ids.
+      data, config, versions: what differs; a version is one of a package or of Funnel's own code.
+      unknown: of which of these three one run tells nothing, so that they were not compared.
+    """
+
+    before: str
+    after: str
+    data: tuple[Setting, ...]
+    config: tuple[Setting, ...]
+    versions: tuple[Setting, ...]
+    unknown: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +236,12 @@ class RunFacts:
       models: by model name.
       titles: item id -> title, of the items that the examples name.
       missing: piece -> why it is not there. A piece that is not named here is there.
+      code_version: version and hash of Funnel's sources.
+      data_fingerprint: of the contract tables; equal tables have equal ones.
+      timings: what each component took; known only after the last of them.
+      machine: label -> what the run ran on.
+      since: what changed since the run that blessed a model last; None when there was none.
+      scores: predictions of the ranking model against what happened, by task.
     """
 
     created_unix_s: int
@@ -238,6 +258,17 @@ class RunFacts:
     examples: tuple[ExampleAnswer, ...]
     titles: Mapping[str, str]
     missing: Mapping[str, str]
+    code_version: str = ""
+    data_fingerprint: str = ""
+    timings: tuple[ComponentTiming, ...] = ()
+    machine: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    since: Differences | None = None
+    scores: tuple[TaskScores, ...] = ()
+
+    @property
+    def run_id(self) -> str:
+        """The moment at which the facts were collected, in UTC: `20261128T132901Z`."""
+        return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self.created_unix_s))
 
     @property
     def tasks(self) -> list[Mapping[str, Any]]:
@@ -245,232 +276,28 @@ class RunFacts:
         return list(self.config.get("dataset", {}).get("tasks", ()))
 
 
-def collect(
-    sources: ReportSources, read_evaluation: Callable[[str, Path], Evaluation] | None = None
-) -> RunFacts:
-    """Reads all sources.
-
-    Args:
-      sources: where they are.
-      read_evaluation: (model name, folder) -> evaluation; by default what TFMA wrote there is read.
-
-    Returns:
-      The facts; what could not be read is told in `missing`.
-    """
-    reader = _Reader()
-    tables_dir = Path(sources.tables_dir)
-    config = reader.read(
-        "config", partial(_parse, dict[str, Any], sources.config_json, "the configuration"), {}
-    )
-    baselines = reader.read("baselines", partial(_read_baselines, Path(sources.baselines_path)), {})
-    runs = {RETRIEVAL: sources.retrieval_run_uri, RANKING: sources.ranking_run_uri}
-    evaluations = {RETRIEVAL: sources.retrieval_evaluation_uri, RANKING: sources.ranking_evaluation_uri}
-    blessed = {RETRIEVAL: sources.retrieval_blessed, RANKING: sources.ranking_blessed}
-    models = {}
-    for name in MODELS:
-        read = partial(read_evaluation or _read_evaluation, name, Path(evaluations[name]))
-        evaluation = reader.read(f"{name}_evaluation", read, Evaluation())
-        log_file = Path(runs[name]) / _TRAINING_LOG
-        models[name] = ModelFacts(
-            blessed=blessed[name],
-            pushed_version=sources.pushed.get(name),
-            figures=evaluation.candidate,
-            last_blessed=evaluation.last_blessed,
-            gates=_gate_results(name, config, evaluation),
-            baselines=baselines.get(name, {}),
-            cold_user_baselines=baselines.get(_COLD_USER_BASELINES, {}) if name == RETRIEVAL else {},
-            training_log=reader.read(f"{name}_training", partial(_read_training_log, log_file), ()),
-        )
-    examples = reader.read("examples", partial(_read_examples, Path(sources.recommendations_path)), ())
-    index_file = Path(sources.retrieval_model_uri) / _INDEX_FACTS
-    return RunFacts(
-        created_unix_s=int(time.time()),
-        funnel_version=sources.funnel_version,
-        versions=_versions(),
-        config=config,
-        infra_blessed=sources.infra_blessed,
-        infra_reason=sources.infra_reason.strip(),
-        models=models,
-        summary=reader.read("summary", partial(read_summary, tables_dir), None),
-        statistics=reader.read("statistics", partial(read_statistics, Path(sources.statistics_uri)), ()),
-        anomalies=reader.read("anomalies", partial(read_anomalies, Path(sources.anomalies_uri)), ()),
-        index=reader.read("index", partial(_parse_file, IndexFacts, index_file), None),
-        examples=examples,
-        titles=reader.read("titles", partial(_read_titles, tables_dir / ITEMS, examples), {}),
-        missing=reader.missing,
-    )
-
-
-class _Reader:
-    """Reads pieces; what is absent or broken is written down with the reason, for the report to say so."""
-
-    def __init__(self) -> None:
-        self.missing: dict[str, str] = {}
-
-    def read(self, piece: str, read: Callable[[], _T], otherwise: Any) -> _T:
-        try:
-            return read()
-        except FileNotFoundError as error:
-            self.missing[piece] = f"there is no {error.filename}"
-            return otherwise
-        except (OSError, ValueError, FunnelError, DecodeError, pl.exceptions.PolarsError) as error:
-            self.missing[piece] = str(error) or type(error).__name__
-            return otherwise
-
-
-def _parse(type_: Any, text: str, what: str) -> Any:
-    try:
-        return pydantic.TypeAdapter(type_).validate_python(json.loads(text))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{what} is not valid JSON: {error}") from error
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "top level"
-        raise DataError(f"{what} has another form than expected, {where}: {first['msg']}") from error
-
-
-def _parse_file(type_: Any, path: Path) -> Any:
-    return _parse(type_, path.read_text(encoding="utf-8"), str(path))
-
-
-class _Baselines(pydantic.BaseModel):
-    retrieval: dict[str, dict[str, float | None]] = {}
-    retrieval_cold_users: dict[str, dict[str, float | None]] = {}
-    ranking: dict[str, dict[str, dict[str, float | None]]] = {}
-
-
-def _read_baselines(path: Path) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Model, or `retrieval_cold_users` -> baseline -> metric key -> value; ranking tasks come together."""
-    values: _Baselines = _parse_file(_Baselines, path)
-    ranking: dict[str, dict[str, float | None]] = {}
-    for baselines in values.ranking.values():
-        for name, metrics in baselines.items():
-            ranking.setdefault(name, {}).update(metrics)
-    return {
-        model: {name: {k: _defined(v) for k, v in metrics.items()} for name, metrics in baselines.items()}
-        for model, baselines in (
-            (RETRIEVAL, values.retrieval),
-            (_COLD_USER_BASELINES, values.retrieval_cold_users),
-            (RANKING, ranking),
-        )
-    }
-
-
-def _read_training_log(path: Path) -> tuple[Mapping[str, float | None], ...]:
-    records = _parse_file(list[dict[str, float | None]], path)
-    if not records:
-        raise DataError(f"{path} holds no epoch")
-    return tuple({key: _defined(value) for key, value in record.items()} for record in records)
-
-
-def _read_examples(path: Path) -> tuple[ExampleAnswer, ...]:
-    answers: tuple[ExampleAnswer, ...] = _parse_file(tuple[ExampleAnswer, ...], path)
-    if not answers:
-        raise DataError("infra validation, which asks the served models for them, got no answers")
-    return answers
-
-
-def _read_titles(path: Path, examples: Iterable[ExampleAnswer]) -> dict[str, str]:
-    ids = set()
-    for answer in examples:
-        ids |= {*answer.history, *(item.item_id for item in answer.items)}
-        ids |= {item.reason_item_id for item in answer.items} - {""}
-    table = pl.scan_parquet(path).select("item_id", "title").filter(pl.col("item_id").is_in(sorted(ids)))
-    return {item_id: title for item_id, title in table.collect().sort("item_id").iter_rows() if title}
-
-
-def _read_evaluation(model: str, folder: Path) -> Evaluation:
-    # Brings TFMA, Beam and TensorFlow: too slow to import before it is needed.
-    import tensorflow as tf
-    import tensorflow_model_analysis as tfma
-
-    from tfx_pipeline.tfma_metrics import MetricValue, read_gate_failures, read_metrics
-
-    def figures(values: list[MetricValue]) -> tuple[Figure, ...]:
-        return tuple(
-            Figure(
-                slice=", ".join(f"{feature} = {value}" for feature, value in figure.slice),
-                key=metric_key(model, figure.metric, task=figure.output or None),
-                value=_defined(figure.value),
-            )
-            for figure in values
-        )
-
-    try:
-        candidate = figures(read_metrics(str(folder)))
-        if not candidate:
-            raise DataError(f"no metrics in {folder}")
-        last_blessed = figures(read_metrics(str(folder), tfma.BASELINE_KEY))
-        failures = read_gate_failures(str(folder))
-    except tf.errors.OpError as error:
-        raise DataError(f"the evaluation in {folder} is broken: {error.message}") from error
-    return Evaluation(
-        candidate,
-        last_blessed,
-        tuple(
-            GateFailure(
-                metric_key(model, failure.metric, task=failure.output or None),
-                _defined(failure.value),
-                failure.is_change,
-                failure.limit,
-            )
-            for failure in failures
-        ),
-    )
-
-
-def _gate_results(model: str, config: Mapping[str, Any], evaluation: Evaluation) -> tuple[GateResult, ...]:
-    """The outcome of every condition of the configured gates, then failures that none of them explains."""
-    values, previous = _overall(evaluation.candidate), _overall(evaluation.last_blessed)
-    failures = {(failure.key, failure.is_change): failure for failure in evaluation.failures}
-    results = []
-    for gate in config.get("gates", ()) if evaluation.candidate else ():
-        key = gate["metric"]
-        if not key.startswith(f"{model}/"):
-            continue
-        bounds = [
-            f"{words} {gate[bound]:g}" for bound, words in _BOUNDS.items() if gate.get(bound) is not None
-        ]
-        if bounds:
-            passed = failures.pop((key, False), None) is None
-            results.append(GateResult(key, " and ".join(bounds), values.get(key), False, passed))
-        if gate.get("max_drop") is not None:
-            lower_is_better = key.rpartition("/")[2] in LOWER_IS_BETTER
-            limit = f"at most +{gate['max_drop']:g}" if lower_is_better else f"at least -{gate['max_drop']:g}"
-            passed = failures.pop((key, True), None) is None
-            results.append(
-                GateResult(
-                    key,
-                    limit,
-                    _change(values.get(key), previous.get(key)),
-                    True,
-                    passed if previous else None,
-                )
-            )
-    results += [
-        GateResult(f.key, f.limit.removeprefix(_CHANGE_LIMIT), f.value, f.is_change, False)
-        for f in failures.values()
-    ]
-    return tuple(results)
-
-
-def _overall(figures: Iterable[Figure], slice_name: str = "") -> dict[str, float | None]:
+def overall(figures: Iterable[Figure], slice_name: str = "") -> dict[str, float | None]:
+    """Metric key -> value of one slice; "" is the whole test split."""
     return {figure.key: figure.value for figure in figures if figure.slice == slice_name}
 
 
-def _change(value: float | None, previous: float | None) -> float | None:
-    return None if value is None or previous is None else value - previous
+def read_facts(path: Path) -> RunFacts:
+    """Reads the facts of a run from its metrics.json.
+
+    Raises:
+      DataError: the file is absent, broken, or of another version of Funnel.
+    """
+    try:
+        return pydantic.TypeAdapter(RunFacts).validate_python(json.loads(path.read_text("utf-8"))["facts"])
+    except FileNotFoundError as error:
+        raise DataError(f"there is no report at {path}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} cannot be read by this version of Funnel: {first_line(error)}") from error
 
 
-def _defined(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
+def first_line(error: Exception) -> str:
+    """What is wrong, without the rest of a long explanation."""
+    if isinstance(error, pydantic.ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc'])) or 'top level'}: {first['msg']}"
+    return str(error).partition("\n")[0] or type(error).__name__

@@ -57,6 +57,11 @@ def share(value: float | None) -> str:
     return UNDEFINED if value is None else typeset(f"{100 * value:,.1f}\u00a0%")
 
 
+def mebibytes(value: int) -> str:
+    """Bytes as MiB, whole."""
+    return f"{value / 2**20:,.0f}"
+
+
 def moment(unix_s: int, utc_offset_hours: float) -> str:
     """Unix seconds as local date and time to the minute."""
     zone = datetime.timezone(datetime.timedelta(hours=utc_offset_hours))

@@ -6,28 +6,45 @@ import base64
 import dataclasses
 import json
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 
 from tfx_pipeline.config import MODELS
-from tfx_pipeline.report import charts, formatting, plots, views
-from tfx_pipeline.report.facts import RunFacts
-from tfx_pipeline.report.verdicts import overall_sentence, verdict
+from tfx_pipeline.report import charts, plots, views
+from tfx_pipeline.report.facts import METRICS_FILE, RunFacts
+from tfx_pipeline.report.model_card import render_card
+from tfx_pipeline.report.templating import render_template, write_files
+from tfx_pipeline.report.verdicts import overall_sentence, reason_sentence, verdict
 
 PAGE = "index.html"
-METRICS = "metrics.json"
-_TEMPLATE = "report.html.j2"
+CARD = "model_card.md"
+
+
+SECTIONS = (
+    ("verdict", "Verdict"),
+    ("changes", "What changed"),
+    ("metrics", "Metrics"),
+    ("slices", "Slices"),
+    ("gates", "Gates"),
+    ("calibration", "Calibration"),
+    ("scores", "Scores"),
+    ("training", "Training"),
+    ("index", "Index"),
+    ("waterfall", "Waterfall"),
+    ("recommendations", "Recommendations"),
+    ("data", "Data"),
+    ("anomalies", "Anomalies"),
+    ("features", "Features"),
+    ("cost", "Cost"),
+    ("reproduce", "Reproduce"),
+)
 
 
 def write_report(facts: RunFacts, destination: Path) -> None:
-    """Writes index.html and metrics.json; each appears complete, in place of an older one.
+    """Writes index.html, metrics.json and model_card.md; each appears complete, in place of an older one.
 
     Equal facts give equal bytes.
 
@@ -35,43 +52,38 @@ def write_report(facts: RunFacts, destination: Path) -> None:
       facts: what to show.
       destination: folder; made when absent.
     """
-    files = {PAGE: render_page(facts), METRICS: render_json(facts)}
-    destination.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".report-", dir=destination.parent))
-    try:
-        for name, text in files.items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        for name in files:
-            os.replace(temporary / name, destination / name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    write_files(report_files(facts), destination)
 
 
-def render_page(facts: RunFacts) -> str:
-    """The whole page: no script, no file and no network address beside it."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "number": formatting.number,
-        "share": formatting.share,
-        "words": formatting.words,
-        "moment": lambda unix_s: formatting.moment(unix_s, views.utc_offset_hours(facts)),
+def report_files(facts: RunFacts, runs_link: str = "") -> dict[str, str]:
+    """The texts of a report by the names of their files; `runs_link` as for `render_page`."""
+    return {
+        PAGE: render_page(facts, runs_link),
+        METRICS_FILE: render_json(facts),
+        CARD: render_card(facts),
     }
+
+
+def render_page(facts: RunFacts, runs_link: str = "") -> str:
+    """The whole page, which needs no other file and no network.
+
+    Args:
+      facts: what to show.
+      runs_link: where the page over all runs lies; "" when there is none.
+    """
     verdicts = [verdict(name, facts) for name in MODELS]
     config = yaml.safe_dump(dict(facts.config), sort_keys=False, allow_unicode=True) if facts.config else ""
-    return environment.get_template(_TEMPLATE).render(
+    return render_template(
+        "report.html.j2",
+        facts,
+        sections=SECTIONS,
+        runs_link=runs_link,
         facts=facts,
-        views=views,
         charts=charts,
         bars=plots.bars,
-        models=MODELS,
         verdicts=verdicts,
         overall_sentence=overall_sentence(verdicts),
+        reason=reason_sentence(verdicts, facts),
         dataset=views.dataset_name(facts),
         config=config,
         config_link="data:application/yaml;base64," + base64.b64encode(config.encode()).decode(),

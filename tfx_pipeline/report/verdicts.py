@@ -28,6 +28,22 @@ def overall_sentence(verdicts: Sequence[Verdict]) -> str:
     return f"Only the {released[0]} model was released." if released else "Nothing was released."
 
 
+def reason_sentence(verdicts: Sequence[Verdict], facts: RunFacts) -> str:
+    """Why it went that way, in one line."""
+    for state in ("rejected", "held"):
+        for found in verdicts:
+            if found.state == state and found.reasons:
+                more = len(found.reasons) - 1
+                return f"{found.model.capitalize()}: {found.reasons[0]}" + (
+                    f" And {more} more reason{'s' if more > 1 else ''}." if more else ""
+                )
+    applied = [gate for model in facts.models.values() for gate in model.gates if gate.passed is not None]
+    return (
+        f"All {len(applied)} gates that applied were passed, and both models answered like one from a "
+        "freshly started server."
+    )
+
+
 def verdict(name: str, facts: RunFacts) -> Verdict:
     """Which way it went for a model, with every reason."""
     model = facts.models[name]
