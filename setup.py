@@ -54,6 +54,7 @@ EXTRAS = {
     "dev": [
         "hypothesis>=6.168,<7",
         "mypy>=2.4,<3",
+        "playwright>=1.65,<2",  # drives a Chromium that is there already; it fetches none
         "pytest>=9.2,<10",
         "pytest-timeout>=2.4,<3",
         "ruff>=0.17,<0.18",

@@ -132,13 +132,31 @@ def test_continuous_integration_runs_the_command_of_the_readme() -> None:
     commands = [
         line for line in (REPO / ".ci" / "run").read_text().splitlines() if line and not line.startswith("#")
     ]
-    assert commands == ["set -euo pipefail", 'cd "$(dirname "${BASH_SOURCE[0]}")/.."', "make test"]
+    assert commands == [
+        "set -euo pipefail",
+        'cd "$(dirname "${BASH_SOURCE[0]}")/.."',
+        "scripts/chromium.sh",
+        "make test",
+    ]
     assert os.access(REPO / ".ci" / "run", os.X_OK)
     workflow = (REPO / ".github" / "workflows" / "ci.yml").read_text()
     assert set(re.findall(r"- run: (.*)", workflow)) == {"make test", "make run"}
     readme = (REPO / "README.md").read_text()
     assert re.search(r"\bmake test\b", readme)
     assert re.search(r"\bmake run\b", readme)
+
+
+def test_a_browser_that_cannot_be_installed_is_told_and_fails_nothing(tmp_path: Path) -> None:
+    for name, script in (("apt-get", "echo no network; exit 100"), ("id", "echo 0")):
+        write_command(tmp_path / name, script)
+    for name in ("bash", "mktemp", "rm", "tail"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    done = subprocess.run(
+        [REPO / "scripts" / "chromium.sh"], env={"PATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert "no network" in done.stderr
+    assert "CHROMIUM COULD NOT BE INSTALLED: the browser tests will be skipped" in done.stderr
 
 
 # --- scripts/bootstrap.sh: which Python is found ---
