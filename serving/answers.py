@@ -11,13 +11,11 @@ from typing import Any, Final
 from schema.errors import ServingError
 from serving.transport import Prediction
 
-# Names the run that a model comes from. Models exported before there were fingerprints lack it.
-_FINGERPRINT: Final = "fingerprint"
 # Outputs of the ranker and of the one-call model that are no task.
 _NO_TASKS: Final = frozenset(
     {
-        "item_ids", "score", "item_is_known", "retrieval_scores", "reason_item_ids", "user_is_known",
-        "history_length", "exact_fallback", _FINGERPRINT,
+        "item_ids", "score", "item_is_known", "retrieval_score", "reason_item_ids", "user_is_known",
+        "history_length", "exact_fallback",
     }
 )  # fmt: skip
 
@@ -36,7 +34,7 @@ class Retrieval:
     """Candidates, best first, and what is known about the user and the search.
 
     `exact_fallback`: approximate search found too few, so that every item was scored. `model_version` is None
-    over REST, whose answers do not tell it; `fingerprint` names the run of the model, if it tells.
+    over REST, whose answers do not tell it.
     """
 
     candidates: tuple[Candidate, ...]
@@ -44,7 +42,6 @@ class Retrieval:
     history_length: int
     model_version: int | None
     exact_fallback: bool = False
-    fingerprint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,9 +72,9 @@ class Recommendations:
     """Recommended items, best first, and what is known about the user and the search.
 
     `model_versions` maps model name to the version that answered; it is empty over REST, whose answers do not
-    tell it. `fingerprints` maps model name to the run it comes from, without models that do not tell.
-    `exact_fallback`: see Retrieval. `stage_seconds` maps each stage of the call (`funnel`, or `retrieve` and
-    `rank`) to what it took the client, retries included.
+    tell it. `exact_fallback`: see Retrieval. `mismatch` names what the models that answered do not share
+    (such as `catalogue`), "" where they come from one run or do not tell. `stage_seconds` maps each stage of
+    the call (`funnel`, or `retrieve` and `rank`) to what it took the client, retries included.
     """
 
     items: tuple[Recommendation, ...]
@@ -85,18 +82,8 @@ class Recommendations:
     history_length: int
     model_versions: Mapping[str, int]
     exact_fallback: bool = False
-    fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    mismatch: str = ""
     stage_seconds: Mapping[str, float] = dataclasses.field(default_factory=dict, compare=False)
-
-    @property
-    def models_match(self) -> bool:
-        """False when the models that answered come from different runs.
-
-        A pair may differ for the seconds in which a server replaces both, or for good when only one of the
-        two passed its gates. Its answers are in order as long as the ranker knows the items
-        (`item_is_known`), but this pair was never validated together.
-        """
-        return len(set(self.fingerprints.values())) <= 1
 
 
 def parse_retrieval(answer: Prediction, source: str) -> Retrieval:
@@ -120,7 +107,6 @@ def parse_retrieval(answer: Prediction, source: str) -> Retrieval:
         history_length=int(_row(answer, "history_length", source)),
         model_version=answer.version,
         exact_fallback=bool(_row(answer, "exact_fallback", source)),
-        fingerprint=fingerprint(answer, source),
     )
 
 
@@ -140,12 +126,11 @@ def parse_ranking(answer: Prediction, item_ids: Sequence[str], source: str) -> l
 
 def parse_funnel(answer: Prediction, model: str, source: str) -> Recommendations:
     """Reads the answer of a model that retrieves and ranks to one query; see parse_retrieval."""
-    names = ("item_ids", "score", "retrieval_scores", "reason_item_ids", "item_is_known")
+    names = ("item_ids", "score", "retrieval_score", "reason_item_ids", "item_is_known")
     item_ids, scores, retrieval_scores, reasons, known = _columns(answer, names, source)
     tasks = _tasks(answer, source)
     if any(len(column) != len(item_ids) for column in tasks.values()) or any(map(math.isnan, scores)):
         raise ServingError(f"{source} must give one number per item; check the model")
-    run = fingerprint(answer, source)
     return Recommendations(
         items=tuple(
             Recommendation(
@@ -164,7 +149,6 @@ def parse_funnel(answer: Prediction, model: str, source: str) -> Recommendations
         history_length=int(_row(answer, "history_length", source)),
         model_versions={} if answer.version is None else {model: answer.version},
         exact_fallback=bool(_row(answer, "exact_fallback", source)),
-        fingerprints={} if run is None else {model: run},
     )
 
 
@@ -183,11 +167,6 @@ def best_of(retrieval: Retrieval, ranked: Sequence[RankedItem], k: int) -> tuple
         )
         for rank, item in enumerate(sorted(ranked, key=lambda item: -item.score)[:k], start=1)
     )
-
-
-def fingerprint(answer: Prediction, source: str) -> str | None:
-    """Returns the name of the run that a model comes from; None when the model does not tell."""
-    return str(_row(answer, _FINGERPRINT, source)) if _FINGERPRINT in answer.outputs else None
 
 
 def _tasks(answer: Prediction, source: str) -> dict[str, list[float]]:

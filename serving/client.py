@@ -23,14 +23,14 @@ from serving.answers import (
     Recommendations,
     Retrieval,
     best_of,
-    fingerprint,
     parse_funnel,
     parse_ranking,
     parse_retrieval,
 )
-from serving.queries import CANDIDATES, batch_of_one, check_names, search_inputs
+from serving.queries import CANDIDATES, NUM_CANDIDATES, batch_of_one, check_names, search_inputs
 from serving.retries import Retrier, RetryPolicy
 from serving.transport import (
+    FINGERPRINT_SIGNATURE,
     BadRequestError,
     DeadlineExceededError,
     InputSpec,
@@ -38,6 +38,7 @@ from serving.transport import (
     OverloadedError,
     Prediction,
     ServerUnavailableError,
+    Signatures,
     Transport,
     deadline_exceeded,
     open_transport,
@@ -64,6 +65,8 @@ __all__ = [
 _LOGGER = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
 _READY_POLL_S: Final = 0.1
+# Parts of which bundles tell a hash.
+_PARTS: Final = ("transform", "catalogue", "towers", "index", "ranker")
 # What the server says of a model.
 _AVAILABLE: Final = "is available"
 _LOADING: Final = "has no available version"
@@ -146,7 +149,8 @@ class RecommenderClient:
         self._layouts = tuple(layouts)
         self._retrier = Retrier(retry or RetryPolicy())
         self._transport: Transport = open_transport(target)
-        self._specs: dict[str, Mapping[str, InputSpec]] = {}
+        self._signatures: dict[str, Signatures] = {}
+        self._mismatches: dict[tuple[tuple[str, int | None], ...], str] = {}
         self._found: dict[tuple[Layout, ...], Any] = {}
 
     def __enter__(self) -> RecommenderClient:
@@ -178,11 +182,16 @@ class RecommenderClient:
           exclude_item_ids: items never to return.
           allow: item attribute to values; only items with one of the values are returned, an empty list
             allows all. The attributes are those of `index.allow_list` when the model was exported.
-          num_candidates: items to retrieve and rank in two calls, at least `k`, at most what the model was
-            exported with. A model that does both has a number of its own.
+          num_candidates: items to retrieve and rank, at least `k`, at most what the model was exported with.
+
+        A retrieval and a ranking model of different runs answer together for the seconds in which a server
+        replaces both, or for good when only one of the two passed its gates. Their answer is returned, with
+        `mismatch` set and a warning in the log: a ranker can score items it does not know (`item_is_known`).
         """
-        if k < 1:
-            raise BadRequestError(f"expected k >= 1, got {k}")
+        if not 1 <= k <= num_candidates:
+            raise BadRequestError(
+                f"expected 1 <= k <= num_candidates, got k={k}, num_candidates={num_candidates}"
+            )
         deadline = self._deadline()
         # An iterator must serve two tries, when the first finds that the layout is gone.
         exclude = exclude_item_ids if isinstance(exclude_item_ids, str) else tuple(exclude_item_ids)
@@ -190,9 +199,7 @@ class RecommenderClient:
 
         def ask(layout: Layout) -> Recommendations:
             if isinstance(layout, OneCall):
-                return self._recommend_in_one(layout, query, k, exclude, limits, deadline)
-            if k > num_candidates:
-                raise BadRequestError(f"expected k <= num_candidates, got {k=}, {num_candidates=}")
+                return self._recommend_in_one(layout, query, k, exclude, limits, num_candidates, deadline)
             return self._recommend_in_two(layout, query, k, exclude, limits, num_candidates, deadline)
 
         return self._with_layout(self._layouts, ask, deadline)
@@ -251,11 +258,15 @@ class RecommenderClient:
         k: int,
         exclude_item_ids: Iterable[str],
         allow: Mapping[str, Iterable[str]],
+        num_candidates: int,
         deadline: float,
     ) -> Recommendations:
         specs = self._input_specs(layout.funnel, deadline)
         check_names(query, specs)
-        extra = search_inputs(specs, k, exclude_item_ids, allow)
+        extra = {
+            **search_inputs(specs, k, exclude_item_ids, allow),
+            NUM_CANDIDATES: num_candidates,
+        }
         started = time.perf_counter()
         answer = self._predict(layout.funnel, query, extra, deadline)
         parsed = parse_funnel(answer, layout.funnel, self._source(layout.funnel))
@@ -280,27 +291,23 @@ class RecommenderClient:
         retrieval = self._retrieve(layout.retrieval, query, num_candidates, exclude_item_ids, allow, deadline)
         seconds["retrieve"] = time.perf_counter() - started
         versions = {layout.retrieval: retrieval.model_version}
-        fingerprints = {layout.retrieval: retrieval.fingerprint}
         ranked: list[RankedItem] = []
+        mismatch = ""
         if retrieval.candidates:
             started = time.perf_counter()
             item_ids = [candidate.item_id for candidate in retrieval.candidates]
-            ranked, answer = self._rank(layout.ranking, query, item_ids, deadline)
+            ranked, versions[layout.ranking] = self._rank(layout.ranking, query, item_ids, deadline)
             seconds["rank"] = time.perf_counter() - started
-            versions[layout.ranking] = answer.version
-            fingerprints[layout.ranking] = fingerprint(answer, self._source(layout.ranking))
-        result = Recommendations(
+            mismatch = self._mismatch(versions, deadline)
+        return Recommendations(
             items=best_of(retrieval, ranked, k),
             user_is_known=retrieval.user_is_known,
             history_length=retrieval.history_length,
             model_versions={name: version for name, version in versions.items() if version is not None},
             exact_fallback=retrieval.exact_fallback,
-            fingerprints={name: value for name, value in fingerprints.items() if value is not None},
+            mismatch=mismatch,
             stage_seconds=seconds,
         )
-        if not result.models_match:
-            _LOGGER.warning("models of different runs answer together: %s", dict(result.fingerprints))
-        return result
 
     def _retrieve(
         self,
@@ -319,9 +326,9 @@ class RecommenderClient:
 
     def _rank(
         self, model: str, query: Mapping[str, Any], item_ids: Sequence[str], deadline: float
-    ) -> tuple[list[RankedItem], Prediction]:
+    ) -> tuple[list[RankedItem], int | None]:
         answer = self._predict(model, query, {CANDIDATES: list(item_ids)}, deadline)
-        return parse_ranking(answer, item_ids, self._source(model)), answer
+        return parse_ranking(answer, item_ids, self._source(model)), answer.version
 
     def _predict(
         self, model: str, query: Mapping[str, Any], extra: Mapping[str, Any], deadline: float
@@ -337,19 +344,47 @@ class RecommenderClient:
             return ask(specs)
         except BadRequestError:
             # A version pushed since the last call may take other features: look once more before giving up.
-            self._specs.pop(model, None)  # another thread may have been faster
+            self._signatures.pop(model, None)  # another thread may have been faster
             newer = self._input_specs(model, deadline)
             if newer == specs:
                 raise
             return ask(newer)
 
+    def _mismatch(self, versions: Mapping[str, int | None], deadline: float) -> str:
+        """Names the parts in which versions of models differ; asked once per combination of versions."""
+        key = tuple(versions.items())
+        if key not in self._mismatches:
+            parts = {
+                model: self._fingerprints(model, version, deadline) for model, version in versions.items()
+            }
+            differing = [
+                part
+                for i, part in enumerate(_PARTS)
+                if len({hashes[i] for hashes in parts.values() if hashes and hashes[i]}) > 1
+            ]
+            if differing:
+                _LOGGER.warning("models of different runs answer together: %s in %s", versions, differing)
+            self._mismatches[key] = ", ".join(differing)
+        return self._mismatches[key]
+
+    def _fingerprints(self, model: str, version: int | None, deadline: float) -> Sequence[str]:
+        """Hashes of _PARTS; none from a model that was exported before there were fingerprints."""
+        if FINGERPRINT_SIGNATURE not in self._signatures_of(model, deadline).names:
+            return ()
+        return self._retrier.call(
+            lambda: self._transport.fingerprints(model, version, _PARTS, self._remaining(deadline)), deadline
+        )
+
     def _input_specs(self, model: str, deadline: float) -> Mapping[str, InputSpec]:
-        specs = self._specs.get(model)
-        if specs is None:
-            specs = self._specs[model] = self._retrier.call(
-                lambda: self._transport.input_specs(model, self._remaining(deadline)), deadline
+        return self._signatures_of(model, deadline).inputs
+
+    def _signatures_of(self, model: str, deadline: float) -> Signatures:
+        signatures = self._signatures.get(model)
+        if signatures is None:
+            signatures = self._signatures[model] = self._retrier.call(
+                lambda: self._transport.signatures(model, self._remaining(deadline)), deadline
             )
-        return specs
+        return signatures
 
     def _with_layout(
         self, layouts: tuple[_Layout, ...], ask: Callable[[_Layout], _Answer], deadline: float

@@ -122,7 +122,7 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         self, request: get_model_metadata_pb2.GetModelMetadataRequest, context: grpc.aio.ServicerContext
     ) -> get_model_metadata_pb2.GetModelMetadataResponse:
         """Returns the signatures of a model."""
-        return await _answer(context, asyncio.to_thread(model_metadata, self._models, request))
+        return await _answer(context, _at_once(model_metadata, self._models, request))
 
     async def _infer(
         self,
@@ -182,7 +182,8 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
         self, request: get_model_status_pb2.GetModelStatusRequest, context: grpc.aio.ServicerContext
     ) -> get_model_status_pb2.GetModelStatusResponse:
         """Returns the state of one version, or of all versions of a model."""
-        return await _answer(context, asyncio.to_thread(model_status, self._models, request))
+        # Not in a thread: a probe must not wait behind what is slow.
+        return await _answer(context, _at_once(model_status, self._models, request))
 
     async def HandleReloadConfigRequest(
         self, request: model_management_pb2.ReloadConfigRequest, context: grpc.aio.ServicerContext
@@ -247,6 +248,10 @@ def reload_config(
         raise invalid_argument(str(error)) from error
     models.load(configs)
     return model_management_pb2.ReloadConfigResponse()
+
+
+async def _at_once(function: Callable[..., _Answer], *args: object) -> _Answer:
+    return function(*args)
 
 
 async def _answer(context: grpc.aio.ServicerContext, call: Awaitable[_Answer]) -> _Answer:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, TypeVar
 
 import grpc
 import tensorflow as tf
@@ -18,11 +18,14 @@ from tensorflow_serving.apis import (
 
 from schema.errors import ServingError
 from serving.transport import (
+    DEFAULT_SIGNATURE,
+    FINGERPRINT_SIGNATURE,
     BadRequestError,
     InputSpec,
     ModelNotFoundError,
     OverloadedError,
     Prediction,
+    Signatures,
     deadline_exceeded,
     input_spec,
     unavailable,
@@ -52,19 +55,22 @@ class GrpcTransport:
         self._prediction = prediction_service_pb2_grpc.PredictionServiceStub(self._channel)
         self._model = model_service_pb2_grpc.ModelServiceStub(self._channel)
 
-    def input_specs(self, model: str, timeout_s: float) -> dict[str, InputSpec]:
+    def signatures(self, model: str, timeout_s: float) -> Signatures:
         """See Transport."""
         request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=["signature_def"])
         request.model_spec.name = model
         response = self._call(self._prediction.GetModelMetadata, request, timeout_s)
         signatures = get_model_metadata_pb2.SignatureDefMap()
         response.metadata["signature_def"].Unpack(signatures)
-        if "serving_default" not in signatures.signature_def:
-            raise ServingError(f"{self._target}: model {model!r} has no signature serving_default")
-        return {
-            name: input_spec(name, types_pb2.DataType.Name(info.dtype), len(info.tensor_shape.dim))
-            for name, info in signatures.signature_def["serving_default"].inputs.items()
+        if DEFAULT_SIGNATURE not in signatures.signature_def:
+            raise ServingError(f"{self._target}: model {model!r} has no signature {DEFAULT_SIGNATURE}")
+        specs = {
+            name: input_spec(
+                name, types_pb2.DataType.Name(info.dtype), [dim.size for dim in info.tensor_shape.dim]
+            )
+            for name, info in signatures.signature_def[DEFAULT_SIGNATURE].inputs.items()
         }
+        return Signatures(frozenset(signatures.signature_def), specs)
 
     def predict(
         self, model: str, inputs: Mapping[str, Any], specs: Mapping[str, InputSpec], timeout_s: float
@@ -73,14 +79,27 @@ class GrpcTransport:
         request = predict_pb2.PredictRequest()
         request.model_spec.name = model
         for name, value in inputs.items():
-            dtype = types_pb2.DataType.Value(specs[name].dtype)
             try:
-                request.inputs[name].CopyFrom(tf.make_tensor_proto(value, dtype))
+                _fill(request.inputs[name], value, specs[name])
             except (ValueError, TypeError, OverflowError) as error:
                 raise BadRequestError(f"{name!r} does not fit {specs[name].dtype}: {error}") from error
         response = self._call(self._prediction.Predict, request, timeout_s)
         outputs = {name: _as_lists(proto) for name, proto in response.outputs.items()}
         return Prediction(outputs, response.model_spec.version.value)
+
+    def fingerprints(
+        self, model: str, version: int | None, parts: Sequence[str], timeout_s: float
+    ) -> Sequence[str]:
+        """See Transport."""
+        request = predict_pb2.PredictRequest()
+        request.model_spec.name = model
+        request.model_spec.signature_name = FINGERPRINT_SIGNATURE
+        if version is not None:
+            request.model_spec.version.value = version
+        _fill(request.inputs["parts"], list(parts), InputSpec("string", "DT_STRING", 1))
+        response = self._call(self._prediction.Predict, request, timeout_s)
+        hashes: list[str] = _as_lists(response.outputs["fingerprints"])
+        return hashes
 
     def available_versions(self, model: str, timeout_s: float) -> list[int]:
         """See Transport."""
@@ -113,6 +132,31 @@ class GrpcTransport:
         if code == grpc.StatusCode.NOT_FOUND:
             return ModelNotFoundError(f"{message}; check the model name and what the server serves")
         return ServingError(f"{message} ({code.name}); look at the server's log")
+
+
+# The field of a TensorProto that holds values of a dtype.
+_FIELDS: Final = {
+    "DT_STRING": "string_val",
+    "DT_FLOAT": "float_val",
+    "DT_DOUBLE": "double_val",
+    "DT_INT64": "int64_val",
+    **dict.fromkeys(("DT_INT32", "DT_INT16", "DT_INT8", "DT_UINT8"), "int_val"),
+}
+
+
+def _fill(proto: Any, value: list[Any], spec: InputSpec) -> None:
+    """Writes a batch of values (rank 1) or of lists of equal length (rank 2) into a TensorProto.
+
+    TensorFlow's make_tensor_proto first finds out shape and dtype, which are known here. It takes ten times
+    as long, more than all else that a request costs the client.
+    """
+    proto.dtype = types_pb2.DataType.Value(spec.dtype)
+    proto.tensor_shape.dim.add(size=len(value))
+    if spec.rank == 2:
+        proto.tensor_shape.dim.add(size=len(value[0]))
+        value = [item for row in value for item in row]
+    values = [item.encode() for item in value] if spec.kind == "string" else value
+    getattr(proto, _FIELDS[spec.dtype]).extend(values)
 
 
 def _as_lists(proto: Any) -> Any:

@@ -41,25 +41,27 @@ class ModelManager:
 
         Raises:
           RequestError: FAILED_PRECONDITION for a version label of a version that is not loaded: nothing has
-            changed. UNKNOWN for a new model without a version that loads: the config holds from now on, that
-            model is tried again when its time has come.
+            changed. UNKNOWN for a model without a version that loads: the config holds from now on for all
+            others; that model, if new, is tried again when its time has come, and else serves what it did.
         """
         with self._loading:
             self._check_labels(configs)
             models: dict[str, Model] = {}
+            failures: list[str] = []
             for name, config in configs.items():
-                model = self._models.get(name)
+                old = self._models.get(name)
+                model = old
                 if model is None or model.config.base_path != config.base_path:
                     model = Model(config, self._settings)
                 model.config = config
                 model.refresh()
-                models[name] = model
+                if not model.versions():
+                    failures.append(
+                        f"model {name!r}: no version under {config.base_path} can be loaded: "
+                        f"{model.failures()}"
+                    )
+                models[name] = model if model.versions() or old is None else old
             self._models = models
-        failures = [
-            f"model {name!r}: no version under {model.config.base_path} can be loaded: {model.failures()}"
-            for name, model in models.items()
-            if not model.versions()
-        ]
         if failures:
             raise RequestError(grpc.StatusCode.UNKNOWN, " ".join(failures))
 

@@ -13,7 +13,8 @@ from serving.transport import BadRequestError, InputSpec, Kind
 K: Final = "k"
 EXCLUDE: Final = "exclude_item_ids"
 CANDIDATES: Final = "candidate_item_ids"
-_REQUEST_INPUTS: Final = frozenset({K, EXCLUDE, CANDIDATES})
+NUM_CANDIDATES: Final = "num_candidates"
+_REQUEST_INPUTS: Final = frozenset({K, EXCLUDE, CANDIDATES, NUM_CANDIDATES, "score_weights"})
 # Inputs that hold an allow-list: this, and the name of the attribute.
 _ALLOW: Final = "allow_"
 _MISSING: Final[dict[Kind, object]] = {"string": "", "float": math.nan, "integer": -1}
@@ -81,7 +82,7 @@ def _encode(name: str, value: Any, spec: InputSpec) -> Any:
         return missing if value is None else _checked(name, value, spec)
     if value is not None and not isinstance(value, (list, tuple)):
         raise BadRequestError(f"feature {name!r} is multi-valued: expected a list, got {value!r}")
-    return [_checked(name, item, spec) for item in value or ()] or [missing]
+    return [_checked(name, item, spec) for item in value or ()] or [missing] * (spec.width or 1)
 
 
 def _checked(name: str, value: Any, spec: InputSpec) -> Any:

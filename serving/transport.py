@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol
 
@@ -14,6 +14,11 @@ import httpx
 from schema.errors import ConfigError, ServingError
 
 Kind = Literal["string", "integer", "float"]
+
+
+DEFAULT_SIGNATURE: Final = "serving_default"
+# In: `parts` string [B], out: `fingerprints` string [B].
+FINGERPRINT_SIGNATURE: Final = "fingerprint"
 
 
 class ServerUnavailableError(ServingError):
@@ -38,11 +43,19 @@ class BadRequestError(ServingError):
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One input of a signature; `rank` counts the batch dimension."""
+    """One input of a signature.
+
+    Attributes:
+      kind: what Python values it takes.
+      dtype: name in the protos, such as `DT_FLOAT`.
+      rank: dimensions, the batch included.
+      width: size of the second dimension, None where it is free or absent.
+    """
 
     kind: Kind
     dtype: str
     rank: int
+    width: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,16 +66,32 @@ class Prediction:
     version: int | None
 
 
+@dataclass(frozen=True)
+class Signatures:
+    """The names of a model's signatures, and the inputs of `serving_default`."""
+
+    names: frozenset[str]
+    inputs: Mapping[str, InputSpec]
+
+
 class Transport(Protocol):
     """One way to call a server. All methods raise the errors of this module and take the seconds left."""
 
-    def input_specs(self, model: str, timeout_s: float) -> Mapping[str, InputSpec]:
-        """Returns the inputs of the model's `serving_default` signature."""
+    def signatures(self, model: str, timeout_s: float) -> Signatures:
+        """Returns what the model can be asked."""
 
     def predict(
         self, model: str, inputs: Mapping[str, Any], specs: Mapping[str, InputSpec], timeout_s: float
     ) -> Prediction:
         """Runs `serving_default` on nested lists."""
+
+    def fingerprints(
+        self, model: str, version: int | None, parts: Sequence[str], timeout_s: float
+    ) -> Sequence[str]:
+        """Runs `fingerprint`: hashes of parts, "" for those that the model does not hold.
+
+        `version` None asks the newest one.
+        """
 
     def available_versions(self, model: str, timeout_s: float) -> list[int]:
         """Returns the versions in state AVAILABLE."""
@@ -113,8 +142,8 @@ _KINDS: Final[dict[str, Kind]] = {
 }
 
 
-def input_spec(name: str, dtype: str, rank: int) -> InputSpec:
-    """Describes an input by the name of its dtype in the protos, such as `DT_FLOAT`.
+def input_spec(name: str, dtype: str, sizes: Sequence[int]) -> InputSpec:
+    """Describes an input by the name of its dtype in the protos, and the sizes of its dimensions (-1: free).
 
     Raises:
       ServingError: a dtype that no feature has.
@@ -123,7 +152,8 @@ def input_spec(name: str, dtype: str, rank: int) -> InputSpec:
         raise ServingError(
             f"input {name!r} of the model has dtype {dtype}; expected text, a float or an integer"
         )
-    return InputSpec(_KINDS[dtype], dtype, rank)
+    width = sizes[1] if len(sizes) > 1 and sizes[1] >= 0 else None
+    return InputSpec(_KINDS[dtype], dtype, len(sizes), width)
 
 
 class RestTransport:
@@ -140,19 +170,23 @@ class RestTransport:
         self._thread.start()
         self._http = httpx.AsyncClient(base_url=self._target, timeout=None, trust_env=False)
 
-    def input_specs(self, model: str, timeout_s: float) -> dict[str, InputSpec]:
+    def signatures(self, model: str, timeout_s: float) -> Signatures:
         """See Transport."""
         metadata = self._call("GET", f"/v1/models/{model}/metadata", None, timeout_s)
         try:
-            inputs = metadata["metadata"]["signature_def"]["signature_def"]["serving_default"]["inputs"]
-            return {
-                name: input_spec(name, info["dtype"], len(info["tensor_shape"]["dim"]))
+            signatures = metadata["metadata"]["signature_def"]["signature_def"]
+            inputs = signatures[DEFAULT_SIGNATURE]["inputs"]
+            specs = {
+                name: input_spec(
+                    name, info["dtype"], [int(dim["size"]) for dim in info["tensor_shape"]["dim"]]
+                )
                 for name, info in inputs.items()
             }
         except (KeyError, TypeError) as error:
             raise ServingError(
-                f"{self._target}: metadata of model {model!r} lack {error} of serving_default"
+                f"{self._target}: metadata of model {model!r} lack {error} of {DEFAULT_SIGNATURE}"
             ) from error
+        return Signatures(frozenset(signatures), specs)
 
     def predict(
         self, model: str, inputs: Mapping[str, Any], specs: Mapping[str, InputSpec], timeout_s: float
@@ -163,6 +197,18 @@ class RestTransport:
         if not isinstance(outputs, dict):
             raise ServingError(f"{self._target}: model {model!r} answered without named outputs")
         return Prediction(outputs, version=None)
+
+    def fingerprints(
+        self, model: str, version: int | None, parts: Sequence[str], timeout_s: float
+    ) -> Sequence[str]:
+        """See Transport."""
+        path = f"/v1/models/{model}" + ("" if version is None else f"/versions/{version}")
+        body = {"signature_name": FINGERPRINT_SIGNATURE, "inputs": {"parts": list(parts)}}
+        hashes = self._call("POST", f"{path}:predict", body, timeout_s).get("outputs")
+        # A single output comes without its name.
+        if not isinstance(hashes, list) or len(hashes) != len(parts):
+            raise ServingError(f"{self._target}: model {model!r} does not tell its fingerprint as it should")
+        return [str(value) for value in hashes]
 
     def available_versions(self, model: str, timeout_s: float) -> list[int]:
         """See Transport."""

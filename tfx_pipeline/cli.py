@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from schema.errors import ConfigError, FunnelError
-from tfx_pipeline.commands import demo, pipeline, recommend, report, score, serve
+from tfx_pipeline.commands import demo, leakage, loadtest, pipeline, recommend, report, score, serve
 from trainer.version import __version__
 
 
@@ -63,7 +63,9 @@ for command in (
     recommend.batch_recommend,
     score.batch_score,
     serve.refresh_index,
+    loadtest.loadtest,
     report.report,
+    leakage.lint_leakage,
     score.score_weights,
     demo.doctor,
     pipeline.compile_pipeline,

@@ -245,6 +245,11 @@ class RunPaths:
         return self.output_dir / "run.json"
 
     @property
+    def leakage_file(self) -> Path:
+        """What `funnel lint-leakage` found last."""
+        return self.output_dir / "leakage.json"
+
+    @property
     def dataset_file(self) -> Path:
         """Name of the one dataset that the directory is for."""
         return self.output_dir / "dataset"

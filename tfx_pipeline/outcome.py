@@ -38,15 +38,7 @@ def read_outcome(metadata_path: Path) -> Outcome:
     Raises:
       DataError: the database holds no finished run.
     """
-    connection = metadata_store_pb2.ConnectionConfig()
-    connection.sqlite.filename_uri = str(metadata_path)
-    connection.sqlite.connection_mode = metadata_store_pb2.SqliteMetadataSourceConfig.READONLY
-    store = mlmd.MetadataStore(connection)
-    runs = store.get_contexts_by_type("pipeline_run")
-    if not runs:
-        raise DataError(f"{metadata_path} holds no pipeline run")
-    outputs = _outputs(store, max(runs, key=lambda run: run.id))
-
+    outputs = _newest_outputs(metadata_path)
     infra = outputs["ServingValidator", "blessing"]
     infra_reason = infra.custom_properties["reason"].string_value
     blessed, pushed, reasons = {}, {}, {}
@@ -67,6 +59,26 @@ def read_outcome(metadata_path: Path) -> Outcome:
         pushed=pushed,
         reasons=reasons,
     )
+
+
+def read_artifact_uris(metadata_path: Path) -> dict[tuple[str, str], str]:
+    """Where the newest run's artifacts are, by (component id, output key).
+
+    Raises:
+      DataError: the database holds no run.
+    """
+    return {key: artifact.uri for key, artifact in _newest_outputs(metadata_path).items()}
+
+
+def _newest_outputs(metadata_path: Path) -> dict[tuple[str, str], metadata_store_pb2.Artifact]:
+    connection = metadata_store_pb2.ConnectionConfig()
+    connection.sqlite.filename_uri = str(metadata_path)
+    connection.sqlite.connection_mode = metadata_store_pb2.SqliteMetadataSourceConfig.READONLY
+    store = mlmd.MetadataStore(connection)
+    runs = store.get_contexts_by_type("pipeline_run")
+    if not runs:
+        raise DataError(f"{metadata_path} holds no pipeline run")
+    return _outputs(store, max(runs, key=lambda run: run.id))
 
 
 def _gate_failure(failure: GateFailure) -> str:

@@ -54,11 +54,11 @@ def _pushed_titles(base: Path) -> dict[str, str]:
 
 def user_state(run: RunResult, user_id: str) -> tuple[UserState, bool]:
     """The state of one user as of the end of training, and whether the user is in the data at all."""
-    states = _states(run, [user_id])
-    return states[0]
+    return user_states(run, [user_id])[0]
 
 
-def _states(run: RunResult, user_ids: Sequence[str]) -> list[tuple[UserState, bool]]:
+def user_states(run: RunResult, user_ids: Sequence[str]) -> list[tuple[UserState, bool]]:
+    """The states of several users, in their order; see user_state."""
     spec = run.config.dataset
     found = find_user_states([run.user_states], spec, user_ids)
     anyone = next(read_user_states([run.user_states], spec))
@@ -144,7 +144,7 @@ def batch_recommend(
     folder = serving_folder(run, paths, RETRIEVAL)
     loaded = tf.saved_model.load(str(folder))
     recommend = loaded.signatures["serving_default"]
-    states = _states(run, user_ids)
+    states = user_states(run, user_ids)
     parts = []
     for start in range(0, len(states), _BATCH_USERS):
         batch = [state for state, _ in states[start : start + _BATCH_USERS]]

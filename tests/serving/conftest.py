@@ -18,12 +18,26 @@ def base_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Base path by model name; `swapped` is for the tests that push versions."""
     root = tmp_path_factory.mktemp("serving_models")
     paths = {
-        name: root / name for name in ("retrieval", "ranking", "one_call", "echo", "examples", "swapped")
+        name: root / name
+        for name in (
+            "retrieval",
+            "ranking",
+            "ranking_of_other_run",
+            "one_call",
+            "echo",
+            "examples",
+            "swapped",
+        )
     }
     for path in paths.values():
         path.mkdir()
-    models.save(models.Retrieval(), paths["retrieval"] / "1")
-    models.save(models.Ranking(), paths["ranking"] / "1")
+    for name, model, hashes in (
+        ("retrieval", models.Retrieval(), {"transform": "t1", "catalogue": "c1", "index": "i1"}),
+        ("ranking", models.Ranking(), {"transform": "t1", "catalogue": "c1", "ranker": "r1"}),
+        ("ranking_of_other_run", models.Ranking(), {"transform": "t1", "catalogue": "c2", "ranker": "r2"}),
+    ):
+        signatures = {"serving_default": model.serve, "fingerprint": models.fingerprint(**hashes)}
+        models.save(model, paths[name] / "1", **signatures)
     models.save(models.Funnel(), paths["one_call"] / "1")
     models.save_echo(paths["echo"] / "1", version=1)
     models.save_echo(paths["swapped"] / "1", version=1)

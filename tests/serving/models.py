@@ -83,18 +83,38 @@ class Ranking(tf.Module):
 
 
 class Funnel(tf.Module):
-    """Retrieval and Ranking in one: all that may be recommended is ranked, and the best k come back."""
+    """Retrieval and Ranking in one; the weights of the two tasks in the score are 1 where they are NaN."""
 
     def __init__(self) -> None:
         super().__init__()
         self.retrieval = Retrieval()
         self.ranking = Ranking()
 
-    @tf.function(input_signature=Retrieval.serve.input_signature)
-    def serve(self, user_id, age, event_time_unix_s, history_item_ids, k, exclude_item_ids, allow_parity):
+    @tf.function(
+        input_signature=[
+            *Retrieval.serve.input_signature,
+            tf.TensorSpec([None], tf.int32, name="num_candidates"),
+            tf.TensorSpec([None, len(TASKS)], tf.float32, name="score_weights"),
+        ]
+    )
+    def serve(
+        self,
+        user_id,
+        age,
+        event_time_unix_s,
+        history_item_ids,
+        k,
+        exclude_item_ids,
+        allow_parity,
+        num_candidates,
+        score_weights,
+    ):
         query = (user_id, age, event_time_unix_s, history_item_ids)
-        found = self.retrieval.serve(*query, tf.fill(tf.shape(k), MAX_K), exclude_item_ids, allow_parity)
+        found = self.retrieval.serve(*query, num_candidates, exclude_item_ids, allow_parity)
         ranked = self.ranking.serve(*query, found["item_ids"])
+        outputs = tf.stack([ranked[task] for task in TASKS], axis=2)
+        weights = tf.where(tf.math.is_nan(score_weights), 1.0, score_weights)
+        ranked["score"] = tf.reduce_sum(outputs * weights[:, None, :], axis=2)
         max_k = tf.reduce_max(k)
         _, best = tf.math.top_k(tf.where(found["item_ids"] != "", ranked["score"], -1.0), max_k)
         wanted = tf.range(max_k)[None, :] < k[:, None]
@@ -106,7 +126,7 @@ class Funnel(tf.Module):
         return {
             **{name: of_best(values) for name, values in ranked.items()},
             "item_ids": of_best(found["item_ids"]),
-            "retrieval_scores": of_best(found["scores"]),
+            "retrieval_score": of_best(found["scores"]),
             "reason_item_ids": of_best(found["reason_item_ids"]),
             **{name: found[name] for name in ("user_is_known", "history_length", "exact_fallback")},
         }
@@ -145,6 +165,19 @@ class Echo(tf.Module):
         one = tf.data.Dataset.from_tensors(seconds)
         slow = one.apply(testing.sleep(tf.cast(seconds * 1e6, tf.int64)))
         return {"done": slow.take(1).reduce(0.0, lambda _, value: value)}
+
+
+def fingerprint(**hashes: str):
+    """The signature that tells the hashes of a bundle's parts."""
+
+    @tf.function(input_signature=[_text(1, "parts")])
+    def fingerprints(parts):
+        found = tf.fill(tf.shape(parts), "")
+        for name, value in hashes.items():
+            found = tf.where(parts == name, value, found)
+        return {"fingerprints": found}
+
+    return fingerprints
 
 
 def save(model: tf.Module, path: Path, **signatures) -> Path:

@@ -23,7 +23,7 @@ from serving.client import (
     ServerUnavailableError,
     TwoCalls,
 )
-from serving.transport import InputSpec, Prediction
+from serving.transport import InputSpec, Prediction, Signatures
 from tests.serving import models
 
 QUERY = {
@@ -66,7 +66,7 @@ def test_one_call_gives_the_items_of_the_two_calls_and_every_output(target):
         RecommenderClient(target, timeout_s=30, layouts=(OneCall("one_call"),)) as one,
         RecommenderClient(target, timeout_s=30, layouts=(TwoCalls(),)) as two,
     ):
-        answer = one.recommend(QUERY, **asked)
+        answer = one.recommend(QUERY, **asked, num_candidates=8)
         # All of 1 2 3 5 6 7 are ranked: number / 10 + age.
         assert [item.item_id for item in answer.items] == ["item7", "item6", "item5"]
         assert [item.retrieval_score for item in answer.items] == [1.0, 2.0, 3.0]
@@ -77,10 +77,13 @@ def test_one_call_gives_the_items_of_the_two_calls_and_every_output(target):
         assert set(both.stage_seconds) == {"retrieve", "rank"}
         assert answer.items == both.items
         assert (answer.user_is_known, answer.history_length) == (both.user_is_known, both.history_length)
-        few = one.recommend(QUERY, k=8, allow={"parity": ["odd"]}, exclude_item_ids=iter(["item3"]))
+        assert [item.item_id for item in one.recommend(QUERY, k=1, num_candidates=3).items] == ["item2"]
+        few = one.recommend(
+            QUERY, k=8, allow={"parity": ["odd"]}, exclude_item_ids=iter(["item3"]), num_candidates=8
+        )
         assert [item.item_id for item in few.items] == ["item7", "item5", "item1"] and few.exact_fallback
-        assert one.recommend(QUERY, k=2, exclude_item_ids=models.ITEM_IDS).items == ()
-        stranger = one.recommend({"user_id": "u"}, k=1)
+        assert one.recommend(QUERY, k=2, exclude_item_ids=models.ITEM_IDS, num_candidates=2).items == ()
+        stranger = one.recommend({"user_id": "u"}, k=1, num_candidates=8)
         assert (stranger.user_is_known, stranger.history_length) == (False, 0)
         assert [item.item_id for item in stranger.items] == ["item7"]
         with pytest.raises(BadRequestError, match="unknown query feature 'usr_id'"):
@@ -95,13 +98,26 @@ def test_the_first_layout_that_is_served_is_used(target):
         assert set(client.recommend(QUERY, k=1, num_candidates=2).stage_seconds) == {"retrieve", "rank"}
     layouts = (TwoCalls("retrieval_exact"), OneCall("one_call"), TwoCalls())
     with RecommenderClient(target, timeout_s=30, layouts=layouts) as client:
-        assert set(client.recommend(QUERY, k=1).stage_seconds) == {"funnel"}
+        assert set(client.recommend(QUERY, k=1, num_candidates=2).stage_seconds) == {"funnel"}
         assert len(client.retrieve(QUERY, k=2).candidates) == 2
     with RecommenderClient(target, timeout_s=30, layouts=(OneCall("a"), TwoCalls("b"))) as client:
         with pytest.raises(ModelNotFoundError, match=r"none of a, b \+ ranking: a is not served, b is not"):
             client.recommend(QUERY, k=1)
         with pytest.raises(ServerUnavailableError, match="a is not served"):
             client.wait_until_ready(timeout_s=0.2)
+
+
+def test_models_of_different_runs_are_told_once_and_still_answer(target, caplog):
+    with RecommenderClient(target, timeout_s=30, layouts=(TwoCalls(),)) as client:
+        assert client.recommend(QUERY, k=1, num_candidates=2).mismatch == ""
+    assert "different runs" not in caplog.text
+    with RecommenderClient(
+        target, timeout_s=30, layouts=(TwoCalls(ranking="ranking_of_other_run"),)
+    ) as client:
+        for _ in range(2):
+            answer = client.recommend(QUERY, k=1, num_candidates=2)
+            assert answer.mismatch == "catalogue" and len(answer.items) == 1
+    assert caplog.text.count("models of different runs answer together") == 1
 
 
 def test_a_client_without_a_layout_is_refused():
@@ -187,10 +203,10 @@ def test_a_wrong_query_is_refused_by_name(client, query, complaint):
         client.recommend(query, k=1, num_candidates=2)
 
 
-@pytest.mark.parametrize(("k", "complaint"), [(0, "got 0"), (6, "got k=6, num_candidates=5")])
-def test_k_must_lie_between_one_and_the_number_of_candidates(client, k, complaint):
-    with pytest.raises(BadRequestError, match=complaint):
-        client.recommend(QUERY, k=k, num_candidates=5)
+@pytest.mark.parametrize(("k", "num_candidates"), [(0, 5), (6, 5)])
+def test_k_must_lie_between_one_and_the_number_of_candidates(client, k, num_candidates):
+    with pytest.raises(BadRequestError, match=f"got k={k}, num_candidates={num_candidates}"):
+        client.recommend(QUERY, k=k, num_candidates=num_candidates)
 
 
 def test_excluded_ids_given_as_one_text_are_refused(client):
@@ -292,13 +308,13 @@ class StubTransport:
         self.score = score
         self.timeouts_s = []
 
-    def input_specs(self, model, timeout_s):
+    def signatures(self, model, timeout_s):
         specs = {"user_id": InputSpec("string", "DT_STRING", 1)}
         if model == "ranking":
-            return {**specs, "candidate_item_ids": InputSpec("string", "DT_STRING", 2)}
-        if self.num_predictions:
+            specs["candidate_item_ids"] = InputSpec("string", "DT_STRING", 2)
+        elif self.num_predictions:
             specs["age"] = InputSpec("float", "DT_FLOAT", 1)
-        return specs
+        return Signatures(frozenset({"serving_default"}), specs)
 
     def predict(self, model, inputs, specs, timeout_s):
         self.timeouts_s.append(timeout_s)
@@ -306,7 +322,7 @@ class StubTransport:
         if model == "ranking":
             return Prediction({"score": [[self.score]], "item_is_known": [[1]]}, 1)
         self.num_predictions += 1
-        if set(inputs) != set(self.input_specs(model, timeout_s)):
+        if set(inputs) != set(self.signatures(model, timeout_s).inputs):
             raise BadRequestError("Missing: age")
         self.inputs = inputs
         outputs = {"item_ids": [["a"]], "scores": [[1.0]], "reason_item_ids": [[""]]}
@@ -349,53 +365,35 @@ def test_the_deadline_covers_retrieval_and_ranking_together(monkeypatch):
 
 
 class FunnelThatGoes(StubTransport):
-    """Serves `funnel` at first, then retrieval and ranking; the fingerprints are of those two."""
+    """Serves `funnel` at first, then retrieval and ranking; none of them tells a fingerprint."""
 
-    def __init__(self, fingerprints):
-        super().__init__()
-        self.one_call = True
-        self.fingerprints = fingerprints
+    one_call = True
 
     def available_versions(self, model, timeout_s):
         if self.one_call != (model == "funnel") or model.endswith("_exact"):
             raise ModelNotFoundError(model)
         return [1]
 
-    def input_specs(self, model, timeout_s):
-        return {"user_id": InputSpec("string", "DT_STRING", 1)}
-
     def predict(self, model, inputs, specs, timeout_s):
-        lists = {"item_ids": [["a"]], "reason_item_ids": [[""]], "item_is_known": [[1]], "score": [[0.5]]}
-        lists |= {"scores": [[1.0]], "retrieval_scores": [[1.0]]}
-        user = {"user_is_known": [1], "history_length": [0], "exact_fallback": [0]}
-        if model == "ranking":
-            lists, user = {"score": [[0.5]], "item_is_known": [[1]]}, {}
-        elif self.one_call != (model == "funnel"):
+        if self.one_call != (model == "funnel"):
             raise ModelNotFoundError(model)
-        given = {"fingerprint": [self.fingerprints[model]]} if model in self.fingerprints else {}
-        return Prediction({**lists, **user, **given}, 1)
+        if model != "funnel":
+            return super().predict(model, inputs, specs, timeout_s)
+        self.num_predictions = 0
+        lists = {"item_ids": [["a"]], "reason_item_ids": [[""]], "item_is_known": [[1]], "score": [[0.5]]}
+        user = {"user_is_known": [1], "history_length": [0], "exact_fallback": [0]}
+        return Prediction({**lists, "retrieval_score": [[1.0]], **user}, 1)
 
 
 def test_a_layout_that_is_gone_is_looked_for_again(monkeypatch):
-    stub = FunnelThatGoes({})
+    stub = FunnelThatGoes()
     monkeypatch.setattr(client_module, "open_transport", lambda target: stub)
     client = RecommenderClient("stub")
     assert set(client.recommend({"user_id": "u"}, k=1).stage_seconds) == {"funnel"}
     stub.one_call = False
     answer = client.recommend({"user_id": "u"}, k=1)
     assert set(answer.stage_seconds) == {"retrieve", "rank"}
-    assert answer.models_match, "models that tell no fingerprint cannot differ"
-
-
-@pytest.mark.parametrize(("other", "match"), [("run-a", True), ("run-b", False)])
-def test_models_of_different_runs_are_told(monkeypatch, caplog, other, match):
-    stub = FunnelThatGoes({"retrieval": "run-a", "ranking": other})
-    stub.one_call = False
-    monkeypatch.setattr(client_module, "open_transport", lambda target: stub)
-    answer = RecommenderClient("stub").recommend({"user_id": "u"}, k=1)
-    assert answer.fingerprints == {"retrieval": "run-a", "ranking": other}
-    assert answer.models_match is match
-    assert ("models of different runs" in caplog.text) is not match
+    assert answer.mismatch == "", "models that tell no fingerprint cannot differ"
 
 
 class Loading(StubTransport):

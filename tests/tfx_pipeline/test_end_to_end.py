@@ -140,6 +140,14 @@ def test_both_models_beat_their_baselines(fresh: Run) -> None:
     assert model["ranking/watch_time/xauc"] > baselines["item_mean"]["ranking/watch_time/xauc"] + 0.1
 
 
+def test_the_leakage_linter_passes_the_run(fresh: Run, paths: RunPaths) -> None:
+    result = CliRunner().invoke(
+        main, ["lint-leakage", "--examples", "50", "--no-inflation", "--output-dir", str(paths.output_dir)]
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(paths.leakage_file.read_text())["passed"]
+
+
 def test_an_identical_run_reuses_all_that_takes_time(fresh: Run, again: Run) -> None:
     assert (again.exit_code, again.errors) == (0, "")
     everything = {timing.component for timing in fresh.result.timings}

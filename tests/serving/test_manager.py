@@ -1,0 +1,255 @@
+"""Version policies, labels, retries and reloads, on real models in this process."""
+
+import gc
+import shutil
+import weakref
+
+import grpc
+import numpy as np
+import pytest
+from tensorflow_serving.apis import get_model_status_pb2, model_pb2
+
+from serving.config import ModelConfig, VersionPolicy
+from serving.loader import LoadSettings
+from serving.manager import ModelManager
+from serving.status import RequestError
+
+State = get_model_status_pb2.ModelVersionStatus
+ALL = VersionPolicy(limit=None)
+NO_RETRY = LoadSettings(max_num_retries=0)
+
+
+def latest(number):
+    return VersionPolicy(limit=number)
+
+
+def specific(*versions):
+    return VersionPolicy(limit=None, only=frozenset(versions))
+
+
+class World:
+    """One model, `echo`, whose versions tests put into place and damage."""
+
+    def __init__(self, root, versions):
+        self.base_path = root / "echo"
+        self.base_path.mkdir()
+        self._versions = versions
+
+    def add(self, *versions):
+        for version in versions:
+            shutil.copytree(self._versions / str(version), self.base_path / f".{version}")
+            (self.base_path / f".{version}").rename(self.base_path / str(version))
+
+    def damage(self, version):
+        (self.base_path / str(version) / "variables" / "variables.index").write_bytes(b"damaged")
+
+    def repair(self, version):
+        shutil.copy(
+            self._versions / str(version) / "variables" / "variables.index",
+            self.base_path / str(version) / "variables",
+        )
+
+    def remove(self, version):
+        shutil.rmtree(self.base_path / str(version))
+
+    def config(self, policy=VersionPolicy(), **labels):  # noqa: B008  frozen
+        return {"echo": ModelConfig("echo", self.base_path, policy, labels)}
+
+
+@pytest.fixture
+def world(tmp_path, echo_versions):
+    return World(tmp_path, echo_versions)
+
+
+def spec(version=None, label=None, name="echo"):
+    result = model_pb2.ModelSpec(name=name)
+    if version is not None:
+        result.version.value = version
+    if label is not None:
+        result.version_label = label
+    return result
+
+
+def answer(manager, **kwargs):
+    """The version that answers a request."""
+    outputs = manager.servable(spec(**kwargs)).predict("which_version", {"x": np.zeros(1, np.float32)})
+    return int(outputs["version"][0])
+
+
+def states(manager):
+    return {version: status.state for version, status in manager.statuses(spec()).items()}
+
+
+def refused(call, code):
+    with pytest.raises(RequestError) as caught:
+        call()
+    assert caught.value.code.name == code
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("policy", "served"),
+    [
+        (latest(1), [3]),
+        (latest(2), [2, 3]),
+        (latest(9), [1, 2, 3]),
+        (ALL, [1, 2, 3]),
+        (specific(1, 3), [1, 3]),
+    ],
+    ids=["latest", "latest 2", "latest 9", "all", "specific"],
+)
+def test_the_policy_chooses_the_versions_and_the_newest_answers_by_default(world, policy, served):
+    world.add(1, 2, 3)
+    manager = ModelManager()
+    manager.load(world.config(policy))
+    assert [
+        version for version, state in sorted(states(manager).items()) if state == State.AVAILABLE
+    ] == served
+    assert answer(manager) == served[-1]
+    assert [answer(manager, version=version) for version in served] == served
+    for version in {1, 2, 3} - set(served):
+        assert f"version {version}" in refused(lambda v=version: answer(manager, version=v), "NOT_FOUND")
+
+
+def test_a_policy_is_changed_by_a_reload_and_what_both_serve_is_not_loaded_again(world):
+    world.add(1, 2, 3)
+    manager = ModelManager()
+    manager.load(world.config(ALL))
+    second = manager.servable(spec(version=2))
+    manager.load(world.config(specific(2)))
+    assert manager.servable(spec()) is second
+    assert states(manager) == {3: State.END, 2: State.AVAILABLE, 1: State.END}
+    manager.load(world.config(latest(1)))
+    assert answer(manager) == 3
+    assert states(manager)[2] == State.END
+
+
+def test_a_specific_version_that_is_not_there_costs_nothing_that_serves(world):
+    world.add(1)
+    manager = ModelManager()
+    manager.load(world.config())
+    manager.load(world.config(specific(7)))
+    assert answer(manager) == 1
+
+
+def test_a_version_that_does_not_load_makes_place_for_the_next_older_one(world):
+    world.add(1, 2, 3)
+    world.damage(3)
+    manager = ModelManager(NO_RETRY)
+    manager.load(world.config(latest(2)))
+    assert states(manager) == {3: State.END, 2: State.AVAILABLE, 1: State.AVAILABLE}
+    failed = manager.statuses(spec(version=3))[3]
+    assert failed.code != grpc.StatusCode.OK
+    assert failed.message
+
+
+def test_a_version_is_tried_again_as_often_as_asked_and_once_its_files_change(world, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("serving.loader.time.monotonic", lambda: clock[0])
+    world.add(1, 2)
+    world.damage(2)
+    manager = ModelManager(LoadSettings(max_num_retries=1, retry_interval_s=60.0))
+    manager.load(world.config())
+    assert states(manager) == {2: State.LOADING, 1: State.AVAILABLE}  # a try is left
+    tries = []
+    monkeypatch.setattr(
+        "serving.loader.Model._load", lambda self, version, path, *, is_last_try: tries.append(version)
+    )
+    clock[0] = 59.0
+    manager._refresh()
+    assert tries == []
+    clock[0] = 61.0
+    manager._refresh()
+    assert tries == [2]
+    clock[0] = 1000.0
+    manager._refresh()
+    assert tries == [2]
+    world.repair(2)
+    manager._refresh()
+    assert tries == [2, 2]
+
+
+def test_a_version_that_was_taken_away_goes_and_the_last_one_stays(world):
+    world.add(1, 2)
+    manager = ModelManager()
+    manager.load(world.config())
+    world.remove(2)
+    manager._refresh()
+    assert answer(manager) == 1
+    assert states(manager) == {1: State.AVAILABLE}
+    world.remove(1)
+    manager._refresh()
+    assert answer(manager) == 1
+
+
+def test_the_memory_of_a_version_is_free_once_it_is_replaced_and_its_requests_are_done(world):
+    world.add(1)
+    manager = ModelManager()
+    manager.load(world.config())
+    first = weakref.ref(manager.servable(spec()))
+    gc.disable()  # a big index must not wait for a collection that may be minutes away
+    try:
+        world.add(2)
+        manager._refresh()
+        assert answer(manager) == 2
+        assert first() is None
+    finally:
+        gc.enable()
+
+
+def test_labels_name_loaded_versions_and_move_only_to_loaded_ones(world):
+    world.add(1, 2)
+    manager = ModelManager()
+    assert "--allow_version_labels" in refused(
+        lambda: manager.load(world.config(ALL, stable=1)), "FAILED_PRECONDITION"
+    )
+    manager.load(world.config(specific(1)))
+    manager.load(world.config(specific(1), stable=1))
+    assert answer(manager, label="stable") == 1
+    assert list(manager.statuses(spec(label="stable"))) == [1]
+    assert "label: canary" in refused(lambda: answer(manager, label="canary"), "INVALID_ARGUMENT")
+
+    refused(lambda: manager.load(world.config(specific(2), stable=2)), "FAILED_PRECONDITION")
+    assert answer(manager) == 1  # a refused config changes nothing
+    manager.load(world.config(ALL, stable=1))
+    manager.load(world.config(specific(2), stable=2))
+    assert answer(manager, label="stable") == 2
+
+
+def test_new_labels_may_come_before_their_version_when_that_is_allowed_but_not_move(world):
+    world.add(1)
+    manager = ModelManager(allow_labels_before_loading=True)
+    manager.load(world.config(ALL, stable=1, canary=2))
+    assert answer(manager, label="stable") == 1
+    refused(lambda: answer(manager, label="canary"), "NOT_FOUND")
+    refused(lambda: manager.load(world.config(ALL, stable=2)), "FAILED_PRECONDITION")
+    world.add(2)
+    manager._refresh()
+    assert answer(manager, label="canary") == 2
+
+
+def test_a_reload_serves_what_it_names_and_only_that(world, tmp_path, echo_versions):
+    world.add(1)
+    manager = ModelManager(NO_RETRY)
+    manager.load(world.config())
+    other = {"other": ModelConfig("other", echo_versions)}
+    manager.load(world.config() | other)
+    assert answer(manager, name="other") == 4
+    manager.load(other)
+    refused(lambda: answer(manager), "NOT_FOUND")
+    assert answer(manager, name="other") == 4
+
+    missing = {"missing": ModelConfig("missing", tmp_path / "missing")}
+    assert "'missing'" in refused(lambda: manager.load(other | missing), "UNKNOWN")
+    assert answer(manager, name="other") == 4
+
+
+def test_a_model_whose_base_path_changes_serves_the_old_one_until_the_new_one_is_loaded(world, echo_versions):
+    world.add(1)
+    manager = ModelManager(NO_RETRY)
+    manager.load(world.config())
+    nowhere = world.base_path.parent
+    assert "'echo'" in refused(lambda: manager.load({"echo": ModelConfig("echo", nowhere)}), "UNKNOWN")
+    assert answer(manager) == 1
+    manager.load({"echo": ModelConfig("echo", echo_versions)})
+    assert answer(manager) == 4
