@@ -11,7 +11,17 @@ from rich.console import Console
 from rich.markup import escape
 
 from schema.errors import ConfigError, FunnelError
-from tfx_pipeline.commands import demo, leakage, loadtest, pipeline, recommend, report, score, serve
+from tfx_pipeline.commands import (
+    demo,
+    leakage,
+    loadtest,
+    pipeline,
+    recommend,
+    report,
+    score,
+    serve,
+    waterfall,
+)
 from trainer.version import __version__
 
 
@@ -66,6 +76,7 @@ for command in (
     loadtest.loadtest,
     report.report,
     leakage.lint_leakage,
+    waterfall.waterfall,
     score.score_weights,
     demo.doctor,
     pipeline.compile_pipeline,

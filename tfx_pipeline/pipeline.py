@@ -24,6 +24,7 @@ from tfx_pipeline.components.blessed_resolver import (
     LatestOtherBlessedModelStrategy,
 )
 from tfx_pipeline.components.example_gen import ExampleKind, contract_example_gen
+from tfx_pipeline.components.funnel_waterfall import FunnelWaterfall
 from tfx_pipeline.components.infra_validator import ServingValidator
 from tfx_pipeline.components.pusher import AtomicPusher
 from tfx_pipeline.components.report_writer import ReportWriter
@@ -170,6 +171,16 @@ def create_pipeline(
         code_version=locations.code_version,
     )
     nodes.append(infra)
+    waterfall = FunnelWaterfall(
+        retrieval_model=trainers[RETRIEVAL].outputs["model"],
+        ranking_model=trainers[RANKING].outputs["model"],
+        user_states=user_states.outputs["examples"],
+        tables_dir=locations.tables_dir,
+        dataset=dataset,
+        depth=config.retrieval.max_k,
+        code_version=locations.code_version,
+    )
+    nodes.append(waterfall)
     pushers = {}
     for model in (RETRIEVAL, RANKING):
         pushers[model] = AtomicPusher(

@@ -25,9 +25,11 @@ from serving.warmup import WARMUP_FILE
 from tests.tfx_pipeline import taste_world
 from tfx_pipeline.cli import main
 from tfx_pipeline.config import MODELS, RunPaths
+from tfx_pipeline.outcome import read_artifact_uris
 from tfx_pipeline.recommend import titles, user_state
 from tfx_pipeline.run_result import RunResult, read_run
 from tfx_pipeline.user_states import padded, query_arrays, ranking_arrays
+from trainer.waterfall import read_waterfall
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
@@ -146,6 +148,14 @@ def test_the_leakage_linter_passes_the_run(fresh: Run, paths: RunPaths) -> None:
     )
     assert result.exit_code == 0, result.output
     assert json.loads(paths.leakage_file.read_text())["passed"]
+
+
+def test_the_waterfall_of_the_run_and_that_of_the_command_are_the_same(fresh: Run, paths: RunPaths) -> None:
+    result = CliRunner().invoke(main, ["waterfall", "--output-dir", str(paths.output_dir)])
+    assert result.exit_code == 0, result.output
+    found = read_waterfall(Path(read_artifact_uris(paths.metadata)["FunnelWaterfall", "waterfall"]))
+    assert f"{found.whole.num_positives:,} positives of {found.num_users:,} of" in result.output
+    assert f"{found.whole.shown / found.whole.num_positives:.1%}" in result.output
 
 
 def test_an_identical_run_reuses_all_that_takes_time(fresh: Run, again: Run) -> None:

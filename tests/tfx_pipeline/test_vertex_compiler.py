@@ -32,6 +32,7 @@ UPSTREAM: dict[str, set[str]] = {
     "Evaluator.retrieval": {"UserStateGen", "Trainer.retrieval", _RESOLVER.format("retrieval")},
     "Evaluator.ranking": {"InteractionGen", "Trainer.ranking", _RESOLVER.format("ranking")},
     "ServingValidator": {"Trainer.retrieval", "Trainer.ranking", "UserStateGen"},
+    "FunnelWaterfall": {"Trainer.retrieval", "Trainer.ranking", "UserStateGen"},
     "Pusher.retrieval": {"Trainer.retrieval", "Evaluator.retrieval", "ServingValidator"},
     "Pusher.ranking": {"Trainer.ranking", "Evaluator.ranking", "ServingValidator"},
 }
