@@ -25,7 +25,8 @@ def parse_body(body: bytes) -> dict[str, Any]:
         limit (about 1,000), or holds an integer of more than 4,300 digits.
     """
     try:
-        document = json.loads(body, parse_constant=_CONSTANTS.__getitem__)
+        # Decoded first: json.loads would take UTF-16 and half characters as well.
+        document = json.loads(body.decode("utf-8-sig"), parse_constant=_CONSTANTS.__getitem__)
     except (ValueError, RecursionError) as error:
         raise invalid_argument(f"JSON Parse error: {error}") from error
     if not isinstance(document, dict):

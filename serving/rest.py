@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import time
+import zlib
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -43,7 +44,10 @@ logger = logging.getLogger(__name__)
 
 _MODEL: Final = r"/v1/models/{model:[^/:]+}"
 _CHOICES: Final = ("", r"/versions/{version:\d{1,19}}", r"/labels/{label:[^/:]+}")
+_GZIP: Final = 31  # zlib's number for it
 _INT64_MAX: Final = 2**63 - 1
+# How long the rest of a refused body is read and dropped, so that the client gets to see the refusal.
+_LINGERING_S: Final = 1.0
 _CORS_HEADERS: Final = {
     "Access-Control-Allow-Origin": "*",
     "Access-Control-Allow-Methods": "POST, GET",
@@ -71,7 +75,7 @@ class RestSettings:
     check_method_name: bool = False
     enable_cors: bool = False
     metrics_path: str | None = None
-    max_body_bytes: int = 2**30
+    max_body_bytes: int = 2**27
     body_timeout_s: float = 60.0
     idle_timeout_s: float = 75.0
 
@@ -110,6 +114,8 @@ def create_runner(
         access_log=None,
         shutdown_timeout=shutdown_timeout_s,
         keepalive_timeout=settings.idle_timeout_s,  # aiohttp holds a head that does not end to it as well
+        lingering_time=_LINGERING_S,
+        auto_decompress=False,  # it unpacks a body of megabytes into gigabytes before anybody can refuse it
     )
 
 
@@ -172,12 +178,22 @@ class _Handlers:
         return web.Response(body=metrics.render(), headers={"Content-Type": metrics.CONTENT_TYPE})
 
     async def _read(self, request: web.Request) -> bytes:
+        limit = self._settings.max_body_bytes
+        if request.content_length is not None and request.content_length > limit:
+            raise web.HTTPRequestEntityTooLarge(limit, request.content_length)
         try:
-            return await asyncio.wait_for(request.read(), self._settings.body_timeout_s)
+            body = await asyncio.wait_for(request.read(), self._settings.body_timeout_s)
         except asyncio.TimeoutError as error:
             raise web.HTTPRequestTimeout(
                 text=f"the request body was not complete after {self._settings.body_timeout_s:g} s"
             ) from error
+
+        encoding = request.headers.get("Content-Encoding", "identity").lower()
+        if encoding == "identity":
+            return body
+        if encoding != "gzip":
+            raise web.HTTPUnsupportedMediaType(text=f"Content-Encoding must be gzip, got {encoding!r}")
+        return await asyncio.to_thread(_unpack, body, limit)
 
     async def _within_timeout(self, call: Awaitable[bytes]) -> bytes:
         try:
@@ -222,6 +238,19 @@ class _Handlers:
 
 def _decode(servable: Servable, body: bytes) -> JsonPredictRequest:
     return decode_predict_request(body, lambda signature_name: _input_dtypes(servable, signature_name))
+
+
+def _unpack(body: bytes, limit: int) -> bytes:
+    unpacker = zlib.decompressobj(wbits=_GZIP)
+    try:
+        unpacked = unpacker.decompress(body, limit + 1)
+    except zlib.error as error:
+        raise invalid_argument(f"the body is not gzip: {error}") from error
+    if len(unpacked) > limit:
+        raise web.HTTPRequestEntityTooLarge(limit, len(unpacked))
+    if not unpacker.eof:
+        raise invalid_argument("the body is not gzip: it is cut short")
+    return unpacked
 
 
 def _input_dtypes(servable: Servable, signature_name: str) -> Mapping[str, np.dtype[Any]]:

@@ -61,7 +61,7 @@ def decode_tensor(name: str, proto: tensor_pb2.TensorProto) -> npt.NDArray[Any]:
             )
     try:
         return tf.make_ndarray(proto)
-    except (ValueError, TypeError, IndexError) as error:
+    except (ValueError, TypeError, IndexError, KeyError) as error:
         raise invalid_argument(f"input {name!r}: tensor cannot be decoded: {error}") from error
 
 

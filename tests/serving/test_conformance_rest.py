@@ -113,6 +113,15 @@ def test_a_packed_body_is_unpacked(http_client):
     assert answer.json() == {"predictions": [0.5]}
 
 
+@pytest.mark.parametrize(("encoding", "http_code"), [("gzip", 400), ("br", 415)])
+def test_a_body_that_cannot_be_unpacked_is_refused(http_client, encoding, http_code):
+    answer = http_client.post(
+        "/v1/models/echo:predict", content=b"{}", headers={"Content-Encoding": encoding}
+    )
+    assert answer.status_code == http_code
+    assert "gzip" in answer.json()["error"]
+
+
 def test_answers_above_16_kb_do_not_stall_on_a_connection_that_stays_open(server):
     # Without TCP_NODELAY the second half of such an answer waits 40 ms for the client's acknowledgement.
     body = json.dumps({"signature_name": "half", "inputs": [0.5] * 8000})
@@ -124,4 +133,4 @@ def test_answers_above_16_kb_do_not_stall_on_a_connection_that_stays_open(server
         answer = connection.getresponse().read()
         durations.append(time.perf_counter() - started)
         assert len(answer) > 32_000
-    assert sorted(durations)[len(durations) // 2] < 0.03
+    assert min(durations) < 0.03  # the wait would come every time; a busy machine is slow now and then

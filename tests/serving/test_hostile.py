@@ -1,0 +1,423 @@
+"""Malformed and hostile clients: each gets an error, and the server answers everybody else as before."""
+
+import asyncio
+import http.client
+import json
+import socket
+import struct
+import threading
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
+
+import grpc
+import httpx
+import numpy as np
+import psutil
+import pytest
+import tensorflow as tf
+from aiohttp import web
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
+
+from serving.config import ModelConfig
+from serving.manager import ModelManager
+from serving.rest import RestSettings, create_runner
+
+FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+PREDICT = "/v1/models/echo:predict"
+METHODS = ("Predict", "Classify", "Regress", "MultiInference", "GetModelMetadata")
+
+
+@pytest.fixture(scope="module")
+def address(server):
+    parts = urlsplit(server.rest_target)
+    return parts.hostname, parts.port
+
+
+@pytest.fixture(scope="module")
+def channel(server):
+    options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+    with grpc.insecure_channel(server.grpc_target.removeprefix("grpc://"), options) as channel:
+        yield channel
+
+
+@pytest.fixture(autouse=True)
+def still_serving(server, channel):
+    """After every test: the same process answers over both APIs, has no file left open and lost no memory."""
+    process = psutil.Process(server.pid)
+    num_files, memory_bytes = process.num_fds(), process.memory_info().rss
+    yield
+    assert ask_rest(server) == [0.5]
+    request = half_request([1.0])
+    answer = prediction_service_pb2_grpc.PredictionServiceStub(channel).Predict(request, timeout=10)
+    assert answer.outputs["y"].float_val[0] == 0.5
+    wait_for(lambda: process.num_fds() <= num_files + 5)
+    assert process.memory_info().rss < memory_bytes + 200 * 2**20
+
+
+def ask_rest(server):
+    body = {"signature_name": "half", "instances": [1.0]}
+    return httpx.post(f"{server.rest_target}{PREDICT}", json=body, timeout=10).json()["predictions"]
+
+
+def half_request(values):
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name = "echo"
+    request.model_spec.signature_name = "half"
+    request.inputs["x"].CopyFrom(tf.make_tensor_proto(np.array(values, np.float32)))
+    return request
+
+
+def wait_for(condition, timeout_s=30):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "not reached in time"
+        time.sleep(0.05)
+
+
+def post(address, body, path=PREDICT):
+    """Status and error text of a body sent as it is."""
+    connection = http.client.HTTPConnection(*address, timeout=20)
+    try:
+        connection.request("POST", path, body)
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read()).get("error", "")
+    finally:
+        connection.close()
+
+
+def talk(address, *chunks, half_close=False):
+    """Sends bytes as they are; returns what comes back until the server closes, or for one second."""
+    with socket.create_connection(address, timeout=1) as connection:
+        try:
+            for chunk in chunks:
+                connection.sendall(chunk)
+            if half_close:
+                connection.shutdown(socket.SHUT_WR)
+            answer = b""
+            while data := connection.recv(2**16):
+                answer += data
+        except (TimeoutError, ConnectionError):
+            pass
+        return answer
+
+
+# REST: bodies
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
+    max_leaves=20,
+)
+inputs_of_echo = st.fixed_dictionaries(
+    {}, optional={"text": json_values, "number": json_values, "floats": json_values}
+)
+bodies = st.fixed_dictionaries(
+    {},
+    optional={
+        "signature_name": st.sampled_from(["", "half", "sleep", "nothing", 1, None]),
+        "instances": json_values | st.lists(inputs_of_echo, max_size=3),
+        "inputs": json_values | inputs_of_echo,
+        "examples": json_values | st.lists(st.dictionaries(st.text(max_size=4), json_values), max_size=3),
+        "context": json_values,
+    },
+)
+
+
+@FUZZ
+@given(
+    body=bodies,
+    path=st.sampled_from([PREDICT, "/v1/models/examples:classify", "/v1/models/examples:regress"]),
+)
+def test_any_json_is_answered_or_refused(address, body, path):
+    status, _ = post(address, json.dumps(body).encode("utf-8", "surrogatepass"), path)
+    assert status in (200, 400)
+
+
+@FUZZ
+@given(body=st.binary(max_size=200))
+def test_any_bytes_are_refused(address, body):
+    assert post(address, body)[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("body", "complaint"),
+    [
+        (b"[" * 2_000_000, "JSON Parse error"),
+        (b'{"inputs":' * 200_000, "JSON Parse error"),
+        (
+            b'{"signature_name": "half", "inputs": ' + b"[" * 40 + b"1.0" + b"]" * 40 + b"}",
+            "nested deeper than 32",
+        ),
+        (b'{"signature_name": "half", "inputs": [' + b"9" * 1_000_000 + b"]}", "JSON Parse error"),
+        (b'{"signature_name": "half", "inputs": [1e400]}', "range"),
+        (b'{"signature_name": "half", "inputs": [1e39]}', "range"),
+        (b'{"inputs": "\xc3\x28"}', "JSON Parse error"),
+        (b'{"inputs": "\xed\xa0\x80"}', "JSON Parse error"),
+        (b'{"inputs": {"a": 1}}' + b"\x00" * 100, "JSON Parse error"),
+        (b'{"signature_name": "' + b"x" * 1_000_000 + b'", "inputs": []}', "Serving signature"),
+        (b'{"inputs": {' + b",".join(b'"%d":1' % i for i in range(100_000)) + b"}}", "Missing: floats"),
+    ],
+    ids=[
+        "lists",
+        "objects",
+        "rank",
+        "digits",
+        "1e400",
+        "1e39",
+        "not UTF-8",
+        "surrogate",
+        "zeros",
+        "name",
+        "names",
+    ],
+)
+def test_a_body_made_to_hurt_gets_a_short_error(address, body, complaint):
+    started = time.monotonic()
+    status, error = post(address, body)
+    assert status == 400
+    assert complaint in error
+    assert len(error) < 3000
+    assert time.monotonic() - started < 5
+
+
+# REST: connections
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(100),),  # TLS
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",),  # HTTP/2
+        (b"\x00" * 10_000,),
+        (b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",),
+        (b"GET / HTTP/1.1\r\n" + b"A: " + b"b" * 100_000 + b"\r\n\r\n",),
+        (b"GET / HTTP/1.1\r\n" + b"".join(b"A%d: b\r\n" % i for i in range(10_000)) + b"\r\n",),
+        (b"POST /v1/models/echo:predict HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",),
+        (
+            b"POST /v1/models/echo:predict HTTP/1.1\r\nHost: x\r\n"
+            b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nabcdef",
+        ),
+        (b"POST /v1/models/echo:predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",),
+    ],
+    ids=["tls", "http2", "zeros", "long path", "long header", "many headers", "length", "lengths", "chunk"],
+)
+def test_what_is_no_http_request_is_refused(address, chunks):
+    answer = talk(address, *chunks)
+    assert answer == b"" or answer.split(b"\r\n")[0].split(b" ")[1] == b"400"
+
+
+def test_a_body_that_claims_gigabytes_is_refused_before_it_comes(address):
+    head = b"POST /v1/models/echo:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 5000000000\r\n\r\n"
+    answer = talk(address, head, b"{")
+    assert b"413" in answer.split(b"\r\n")[0]
+
+
+def test_a_packed_body_that_unpacks_to_more_than_the_limit_is_refused(address):
+    packer = zlib.compressobj(1, zlib.DEFLATED, 31)
+    body = b"".join(packer.compress(b" " * 2**24) for _ in range(20)) + packer.flush()  # 320 MiB
+    head = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n"
+    with socket.create_connection(address, timeout=60) as connection:
+        connection.sendall(head % (PREDICT.encode(), len(body)) + body)
+        answer = connection.recv(2**16)
+    assert answer.split(b" ")[1] in (b"400", b"413")
+
+
+def test_connections_closed_in_the_middle_leave_nothing_behind(address):
+    body = b'{"signature_name": "sleep", "inputs": 0.2}'
+    head = b"POST /v1/models/echo:predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    for sent in (b"", b"POST /v1", head, head + body[:10], head + body):
+        for reset in (False, True):
+            connection = socket.create_connection(address, timeout=5)
+            if reset:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.sendall(sent)
+            connection.close()
+
+
+def test_a_half_closed_connection_still_gets_its_answer(address):
+    body = b'{"signature_name": "half", "inputs": [1.0]}'
+    head = b"POST /v1/models/echo:predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    answer = talk(address, head + body, half_close=True)
+    assert answer == b"" or answer.endswith(b'{"outputs":[0.5]}')
+
+
+def test_two_hundred_slow_clients_do_not_hold_up_a_fast_one(address, server):
+    head = b"POST /v1/models/echo:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{"
+    slow = [socket.create_connection(address, timeout=5) for _ in range(200)]
+    try:
+        for i, connection in enumerate(slow):
+            connection.sendall(head if i % 2 else b"POST /v1/mod")
+        started = time.monotonic()
+        assert ask_rest(server) == [0.5]
+        assert time.monotonic() - started < 2
+    finally:
+        for connection in slow:
+            connection.close()
+
+
+# REST: limits, in this process, where they can be short
+
+
+@pytest.fixture(scope="module")
+def limited(echo_versions):
+    """Address of a REST API whose timeouts are 0.3 s and whose bodies may have 10 kB."""
+    manager = ModelManager()
+    manager.load({"echo": ModelConfig("echo", echo_versions)})
+    limits = RestSettings(max_body_bytes=10_000, body_timeout_s=0.3, idle_timeout_s=0.3)
+    with ThreadPoolExecutor() as pool:
+        loop = asyncio.new_event_loop()
+        runner = create_runner(manager, pool, limits, shutdown_timeout_s=1)
+        listener = socket.create_server(("127.0.0.1", 0))
+        loop.run_until_complete(runner.setup())
+        loop.run_until_complete(web.SockSite(runner, listener).start())
+        thread = threading.Thread(target=loop.run_forever)
+        thread.start()
+        yield listener.getsockname()
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.run_until_complete(asyncio.sleep(0))  # lets the tasks of closed connections end
+        loop.close()
+
+
+def closed_after(connection):
+    """Seconds until the server closes, and what it sent before."""
+    started, answer = time.monotonic(), b""
+    while data := connection.recv(2**16):
+        answer += data
+    return time.monotonic() - started, answer
+
+
+@pytest.mark.parametrize("trickle", [b"", b"POST /v1/models", b"GET / HTTP/1.1\r\nA: b\r\n"])
+def test_a_connection_without_a_whole_head_is_closed(limited, trickle):
+    with socket.create_connection(limited, timeout=5) as connection:
+        connection.sendall(trickle)
+        duration_s, answer = closed_after(connection)
+    assert 0.2 < duration_s < 2
+    assert answer == b""
+
+
+def test_a_head_that_trickles_in_does_not_win_time(limited):
+    with socket.create_connection(limited, timeout=5) as connection:
+        started = time.monotonic()
+        with pytest.raises(OSError):
+            for _ in range(100):
+                connection.sendall(b"A")
+                time.sleep(0.05)
+        assert time.monotonic() - started < 2
+
+
+def test_a_body_that_does_not_come_is_408(limited):
+    with socket.create_connection(limited, timeout=5) as connection:
+        connection.sendall(
+            b"POST /v1/models/echo:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
+        )
+        answer = connection.recv(2**16)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"not complete after 0.3 s" in answer
+
+
+def test_a_body_above_the_limit_is_413(limited):
+    status, error = post(limited, b" " * 10_001)
+    assert status == 413
+    assert "10000" in error
+
+
+# gRPC
+
+
+@FUZZ
+@given(message=st.binary(max_size=100), method=st.sampled_from(METHODS))
+def test_any_bytes_as_a_grpc_message_are_refused(channel, message, method):
+    call = channel.unary_unary(
+        f"/tensorflow.serving.PredictionService/{method}",
+        request_serializer=bytes,
+        response_deserializer=bytes,
+    )
+    with pytest.raises(grpc.RpcError) as caught:
+        call(message, timeout=10)
+    assert caught.value.code() in (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.UNKNOWN,  # what gRPC itself says of bytes that are no such message
+    )
+
+
+tensors = st.builds(
+    tf.make_tensor_proto(0.0).__class__,
+    dtype=st.integers(0, 30),
+    tensor_shape=st.builds(
+        lambda sizes, unknown: {"dim": [{"size": size} for size in sizes], "unknown_rank": unknown},
+        st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(0, 4), max_size=4),
+        st.booleans(),
+    ),
+    tensor_content=st.binary(max_size=32),
+    float_val=st.lists(st.floats(width=32), max_size=4),
+    string_val=st.lists(st.binary(max_size=4), max_size=4),
+    int64_val=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=4),
+)
+
+
+@FUZZ
+@given(inputs=st.dictionaries(st.sampled_from(["x", "text", "number", "floats"]), tensors, max_size=3),
+       signature=st.sampled_from(["", "half", "nothing"]))  # fmt: skip
+def test_any_tensor_is_answered_or_refused(channel, inputs, signature):
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name = "echo"
+    request.model_spec.signature_name = signature
+    for name, tensor in inputs.items():
+        request.inputs[name].CopyFrom(tensor)
+    stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+    try:
+        stub.Predict(request, timeout=10)
+    except grpc.RpcError as error:
+        assert error.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION)
+
+
+@pytest.mark.parametrize("dtype", [tf.float32, tf.string, tf.int64, tf.variant, tf.complex64, tf.bfloat16])
+def test_a_tensor_that_claims_gigabytes_is_refused_without_them(channel, server, dtype):
+    before = psutil.Process(server.pid).memory_info().rss
+    request = half_request([1.0])
+    proto = request.inputs["x"]
+    proto.dtype = dtype.as_datatype_enum
+    proto.string_val.append(b"x")
+    for sizes in ([2**27], [2**31], [2**62, 2**62], [2**20, 2**10]):
+        del proto.tensor_shape.dim[:]
+        for size in sizes:
+            proto.tensor_shape.dim.add(size=size)
+        with pytest.raises(grpc.RpcError) as caught:
+            prediction_service_pb2_grpc.PredictionServiceStub(channel).Predict(request, timeout=10)
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert psutil.Process(server.pid).memory_info().rss < before + 100 * 2**20
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\x00" * 1000,
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\xff" * 1000,
+        # A settings frame, then a message frame that claims 4 GiB on a stream that is not open.
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"
+        b"\x00\x00\x05\x00\x00\x00\x00\x00\x01\x00\xff\xff\xff\xff",
+    ],
+    ids=["zeros", "http1", "frames", "length"],
+)
+def test_garbage_on_the_grpc_port_is_not_answered(server, garbage):
+    host, _, port = server.grpc_target.removeprefix("grpc://").rpartition(":")
+    for half_close in (False, True):
+        talk((host, int(port)), garbage, half_close=half_close)
+
+
+def test_calls_cancelled_in_the_middle_leave_nothing_behind(channel):
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name = "echo"
+    request.model_spec.signature_name = "sleep"
+    request.inputs["seconds"].CopyFrom(tf.make_tensor_proto(np.float32(0.05)))
+    stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+    for future in [stub.Predict.future(request, timeout=10) for _ in range(100)]:
+        future.cancel()
