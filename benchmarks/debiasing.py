@@ -50,12 +50,12 @@ from trainer import metrics
 from trainer.debiasing import (
     PositionBias,
     correct_sampled_logit,
-    effective_sample_size,
     inverse_propensity_weights,
     position_statistics,
     sample_negatives,
 )
 from trainer.debiasing_config import PositionConfig
+from trainer.off_policy import effective_sample_size
 
 Order = Literal["as logged", "sorted"]
 ORDERS: tuple[Order, ...] = ("as logged", "sorted")

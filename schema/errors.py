@@ -29,5 +29,9 @@ class CollapsedModelError(FunnelError):
     """The retrieval model recommends the same to everybody."""
 
 
+class PoorSupportError(FunnelError):
+    """A log says too little about a policy other than the one that made it."""
+
+
 class ServingError(FunnelError):
     """A model server or a request to it failed."""

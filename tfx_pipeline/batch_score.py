@@ -25,7 +25,7 @@ from trainer.features import EVENT_TIME, ITEM_COUNTS, ITEM_ID, SEARCH_TOKENS, SU
 _ROWS_PER_SLICE = 50_000
 _ROWS_PER_CALL = 2_048
 _SIGNATURE = "serving_examples"
-_SCORE = "score"
+SCORE = "score"
 _ITEM_IS_KNOWN = "item_is_known"
 _USER_IS_KNOWN = "user_is_known"
 
@@ -102,17 +102,8 @@ def batch_score(
     folder = model_dir if model_dir is not None else serving_folder(run, paths, RANKING)
     knowledge = read_knowledge(run, rows, online_history)
     ranker = load_ranker(folder, spec)
-    names = [*(task.name for task in spec.tasks), _SCORE]
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    done = 0
-    for examples in serialized_examples(rows.table, knowledge, spec):
-        answer = ranker(examples)
-        for name in names:
-            parts[name].append(answer[name])
-        done += len(examples)
-        on_progress(done)
-
     table = rows.table
+    predictions = predict_rows(table, knowledge, spec, ranker, on_progress)
     in_catalogue = table[ITEM_ID].is_in(knowledge.items[ITEM_ID].implode())
     in_training = table[USER_ID].is_in(knowledge.train_user_ids.implode())
     labels = [name for name in spec.labels if name not in rows.absent]
@@ -122,7 +113,7 @@ def batch_score(
         EVENT_TIME,
         in_catalogue.cast(pl.Int64).alias(_ITEM_IS_KNOWN),
         in_training.cast(pl.Int64).alias(_USER_IS_KNOWN),
-        *(pl.Series(name, np.concatenate(parts[name])) for name in names),
+        *(pl.Series(name, values) for name, values in predictions.items()),
         *(pl.col(name).alias(f"{LABEL_PREFIX}{name}") for name in labels),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -135,6 +126,35 @@ def batch_score(
     return Scored(
         len(table), int((~in_catalogue).sum()), int((~in_training).sum()), knowledge.train_end_unix_s
     )
+
+
+def predict_rows(
+    table: pl.DataFrame,
+    knowledge: Knowledge,
+    spec: DatasetSpec,
+    ranker: Ranker,
+    on_progress: Callable[[int], None],
+) -> dict[str, np.ndarray]:
+    """The ranker's predictions for rows, in their order.
+
+    Args:
+      table, knowledge, spec: as `serialized_examples`.
+      ranker: from `load_ranker`.
+      on_progress: called with the number of rows done after each batch.
+
+    Returns:
+      float32 [n] per task, and SCORE.
+    """
+    names = [*(task.name for task in spec.tasks), SCORE]
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    done = 0
+    for examples in serialized_examples(table, knowledge, spec):
+        answer = ranker(examples)
+        for name in names:
+            parts[name].append(answer[name])
+        done += len(examples)
+        on_progress(done)
+    return {name: np.concatenate(values) for name, values in parts.items()}
 
 
 def read_knowledge(run: RunResult, rows: InteractionRows, online_history: bool) -> Knowledge:
@@ -242,7 +262,7 @@ def load_ranker(folder: Path, spec: DatasetSpec) -> Ranker:
         )
     loaded = tf.saved_model.load(str(folder))
     signature = loaded.signatures.get(_SIGNATURE)
-    expected = [*(task.name for task in spec.tasks), _SCORE]
+    expected = [*(task.name for task in spec.tasks), SCORE]
     outputs = {} if signature is None else signature.structured_outputs
     missing = [name for name in expected if name not in outputs]
     if missing:

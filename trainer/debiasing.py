@@ -23,6 +23,7 @@ from schema.contract import TaskKind, TaskSpec
 from schema.errors import ConfigError, DataError, ShapeError
 from trainer import features as ft
 from trainer.debiasing_config import PositionConfig
+from trainer.off_policy import effective_sample_size
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -466,20 +467,6 @@ def inverse_propensity_weights(
         num_clipped,
         effective_sample_size(weights),
     )
-
-
-def effective_sample_size(weights: npt.ArrayLike) -> float:
-    """How many rows of equal weight would give a weighted mean of the same variance.
-
-    Formula: (Σ w)² / Σ w². Range 1 (one row has all the weight) to n (equal weights); NaN without weight.
-    Source: Kish, Survey Sampling, 1965, section 11.2.
-
-    >>> effective_sample_size([1.0, 1.0, 2.0])
-    2.6666666666666665
-    """
-    w = np.asarray(weights, np.float64)
-    squares = float((w**2).sum())
-    return float(w.sum() ** 2 / squares) if squares else math.nan
 
 
 class SampledRows(NamedTuple):

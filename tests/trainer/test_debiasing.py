@@ -16,7 +16,6 @@ from trainer.debiasing import (
     PositionBias,
     PositionStatistics,
     correct_sampled_logit,
-    effective_sample_size,
     has_position_bias,
     inverse_propensity_weights,
     position_statistics,
@@ -25,6 +24,7 @@ from trainer.debiasing import (
     smooth_mean_label,
 )
 from trainer.debiasing_config import PositionConfig
+from trainer.off_policy import effective_sample_size
 
 NAN = math.nan
 CLICK = TaskSpec(name="click", label="y", kind=TaskKind.BINARY)
