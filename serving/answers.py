@@ -111,11 +111,14 @@ def parse_retrieval(answer: Prediction, source: str) -> Retrieval:
 
 
 def parse_ranking(answer: Prediction, item_ids: Sequence[str], source: str) -> list[RankedItem]:
-    """Reads the answer of a ranking model to one query with these candidates; see parse_retrieval."""
+    """Reads the answer of a ranking model to one query with these candidates; see parse_retrieval.
+
+    It may be longer than the candidates: a server that batches pads them to those of the longest request.
+    """
     scores, known = _columns(answer, ("score", "item_is_known"), source)
     tasks = _tasks(answer, source)
-    if any(len(column) != len(item_ids) for column in (scores, *tasks.values())) or any(
-        map(math.isnan, scores)
+    if any(len(column) < len(item_ids) for column in (scores, *tasks.values())) or any(
+        map(math.isnan, scores[: len(item_ids)])
     ):
         raise ServingError(f"{source} must give one number per candidate; check the model")
     return [

@@ -122,9 +122,13 @@ class RecommenderClient:
       layouts: what the server may serve, best first; the first found there is used from then on, and looked
         for again when it is gone. A single one is taken as given.
       retry: when a request is repeated that the server did not take.
+      pad_lists_to: lists are padded to a multiple of this, at least 1. TensorFlow Serving's own batching
+        makes the lists of a batch equally long by repeating the first element, which would count as one more
+        event of a history: where it is enabled, give the larger of the dataset's `max_history` and
+        `max_impressions`, or more.
 
     Raises:
-      ConfigError: the target has another form, or there is no layout.
+      ConfigError: the target has another form, there is no layout, or nothing to pad to.
 
     All methods raise:
       ServerUnavailableError: nothing answers, the server refuses work for now, or the models are loading.
@@ -141,12 +145,16 @@ class RecommenderClient:
         timeout_s: float = 5.0,
         layouts: Sequence[Layout] = LAYOUTS,
         retry: RetryPolicy | None = None,
+        pad_lists_to: int = 1,
     ) -> None:
+        if pad_lists_to < 1:
+            raise ConfigError(f"expected pad_lists_to >= 1, got {pad_lists_to}")
         if not layouts:
             raise ConfigError("expected at least one layout, such as OneCall() or TwoCalls()")
         self._target = target
         self._timeout_s = timeout_s
         self._layouts = tuple(layouts)
+        self._pad_lists_to = pad_lists_to
         self._retrier = Retrier(retry or RetryPolicy())
         self._transport: Transport = open_transport(target)
         self._signatures: dict[str, Signatures] = {}
@@ -334,7 +342,7 @@ class RecommenderClient:
         self, model: str, query: Mapping[str, Any], extra: Mapping[str, Any], deadline: float
     ) -> Prediction:
         def ask(specs: Mapping[str, InputSpec]) -> Prediction:
-            inputs = batch_of_one(specs, query, extra)
+            inputs = batch_of_one(specs, query, extra, self._pad_lists_to)
             return self._retrier.call(
                 lambda: self._transport.predict(model, inputs, specs, self._remaining(deadline)), deadline
             )

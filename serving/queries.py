@@ -62,18 +62,20 @@ def search_inputs(
 
 
 def batch_of_one(
-    specs: Mapping[str, InputSpec], query: Mapping[str, Any], extra: Mapping[str, Any]
+    specs: Mapping[str, InputSpec], query: Mapping[str, Any], extra: Mapping[str, Any], pad_to_multiple: int
 ) -> dict[str, list[Any]]:
     """Returns every input of the signature for one query, as nested lists; what is not given is missing.
+
+    Lists are padded on the right, with what stands for a missing value, to a multiple of `pad_to_multiple`.
 
     Raises:
       BadRequestError: a value of another type than its input.
     """
     values = {**query, **extra}
-    return {name: [_encode(name, values.get(name), spec)] for name, spec in specs.items()}
+    return {name: [_encode(name, values.get(name), spec, pad_to_multiple)] for name, spec in specs.items()}
 
 
-def _encode(name: str, value: Any, spec: InputSpec) -> Any:
+def _encode(name: str, value: Any, spec: InputSpec, pad_to_multiple: int) -> Any:
     """Turns one feature value into the nested list of its input, without the batch dimension."""
     if hasattr(value, "tolist"):
         value = value.tolist()  # NumPy scalars and arrays
@@ -82,7 +84,11 @@ def _encode(name: str, value: Any, spec: InputSpec) -> Any:
         return missing if value is None else _checked(name, value, spec)
     if value is not None and not isinstance(value, (list, tuple)):
         raise BadRequestError(f"feature {name!r} is multi-valued: expected a list, got {value!r}")
-    return [_checked(name, item, spec) for item in value or ()] or [missing] * (spec.width or 1)
+    values = [_checked(name, item, spec) for item in value or ()]
+    if spec.width is not None:
+        return values or [missing] * spec.width
+    width = max(1, math.ceil(len(values) / pad_to_multiple)) * pad_to_multiple
+    return values + [missing] * (width - len(values))
 
 
 def _checked(name: str, value: Any, spec: InputSpec) -> Any:
