@@ -13,7 +13,6 @@ Example, from the root of the repository:
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import tempfile
@@ -30,7 +29,6 @@ from scipy.special import expit, logit
 
 from benchmarks.protocols import prepare_dataset, read_run_on
 from benchmarks.ranking_baselines import BASELINES, Fitted, Predict, RankingData, tune
-from benchmarks.ranking_comparison import difference, resampled
 from benchmarks.retraining import retrained_ranker
 from schema.contract import TaskKind, TaskSpec
 from schema.errors import DataError, FunnelError
@@ -42,10 +40,11 @@ from tfx_pipeline.datasets.archives import ARCHIVES
 from trainer import metrics
 from trainer.metrics import RANKING_METRICS
 from trainer.ranking_features import FloatArray, History, RankingTables, ranking_features
+from trainer.uncertainty import UserSums, paired_differences, ranking_sums
 
 OURS = "Funnel"
 ROW_NUMBER = "row_number"
-# The metrics that differences are given of; those that a resample of users defines.
+# The metrics that differences are given of.
 COMPARED = {True: ("auc", "gauc"), False: ("mae", "xauc")}
 BLENDED = "LightGBM"
 # Weights of the online past of the user in a blend of logits; below 0 turns against it.
@@ -222,27 +221,38 @@ def judge(
         }
     if OURS in predictions:
         compared = COMPARED[task.kind is TaskKind.BINARY]
-        draws = {
-            (name, metric): resampled(metric, labels, by_seed, user_ids, num_samples)
+        sums = {
+            name: _over_seeds([ranking_sums(task.kind, labels, p, user_ids) for p in by_seed], compared)
             for name, by_seed in predictions.items()
-            for metric in compared
         }
         figures["ours_minus"] = {
-            name: {metric: _difference(figures["models"], draws, name, metric) for metric in compared}
+            name: {
+                metric: {"difference": change.value, "low": change.low, "high": change.high}
+                for metric, change in paired_differences(
+                    sums[OURS], sums[name], num_resamples=num_samples
+                ).items()
+            }
             for name in predictions
             if name != OURS
         }
     return figures
 
 
-def _difference(
-    models: Mapping[str, Mapping[str, Mapping[str, float]]],
-    draws: Mapping[tuple[str, str], FloatArray],
-    name: str,
-    metric: str,
-) -> dict[str, float]:
-    ours, theirs = models[OURS][metric]["mean"], models[name][metric]["mean"]
-    return dataclasses.asdict(difference(ours, theirs, draws[OURS, metric], draws[name, metric]))
+def _over_seeds(
+    by_seed: Sequence[Mapping[str, UserSums]], metric_names: Sequence[str]
+) -> dict[str, UserSums]:
+    """The mean of a metric over seeds, as one metric."""
+
+    def mean_of(seeds: Sequence[UserSums]) -> UserSums:
+        width = seeds[0].sums.shape[1]
+
+        def combine(sums: FloatArray) -> FloatArray:
+            parts = (sums[..., i * width : (i + 1) * width] for i in range(len(seeds)))
+            return np.mean([seed.combine(part) for seed, part in zip(seeds, parts, strict=True)], axis=0)
+
+        return UserSums(np.concatenate([seed.sums for seed in seeds], axis=1), combine)
+
+    return {name: mean_of([sums[name] for sums in by_seed]) for name in metric_names}
 
 
 def _summary(values: Sequence[float]) -> dict[str, float | None]:
