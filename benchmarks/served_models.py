@@ -45,8 +45,8 @@ class RetrievalModel(tf.Module):
         user = tf.gather(self.users, tf.strings.to_hash_bucket_fast(user_id, self.users.shape[0]))
         rows = self.index.rows.lookup(history_item_ids)
         watched = tf.cast(rows != NO_ROW, tf.float32)[..., tf.newaxis]
-        vectors = tf.gather(self.index.vectors, tf.maximum(rows, 0)) * watched
-        mean = tf.math.divide_no_nan(tf.reduce_sum(vectors, axis=1), tf.reduce_sum(watched, axis=1))
+        vectors = tf.reduce_sum(self.index.vectors_of(rows) * watched, axis=1)
+        mean = tf.math.divide_no_nan(vectors, tf.reduce_sum(watched, axis=1))
         found = self.index.search(user + _HISTORY_WEIGHT * mean, request)
         return {"item_ids": self.index.ids(found.rows), "scores": found.scores}
 

@@ -133,8 +133,7 @@ class ServedRetrieval(tf.Module):
 
     def _directions(self, rows: tf.Tensor) -> tf.Tensor:
         """Unit candidate vectors without the item bias, which says nothing about likeness."""
-        vectors = tf.gather(self.index.vectors, tf.maximum(rows, 0))[..., :-1]
-        return tf.math.l2_normalize(vectors, axis=-1)
+        return tf.math.l2_normalize(self.index.vectors_of(rows)[..., :-1], axis=-1)
 
     def signatures(self) -> dict[str, Any]:
         """Traced signatures by name, as documented in docs/architecture.md."""

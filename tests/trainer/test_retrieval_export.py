@@ -283,3 +283,30 @@ def test_index_facts_travel_with_the_model_and_nothing_half_written_stays(model_
     facts = json.loads((model_dir / "assets.extra" / "index.json").read_text())
     assert facts["num_items"] == world.NUM_ITEMS and facts["vector_width"] == 9 and facts["recall"] == 1.0
     assert [path.name for path in model_dir.parent.iterdir()] == [model_dir.name]
+
+
+def test_a_request_does_not_copy_the_vectors_of_the_index(model: RetrievalModel, model_dir: Path) -> None:
+    with tf.Graph().as_default() as graph, tf.compat.v1.Session() as session:
+        loaded = tf.compat.v1.saved_model.load(session, ["serve"], str(model_dir))
+        signature = loaded.signature_def["serving_default"]
+        fetches = [graph.get_tensor_by_name(info.name) for info in signature.outputs.values()]
+        inputs = {graph.get_tensor_by_name(signature.inputs[n].name): v for n, v in _arrays().items()}
+        trace = tf.compat.v1.RunMetadata()
+        options = tf.compat.v1.RunOptions(trace_level=tf.compat.v1.RunOptions.FULL_TRACE)
+        session.run(fetches, inputs)  # what marks a variable for copying does so from the first request on
+        session.run(fetches, inputs, options=options, run_metadata=trace)
+    copied = [
+        (node.node_name, memory.total_bytes)
+        for device in trace.step_stats.dev_stats
+        for node in device.node_stats
+        for memory in node.memory
+        if "ReadVariableOp" in node.node_name and memory.total_bytes >= world.NUM_ITEMS * 4
+    ]
+    assert copied == []
+
+
+def _arrays() -> dict[str, np.ndarray]:
+    return {
+        name: np.asarray(tensor.numpy(), object) if tensor.dtype == tf.string else tensor.numpy()
+        for name, tensor in _request().items()
+    }
