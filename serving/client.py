@@ -122,6 +122,7 @@ class RecommenderClient:
       layouts: what the server may serve, best first; the first found there is used from then on, and looked
         for again when it is gone. A single one is taken as given.
       retry: when a request is repeated that the server did not take.
+      version_label: asks the version of each model that has this label; without one, the newest.
       pad_lists_to: lists are padded to a multiple of this, at least 1. TensorFlow Serving's own batching
         makes the lists of a batch equally long by repeating the first element, which would count as one more
         event of a history: where it is enabled, give the larger of the dataset's `max_history` and
@@ -145,6 +146,7 @@ class RecommenderClient:
         timeout_s: float = 5.0,
         layouts: Sequence[Layout] = LAYOUTS,
         retry: RetryPolicy | None = None,
+        version_label: str | None = None,
         pad_lists_to: int = 1,
     ) -> None:
         if pad_lists_to < 1:
@@ -156,7 +158,7 @@ class RecommenderClient:
         self._layouts = tuple(layouts)
         self._pad_lists_to = pad_lists_to
         self._retrier = Retrier(retry or RetryPolicy())
-        self._transport: Transport = open_transport(target)
+        self._transport: Transport = open_transport(target, version_label)
         self._signatures: dict[str, Signatures] = {}
         self._mismatches: dict[tuple[tuple[str, int | None], ...], str] = {}
         self._found: dict[tuple[Layout, ...], Any] = {}

@@ -37,8 +37,9 @@ _Answer = TypeVar("_Answer")
 class GrpcTransport:
     """TensorFlow Serving's PredictionService and ModelService over one channel."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, version_label: str | None = None) -> None:
         self._target = f"grpc://{address}"
+        self._version_label = version_label
         self._channel = grpc.insecure_channel(
             address,
             options=[
@@ -58,7 +59,7 @@ class GrpcTransport:
     def signatures(self, model: str, timeout_s: float) -> Signatures:
         """See Transport."""
         request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=["signature_def"])
-        request.model_spec.name = model
+        self._address(request, model)
         response = self._call(self._prediction.GetModelMetadata, request, timeout_s)
         signatures = get_model_metadata_pb2.SignatureDefMap()
         response.metadata["signature_def"].Unpack(signatures)
@@ -77,7 +78,7 @@ class GrpcTransport:
     ) -> Prediction:
         """See Transport."""
         request = predict_pb2.PredictRequest()
-        request.model_spec.name = model
+        self._address(request, model)
         for name, value in inputs.items():
             try:
                 _fill(request.inputs[name], value, specs[name])
@@ -92,9 +93,9 @@ class GrpcTransport:
     ) -> Sequence[str]:
         """See Transport."""
         request = predict_pb2.PredictRequest()
-        request.model_spec.name = model
+        self._address(request, model)
         request.model_spec.signature_name = FINGERPRINT_SIGNATURE
-        if version is not None:
+        if version is not None:  # replaces the label: a model spec has one of the two
             request.model_spec.version.value = version
         _fill(request.inputs["parts"], list(parts), InputSpec("string", "DT_STRING", 1))
         response = self._call(self._prediction.Predict, request, timeout_s)
@@ -104,7 +105,7 @@ class GrpcTransport:
     def available_versions(self, model: str, timeout_s: float) -> list[int]:
         """See Transport."""
         request = get_model_status_pb2.GetModelStatusRequest()
-        request.model_spec.name = model
+        self._address(request, model)
         response = self._call(self._model.GetModelStatus, request, timeout_s)
         available = get_model_status_pb2.ModelVersionStatus.AVAILABLE
         return [status.version for status in response.model_version_status if status.state == available]
@@ -112,6 +113,11 @@ class GrpcTransport:
     def close(self) -> None:
         """See Transport."""
         self._channel.close()
+
+    def _address(self, request: Any, model: str) -> None:
+        request.model_spec.name = model
+        if self._version_label:
+            request.model_spec.version_label = self._version_label
 
     def _call(self, method: Callable[..., _Answer], request: Any, timeout_s: float) -> _Answer:
         try:

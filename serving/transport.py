@@ -90,7 +90,7 @@ class Transport(Protocol):
     ) -> Sequence[str]:
         """Runs `fingerprint`: hashes of parts, "" for those that the model does not hold.
 
-        `version` None asks the newest one.
+        `version` None asks the one that has the transport's label, or the newest.
         """
 
     def available_versions(self, model: str, timeout_s: float) -> list[int]:
@@ -100,20 +100,22 @@ class Transport(Protocol):
         """Releases the connection."""
 
 
-def open_transport(target: str) -> Transport:
+def open_transport(target: str, version_label: str | None = None) -> Transport:
     """Returns the transport of a target: `grpc://host:port`, `http://host:port` or `https://host:port`.
+
+    With a version label, it asks the version of each model that has it; otherwise the newest one.
 
     Raises:
       ConfigError: any other form.
     """
     scheme, separator, address = target.partition("://")
     if separator and address and scheme in ("http", "https"):
-        return RestTransport(target)
+        return RestTransport(target, version_label)
     if separator and address and scheme == "grpc":
         # The generated gRPC code imports TensorFlow, seconds of start-up that a REST user need not pay.
         from serving.grpc_transport import GrpcTransport
 
-        return GrpcTransport(address)
+        return GrpcTransport(address, version_label)
     raise ConfigError(
         f"target {target!r}: expected grpc://host:port or http://host:port, e.g. grpc://127.0.0.1:8500"
     )
@@ -163,8 +165,9 @@ class RestTransport:
     of it, be given a deadline.
     """
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, version_label: str | None = None) -> None:
         self._target = target.rstrip("/")
+        self._label_path = f"/labels/{version_label}" if version_label else ""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rest-transport", daemon=True)
         self._thread.start()
@@ -172,7 +175,7 @@ class RestTransport:
 
     def signatures(self, model: str, timeout_s: float) -> Signatures:
         """See Transport."""
-        metadata = self._call("GET", f"/v1/models/{model}/metadata", None, timeout_s)
+        metadata = self._call("GET", f"{self._path(model)}/metadata", None, timeout_s)
         try:
             signatures = metadata["metadata"]["signature_def"]["signature_def"]
             inputs = signatures[DEFAULT_SIGNATURE]["inputs"]
@@ -192,7 +195,7 @@ class RestTransport:
         self, model: str, inputs: Mapping[str, Any], specs: Mapping[str, InputSpec], timeout_s: float
     ) -> Prediction:
         """See Transport."""
-        answer = self._call("POST", f"/v1/models/{model}:predict", {"inputs": inputs}, timeout_s)
+        answer = self._call("POST", f"{self._path(model)}:predict", {"inputs": inputs}, timeout_s)
         outputs = answer.get("outputs")
         if not isinstance(outputs, dict):
             raise ServingError(f"{self._target}: model {model!r} answered without named outputs")
@@ -202,7 +205,7 @@ class RestTransport:
         self, model: str, version: int | None, parts: Sequence[str], timeout_s: float
     ) -> Sequence[str]:
         """See Transport."""
-        path = f"/v1/models/{model}" + ("" if version is None else f"/versions/{version}")
+        path = self._path(model) if version is None else f"/v1/models/{model}/versions/{version}"
         body = {"signature_name": FINGERPRINT_SIGNATURE, "inputs": {"parts": list(parts)}}
         hashes = self._call("POST", f"{path}:predict", body, timeout_s).get("outputs")
         # A single output comes without its name.
@@ -212,7 +215,7 @@ class RestTransport:
 
     def available_versions(self, model: str, timeout_s: float) -> list[int]:
         """See Transport."""
-        answer = self._call("GET", f"/v1/models/{model}", None, timeout_s)
+        answer = self._call("GET", self._path(model), None, timeout_s)
         statuses = answer.get("model_version_status", [])
         return [int(status["version"]) for status in statuses if status["state"] == "AVAILABLE"]
 
@@ -222,6 +225,9 @@ class RestTransport:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    def _path(self, model: str) -> str:
+        return f"/v1/models/{model}{self._label_path}"
 
     def _call(
         self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float

@@ -351,7 +351,7 @@ class StubTransport:
 
 def test_a_swapped_model_with_another_feature_is_asked_for_its_features_again(monkeypatch):
     stub = StubTransport()
-    monkeypatch.setattr(client_module, "open_transport", lambda target: stub)
+    monkeypatch.setattr(client_module, "open_transport", lambda *args: stub)
     answer = RecommenderClient("stub").retrieve({"user_id": "u"}, k=1)
     assert answer.model_version == 2
     assert stub.inputs["user_id"] == ["u"]
@@ -359,14 +359,14 @@ def test_a_swapped_model_with_another_feature_is_asked_for_its_features_again(mo
 
 
 def test_a_score_that_is_not_a_number_is_an_error_not_an_order(monkeypatch):
-    monkeypatch.setattr(client_module, "open_transport", lambda target: StubTransport(score=math.nan))
+    monkeypatch.setattr(client_module, "open_transport", lambda *args: StubTransport(score=math.nan))
     with pytest.raises(ServingError, match="one number per candidate"):
         RecommenderClient("stub").rank({"user_id": "u"}, ["a"])
 
 
 def test_the_deadline_covers_retrieval_and_ranking_together(monkeypatch):
     stub = StubTransport()
-    monkeypatch.setattr(client_module, "open_transport", lambda target: stub)
+    monkeypatch.setattr(client_module, "open_transport", lambda *args: stub)
     client = RecommenderClient("stub", timeout_s=10)
     client.recommend({"user_id": "u"}, k=1)
     first, *_, last = stub.timeouts_s
@@ -399,7 +399,7 @@ class FunnelThatGoes(StubTransport):
 
 def test_a_layout_that_is_gone_is_looked_for_again(monkeypatch):
     stub = FunnelThatGoes()
-    monkeypatch.setattr(client_module, "open_transport", lambda target: stub)
+    monkeypatch.setattr(client_module, "open_transport", lambda *args: stub)
     client = RecommenderClient("stub")
     assert set(client.recommend({"user_id": "u"}, k=1).stage_seconds) == {"funnel"}
     stub.one_call = False
@@ -423,7 +423,7 @@ class Loading(StubTransport):
 
 
 def test_models_that_are_loading_are_waited_for_a_little_and_then_told(monkeypatch):
-    monkeypatch.setattr(client_module, "open_transport", lambda target: stub)
+    monkeypatch.setattr(client_module, "open_transport", lambda *args: stub)
     stub = Loading(num_looks=2)
     policy = RetryPolicy(max_attempts=3, initial_backoff_s=0.001)
     assert RecommenderClient("stub", retry=policy).recommend({"user_id": "u"}, k=1).items

@@ -28,6 +28,7 @@ from serving.inference import CLASSIFY_METHOD, REGRESS_METHOD
 from serving.metrics import read_metrics_path
 from serving.process import ModelServerProcess
 from serving.servable import Servable
+from serving.transport import BadRequestError, open_transport
 from serving.warmup import WARMUP_FILE, replay_warmup_requests
 from tests.serving import models
 
@@ -128,6 +129,19 @@ def test_several_versions_answer_by_number_and_by_label_over_both_apis(http, cha
     response = prediction_service_pb2_grpc.PredictionServiceStub(channel).Predict(request, timeout=30)
     assert response.model_spec.version.value == 1
     assert response.model_spec.WhichOneof("version_choice") == "version"
+
+
+@pytest.mark.parametrize(("label", "version"), [("stable", 1), ("canary", 2)])
+def test_the_client_asks_the_version_that_has_its_label(configured, label, version):
+    for target, told in ((configured.grpc_target, version), (configured.rest_target, None)):
+        transport = open_transport(target, label)
+        specs = transport.signatures("echo", 30).inputs
+        inputs = {"text": ["a"], "number": [1], "floats": [[1.0]]}
+        assert transport.predict("echo", inputs, specs, 30).version == told
+        assert transport.available_versions("echo", 30) == [version]
+        transport.close()
+    with pytest.raises(BadRequestError, match="label: nobody"):
+        open_transport(configured.rest_target, "nobody").signatures("echo", 30)
 
 
 def test_a_changed_config_file_is_taken_over_and_a_wrong_one_is_not(
