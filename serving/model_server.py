@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 _DRAIN_S: Final = 25.0  # below the 30 s after which process managers kill
 # Requests that run or wait for a thread, per API. More would only wait longer, and hold memory meanwhile.
 _MAX_CONCURRENT_RPCS: Final = 1000
+_UNREAD_TIMEOUT_MS: Final = 60_000
 _MAX_MESSAGE_BYTES: Final = 2**31 - 1  # what a proto can be
 _GRPC_OPTIONS: Final = (
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
@@ -193,11 +194,15 @@ async def _start_rest(
 
 def _bind_rest(host: str, port: int) -> socket.socket:
     try:
-        return socket.create_server(
+        listener = socket.create_server(
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=128
         )
     except OSError as error:
         raise _port_error("REST", "--rest_api_port", host, port) from error
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; connections inherit it
+        # A client that does not read its answer would hold it in memory for ever.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_TIMEOUT_MS)
+    return listener
 
 
 def _bind_grpc(server: grpc.aio.Server, flags: argparse.Namespace) -> int:
