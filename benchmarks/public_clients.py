@@ -1,7 +1,7 @@
 """Clients of TensorFlow Serving that nobody here wrote, against the local server and the pushed models.
 
-NVIDIA's perf_analyzer in its TensorFlow Serving mode (C++, GetModelMetadata and Predict) comes from the wheel of
-tritonclient 2.44.0: the perf-analyzer wheels of today need glibc 2.38. It sends shapes without values,
+NVIDIA's perf_analyzer in its TensorFlow Serving mode (C++, GetModelMetadata and Predict) comes from the
+tritonclient 2.44.0 wheel: perf-analyzer wheels of today need glibc 2.38. It sends shapes without values,
 which count as zeros, so it can ask the ranking model and not the retrieval model, whose k may not be zero.
 min-tfs-client 1.0.2 is Python with protos of its own, and asks both.
 

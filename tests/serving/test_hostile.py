@@ -51,9 +51,7 @@ def still_serving(server, channel):
     num_files, memory_bytes = process.num_fds(), process.memory_info().rss
     yield
     assert ask_rest(server) == [0.5]
-    request = half_request([1.0])
-    answer = prediction_service_pb2_grpc.PredictionServiceStub(channel).Predict(request, timeout=10)
-    assert answer.outputs["y"].float_val[0] == 0.5
+    wait_for(lambda: ask_grpc(channel) == 0.5)
     wait_for(lambda: process.num_fds() <= num_files + 5)
     assert process.memory_info().rss < memory_bytes + 200 * 2**20
 
@@ -61,6 +59,16 @@ def still_serving(server, channel):
 def ask_rest(server):
     body = {"signature_name": "half", "instances": [1.0]}
     return httpx.post(f"{server.rest_target}{PREDICT}", json=body, timeout=10).json()["predictions"]
+
+
+def ask_grpc(channel):
+    stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+    try:
+        return stub.Predict(half_request([1.0]), timeout=10).outputs["y"].float_val[0]
+    except grpc.RpcError as error:
+        if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED:  # calls given up a moment ago still count
+            return None
+        raise
 
 
 def half_request(values):
@@ -411,6 +419,21 @@ def test_garbage_on_the_grpc_port_is_not_answered(server, garbage):
     host, _, port = server.grpc_target.removeprefix("grpc://").rpartition(":")
     for half_close in (False, True):
         talk((host, int(port)), garbage, half_close=half_close)
+
+
+def test_calls_beyond_a_thousand_at_once_are_refused_and_not_queued(channel):
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name = "echo"
+    request.model_spec.signature_name = "sleep"
+    request.inputs["seconds"].CopyFrom(tf.make_tensor_proto(np.float32(1.0)))
+    stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+    codes = [future.code() for future in [stub.Predict.future(request, timeout=5) for _ in range(1100)]]
+    assert set(codes) <= {
+        grpc.StatusCode.OK,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+    }
+    assert codes.count(grpc.StatusCode.RESOURCE_EXHAUSTED) > 0
 
 
 def test_calls_cancelled_in_the_middle_leave_nothing_behind(channel):
