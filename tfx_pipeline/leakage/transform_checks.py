@@ -25,6 +25,8 @@ IntArray = npt.NDArray[np.int64]
 # The sketch that the boundaries come from is off by 0.1 % of the rows at most, and so is a merge of sketches.
 RANK_TOLERANCE = 0.002
 _ROUNDING = 1e-3
+# What TensorFlow Transform writes in place of no value at all (tensorflow_transform.analyzers).
+_EMPTY_VOCABULARY = "49d0cd50-04bb-48c0-bc6f-5b575dce351a"
 _SECONDS_PER_DAY = 86_400
 # Values that the graph is asked about; all of train is counted.
 _MAX_PROBES = 20_000
@@ -65,7 +67,7 @@ def check_vocabularies(graph: tft.TFTransformOutput, rows: TrainRows, spec: Data
     findings = []
     total = 0
     for name, feature in learnt.items():
-        held = {value.decode() for value in graph.vocabulary_by_name(name)}
+        held = {value.decode() for value in graph.vocabulary_by_name(name)} - {_EMPTY_VOCABULARY}
         total += len(held)
         expected, later = (_distinct(table, feature) for table in (rows.train, rows.held_out))
         unseen, lost = held - expected, expected - held
@@ -91,7 +93,8 @@ def _distinct(table: pl.DataFrame, feature: features.Feature) -> set[str]:
         return {word for text in column.drop_nulls().unique() for word in words(text)}
     if isinstance(column.dtype, pl.List):
         column = column.explode()
-    return set(column.drop_nulls().unique()) - {""}
+    # A vocabulary file has a value per line: what does not fit in one is left out.
+    return {value for value in column.drop_nulls().unique() if value and not {"\n", "\r"} & {*value}}
 
 
 def words(text: str) -> list[str]:

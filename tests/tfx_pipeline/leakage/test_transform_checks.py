@@ -144,6 +144,20 @@ def test_a_vocabulary_of_another_dataset_is_found(rows: TrainRows) -> None:
     assert any("vocabulary country lacks" in line for line in findings)
 
 
+def test_a_vocabulary_without_values_and_values_of_several_lines_are_no_leak(rows: TrainRows) -> None:
+    graph: Any = Graph(rows.train, rows.train_end_unix_s)
+    nobody = pl.lit(None, pl.String).alias("country")
+    empty = TrainRows(
+        rows.train.with_columns(nobody), rows.held_out.with_columns(nobody), rows.train_end_unix_s
+    )
+    graph.vocabularies["country"] = {"49d0cd50-04bb-48c0-bc6f-5b575dce351a"}
+    assert check_vocabularies(graph, empty, SPEC).passed
+    graph.vocabularies["country"] = {"de"}
+    two_lines = pl.when(pl.int_range(pl.len()) % 2 == 0).then(pl.lit("de")).otherwise(pl.lit("f\nr"))
+    train = rows.train.with_columns(two_lines.alias("country"))
+    assert check_vocabularies(graph, TrainRows(train, rows.held_out, rows.train_end_unix_s), SPEC).passed
+
+
 def test_quantiles_of_all_splits_are_found(rows: TrainRows) -> None:
     graph: Any = Graph(everything(rows), rows.train_end_unix_s)
     findings = check_quantiles(graph, rows, SPEC).findings
