@@ -25,8 +25,7 @@ from tensorflow_serving.apis import (
 )
 from tensorflow_serving.config import model_server_config_pb2  # noqa: F401  the protos load side by side
 
-from schema.errors import ConfigError, ServingError
-from serving.config import ModelConfig, format_model_config, read_model_config
+from schema.errors import ServingError
 from serving.model_server import main
 from serving.process import ModelServerProcess
 from serving.warmup import WARMUP_FILE, write_warmup_requests
@@ -496,39 +495,3 @@ def test_a_server_process_that_takes_too_long_is_stopped(base_paths):
 
 def test_ready_line_tells_the_versions(server, base_paths):
     assert server.versions == dict.fromkeys(base_paths, 1)
-
-
-# models.config
-
-
-def test_model_config_survives_writing_and_reading(tmp_path):
-    base_paths = {"retrieval": tmp_path / "a b", "ranking": tmp_path / "quote'\""}
-    (tmp_path / "models.config").write_text(format_model_config(base_paths))
-    configs = {name: ModelConfig(name, path) for name, path in base_paths.items()}
-    assert read_model_config(tmp_path / "models.config") == configs
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        ("", "names no model"),
-        ("model_config_list { config { nmae: 'x' } }", "not a ModelServerConfig"),
-        ("model_config_list { config { name: 'x' } }", "needs a name and a base_path"),
-        (
-            "model_config_list { config { name: 'x' base_path: '/a' } config { name: 'x' base_path: '/b' } }",
-            "twice",
-        ),
-        (
-            "model_config_list { config { name: 'x' base_path: '/a' logging_config {} } }",
-            "does not have logging_config",
-        ),
-        (
-            "model_config_list { config { name: 'x' base_path: '/a' model_version_policy { specific {} } } }",
-            "names no version",
-        ),
-    ],
-)
-def test_a_wrong_model_config_is_refused(tmp_path, text, complaint):
-    (tmp_path / "models.config").write_text(text)
-    with pytest.raises(ConfigError, match=complaint):
-        read_model_config(tmp_path / "models.config")
