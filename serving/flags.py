@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of the server's flags."""
     parser = argparse.ArgumentParser(
         prog="python -m serving.model_server",
+        usage="%(prog)s (--model_config_file FILE | --model_name NAME --model_base_path DIR) [--FLAG=VALUE ...]",
         description="Serves SavedModels over TensorFlow Serving's gRPC and REST API, ScaNN ops included.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
@@ -215,7 +216,7 @@ class _Refused(argparse.Action):
         value = str(values).lower()
         value = "false" if value in _FALSE and self._allowed == "false" else value
         if self._allowed is None or value != self._allowed:
-            only = "" if self._allowed is None else f"; it always works as with {option}={self._allowed}"
+            only = f"; it always works as with {option}={self._allowed}" if self._allowed else ""
             parser.error(
                 f"{option} is a flag of TensorFlow Serving that this server does not have{only}. "
                 f"Remove the flag, or run the official server (serving/README.md)"
