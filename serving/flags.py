@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of the server's flags."""
     parser = argparse.ArgumentParser(
         prog="python -m serving.model_server",
-        usage="%(prog)s (--model_config_file FILE | --model_name NAME --model_base_path DIR) [--FLAG=VALUE ...]",
+        usage="%(prog)s (--model_config_file FILE | --model_name NAME --model_base_path DIR) [FLAGS]",
         description="Serves SavedModels over TensorFlow Serving's gRPC and REST API, ScaNN ops included.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
