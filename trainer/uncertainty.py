@@ -46,12 +46,13 @@ class UserSums:
     Attributes:
       sums: float64 [U, M]; the metric is combine(Σ_u sums[u]). A user who says nothing has zeros.
       combine: float64 [..., M] -> float64 [...]; NaN where the metric is not defined.
-      is_distance: whether the metric is a sum of absolute values, which noise only makes larger.
+      noise: for a metric that is a distance, which noise only makes larger: float64 [..., M], sums of a draw,
+        -> float64 [...], how far noise alone has moved it; None for other metrics.
     """
 
     sums: FloatArray
     combine: Callable[[FloatArray], FloatArray]
-    is_distance: bool = False
+    noise: Callable[[FloatArray], FloatArray] | None = None
 
     @property
     def value(self) -> float:
@@ -203,9 +204,10 @@ def intervals(
 ) -> dict[str, Interval]:
     """Confidence intervals: percentiles of the metrics over resampled users.
 
-    Noise makes a distance (ECE) larger, and resampling adds that noise a second time. Its interval reaches
-    from the percentiles to their reflection at the value (the basic bootstrap, Davison and Hinkley 1997,
-    section 5.2.1), cut at 0: it is on the wide side. In a difference of two distances the noise cancels.
+    Noise makes a distance (ECE) larger, in the data and once more in their resamples. By the triangle
+    inequality the truth is no farther from the value than noise has moved it, so that the lower bound is the
+    value less a percentile of the noise of the resamples, at least 0. It is on the low side; it is 0 where
+    noise alone could have made the value. In a difference of two distances the noise cancels.
     Resamples in which a metric is not defined (no positive was drawn) are left out. Users that all have the
     same value make an interval without width.
 
@@ -223,15 +225,17 @@ def intervals(
       ShapeError: the metrics differ in the number of users.
     """
     _check(confidence, num_resamples)
+    noises = [UserSums(m.sums, m.noise) for m in statistics.values() if m.noise is not None]
+    draws = iter(_resample([*statistics.values(), *noises], num_resamples, seed))
     result = {}
-    draws = _resample(list(statistics.values()), num_resamples, seed)
-    for (name, metric), column in zip(statistics.items(), draws, strict=True):
+    for name, metric in statistics.items():
         num_users = int(metric.says_something.sum())
-        value = metric.value
-        low, high = _bounds(column, confidence, num_users)
-        if metric.is_distance and not math.isnan(low):
-            low, high = max(0.0, min(low, 2 * value - high)), max(high, 2 * value - low)
-        result[name] = Interval(value, low, high, confidence, num_users)
+        low, high = _bounds(next(draws), confidence, num_users)
+        result[name] = Interval(metric.value, low, high, confidence, num_users)
+    for name, metric in statistics.items():
+        if metric.noise is not None and not math.isnan(result[name].low):
+            _, moved = _bounds(next(draws), confidence, result[name].num_users)
+            result[name] = dataclasses.replace(result[name], low=max(0.0, metric.value - moved))
     return result
 
 
@@ -356,12 +360,19 @@ def _mae_sums(labels: FloatArray, predictions: FloatArray, users: IntArray) -> U
 
 def _ece_sums(labels: FloatArray, predictions: FloatArray, users: IntArray) -> UserSums:
     bins = equal_mass_bins(predictions, NUM_BINS)
-    gaps = [np.where(bins == place, labels - predictions, 0.0) for place in range(NUM_BINS)]
+    columns = [np.where(bins == place, labels - predictions, 0.0) for place in range(NUM_BINS)]
+    sums = _by_user(users, [*columns, np.ones(len(users))])
+    everybody = sums.sum(axis=0)
 
-    def combine(sums: FloatArray) -> FloatArray:
-        return _ratio(np.stack([np.abs(sums[..., :-1]).sum(axis=-1), sums[..., -1]], axis=-1))
+    def gap(drawn: FloatArray) -> FloatArray:
+        gaps, num_rows = drawn[..., :-1], drawn[..., -1:]
+        return np.divide(gaps, num_rows, out=np.full(gaps.shape, np.nan), where=num_rows > 0)
 
-    return UserSums(_by_user(users, [*gaps, np.ones(len(users))]), combine, is_distance=True)
+    return UserSums(
+        sums,
+        combine=lambda drawn: np.abs(gap(drawn)).sum(axis=-1),
+        noise=lambda drawn: np.abs(gap(drawn) - gap(everybody)).sum(axis=-1),
+    )
 
 
 def _check(confidence: float, num_resamples: int) -> None:

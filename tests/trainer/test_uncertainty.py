@@ -125,6 +125,15 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
         assert 0.90 <= np.mean(differences_held[name]) <= 0.99, name
 
 
+def test_interval_of_the_calibration_error_of_a_calibrated_model_starts_at_zero():
+    rng = np.random.default_rng(12)
+    predictions = rng.random(2000)
+    labels = (rng.random(2000) < predictions).astype(float)
+    interval = intervals(ranking_sums(TaskKind.BINARY, labels, predictions, np.arange(2000)))["ece"]
+    # The truth is 0; what is measured, and every percentile of its resamples, is noise above it.
+    assert interval.low == 0.0 < interval.value < interval.high
+
+
 def test_pairing_takes_out_what_both_models_share():
     rng = np.random.default_rng(5)
     hard = rng.random(400)
