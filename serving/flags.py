@@ -179,6 +179,12 @@ def _add_requests(parser: argparse.ArgumentParser) -> None:
         help="comma-separated gRPC settings, such as grpc.max_connection_age_ms=2000",
     )
     group.add_argument(
+        "--num_workers",
+        type=_positive,
+        default=1,
+        help="processes behind the ports, each with models of its own: docs/serving-performance.md",
+    )
+    group.add_argument(
         "--enable_batching",
         **_BOOLEAN,
         default=False,

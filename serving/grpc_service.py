@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
-from typing import Final, TypeVar
+from typing import Final, TypeAlias, TypeVar
 
 import grpc
 from tensorflow_serving.apis import (
@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 SIGNATURE_FIELD: Final = "signature_def"
 
+Reload: TypeAlias = Callable[
+    [model_management_pb2.ReloadConfigRequest], Awaitable[model_management_pb2.ReloadConfigResponse]
+]
 _Answer = TypeVar("_Answer")
 
 
@@ -44,6 +47,7 @@ def add_services(
     executor: Executor,
     *,
     batcher: Batcher | None = None,
+    reload: Reload | None = None,
     check_method_name: bool = False,
 ) -> None:
     """Registers both services. Methods not defined here, such as PredictStreamed, answer UNIMPLEMENTED.
@@ -54,12 +58,13 @@ def add_services(
       executor: threads that run models. A call that still waits for one when its deadline passes, or when the
         client has gone, is dropped; one that runs goes on, for nobody.
       batcher: runs Predict requests together; None runs each alone.
+      reload: has a config loaded; by default by `models` alone.
       check_method_name: see `inference.classify`.
     """
     prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(
         PredictionService(models, executor, batcher, check_method_name), server
     )
-    model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(models), server)
+    model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(models, reload), server)
 
 
 class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
@@ -175,8 +180,9 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
 class ModelService(model_service_pb2_grpc.ModelServiceServicer):
     """GetModelStatus and HandleReloadConfigRequest."""
 
-    def __init__(self, models: ModelManager) -> None:
+    def __init__(self, models: ModelManager, reload: Reload | None) -> None:
         self._models = models
+        self._reload = reload or self._reload_here
 
     async def GetModelStatus(
         self, request: get_model_status_pb2.GetModelStatusRequest, context: grpc.aio.ServicerContext
@@ -189,7 +195,12 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
         self, request: model_management_pb2.ReloadConfigRequest, context: grpc.aio.ServicerContext
     ) -> model_management_pb2.ReloadConfigResponse:
         """Serves what the config in the request names, and only that; answers when it is loaded."""
-        return await _answer(context, asyncio.to_thread(reload_config, self._models, request))
+        return await _answer(context, self._reload(request))
+
+    async def _reload_here(
+        self, request: model_management_pb2.ReloadConfigRequest
+    ) -> model_management_pb2.ReloadConfigResponse:
+        return await asyncio.to_thread(reload_config, self._models, request)
 
 
 def model_metadata(

@@ -6,15 +6,18 @@ the official names do not; `render` writes the text format instead.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Final
 
 import grpc
 from google.protobuf import descriptor_pb2, message_factory
 from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from schema.errors import ConfigError
 from serving.config import read_text_proto
+from serving.workers import METRICS_FOLDER_VARIABLE
 
 REGISTRY: Final = CollectorRegistry()
 
@@ -115,8 +118,12 @@ def read_metrics_path(path: Path) -> str | None:
     return str(config.path)
 
 
-def render(registry: CollectorRegistry = REGISTRY) -> bytes:
-    """Writes all metrics in Prometheus' text format."""
+def render() -> bytes:
+    """Writes all metrics in Prometheus' text format, those of several workers summed."""
+    registry = REGISTRY
+    if METRICS_FOLDER_VARIABLE in os.environ:
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     lines: list[str] = []
     for metric in registry.collect():
         lines += [f"# HELP {metric.name} {metric.documentation}", f"# TYPE {metric.name} {metric.type}"]

@@ -12,14 +12,17 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import multiprocessing
 import os
 import signal
 import socket
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Final
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import grpc
 import uvloop
@@ -27,9 +30,10 @@ from aiohttp import web
 
 from schema.errors import ConfigError, FunnelError, ServingError
 from serving.batching_config import BatchingParameters, read_batching_parameters
-from serving.config import ModelConfig, read_model_config
+from serving.config import ModelConfig, parse_model_config, read_model_config
 from serving.flags import OFF, parse_flags
 from serving.versions import check_has_version
+from serving.workers import Supervisor, WorkerLink, reserve_port, shared_metrics
 
 if TYPE_CHECKING:
     from serving.batching import Batcher
@@ -45,7 +49,6 @@ _MAX_MESSAGE_BYTES: Final = 2**31 - 1  # what a proto can be
 _GRPC_OPTIONS: Final = (
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-    ("grpc.so_reuseport", 0),  # otherwise two servers share a port without a word
 )
 
 
@@ -56,17 +59,34 @@ def main(argv: Sequence[str] | None = None) -> int:
       Exit code: 0 after a clean stop, 1 when it cannot start. Wrong flags exit with 2.
     """
     flags = parse_flags(argv)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
+    _quiet_libraries()
+    _log("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    return _exit_code(_serve(flags) if flags.num_workers == 1 else _supervise(flags))
+
+
+def _run_worker(flags: argparse.Namespace, connection: Connection, config: bytes | None) -> None:
+    """What a process of a server with several workers runs; it never returns."""
+    _quiet_libraries()
+    _log("%(asctime)s %(levelname)s worker=%(process)d %(name)s: %(message)s")
+    _exit(_exit_code(_serve(flags, WorkerLink(connection, config))))
+
+
+def _log(line: str) -> None:
+    logging.basicConfig(level=logging.INFO, format=line, stream=sys.stderr)
+
+
+def _quiet_libraries() -> None:
     os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
     # What TensorFlow prints at import is noise; errors of its ops come back as exceptions.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # It warns of the loader into a session, which TensorFlow Serving itself uses.
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"google\.api_core")
+
+
+def _exit_code(server: Coroutine[Any, Any, int]) -> int:
     try:
-        return uvloop.run(_serve(flags))
+        return uvloop.run(server)
     except FunnelError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -74,44 +94,80 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-async def _serve(flags: argparse.Namespace) -> int:
+def _exit(exit_code: int) -> NoReturn:
+    logging.shutdown()
+    sys.stdout.flush()
+    # Without this the exit waits for TensorFlow's teardown, seconds in which nothing is left to release.
+    os._exit(exit_code)
+
+
+async def _supervise(flags: argparse.Namespace) -> int:
+    """Runs the server as several workers behind the same two ports."""
+    _batching_parameters(flags)
+    for config in _model_configs(flags).values():
+        check_has_version(config)
+    if flags.grpc_socket_path:
+        raise ConfigError("--grpc_socket_path cannot be shared by several workers; use --num_workers=1")
+    with contextlib.ExitStack() as stack:
+        # Held until the end: between two workers nobody else gets the ports.
+        flags.port = _reserve("gRPC", "--port", flags.host, flags.port, stack)
+        if flags.rest_api_port != OFF:
+            flags.rest_api_port = _reserve("REST", "--rest_api_port", flags.host, flags.rest_api_port, stack)
+        stack.enter_context(shared_metrics())
+        processes = multiprocessing.get_context("spawn")
+
+        def start(connection: Connection, config: bytes | None) -> SpawnProcess:
+            return processes.Process(target=_run_worker, args=(flags, connection, config))
+
+        return await Supervisor(flags.num_workers, start).run(lambda versions: _announce(flags, versions))
+
+
+def _announce(flags: argparse.Namespace, versions: str) -> None:
+    rest = "off" if flags.rest_api_port == OFF else f"{flags.host}:{flags.rest_api_port}"
+    print(f"ready grpc={flags.host}:{flags.port} rest={rest} models={versions}", flush=True)
+
+
+async def _serve(flags: argparse.Namespace, link: WorkerLink | None = None) -> int:
+    """Loads and serves until a signal; `link` is that of a worker among several."""
     batching = _batching_parameters(flags)
     configs = _model_configs(flags)
+    if link is not None and link.initial_config is not None:
+        configs = _parse_reload(link.initial_config)
     for config in configs.values():
         check_has_version(config)
-    # Both ports are taken before the models load: that takes seconds, and a taken port should show at once.
+    grpc_server = grpc.aio.server(
+        # Without being told not to, two servers would share a port without a word.
+        options=(
+            *_GRPC_OPTIONS,
+            ("grpc.so_reuseport", int(link is not None)),
+            *flags.grpc_channel_arguments,
+        ),
+        maximum_concurrent_rpcs=_MAX_CONCURRENT_RPCS,
+    )
     with contextlib.ExitStack() as stack:
-        rest_socket = None
-        if flags.rest_api_port != OFF:
-            rest_socket = stack.enter_context(_bind_rest(flags.host, flags.rest_api_port))
-        grpc_server = grpc.aio.server(
-            options=(*_GRPC_OPTIONS, *flags.grpc_channel_arguments),
-            maximum_concurrent_rpcs=_MAX_CONCURRENT_RPCS,
-        )
-        grpc_port = _bind_grpc(grpc_server, flags)
-
-        models = _load_models(flags, configs)
+        if link is None:
+            # Both ports are taken before the models load, which takes seconds: a taken port shows at once.
+            rest_socket = _bind(grpc_server, flags, stack)
+            models = _load_models(flags, configs)
+        else:
+            # Once a worker listens the kernel gives it connections, so it listens only when it can answer.
+            models = _load_models(flags, configs)
+            rest_socket = _bind(grpc_server, flags, stack, reuse_port=True)
         batcher = _create_batcher(batching)
-        from serving.grpc_service import add_services
-
-        add_services(
-            grpc_server,
-            models,
-            ThreadPoolExecutor(flags.grpc_max_threads, "grpc"),
-            batcher=batcher,
-            check_method_name=flags.enable_signature_method_name_check,
-        )
         stop = asyncio.Event()
         for signal_number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
+        _add_services(grpc_server, models, batcher, flags, link, stop)
         await grpc_server.start()
         rest = None if rest_socket is None else await _start_rest(flags, models, batcher, rest_socket)
         models.start_polling(flags.file_system_poll_wait_seconds)
         if flags.model_config_file is not None:
             models.start_polling_config(flags.model_config_file, flags.model_config_file_poll_wait_seconds)
         versions = ",".join(f"{name}:{version}" for name, version in models.serving_versions())
-        rest_address = "off" if rest_socket is None else f"{flags.host}:{rest_socket.getsockname()[1]}"
-        print(f"ready grpc={flags.host}:{grpc_port} rest={rest_address} models={versions}", flush=True)
+        if link is None:
+            _announce(flags, versions)
+        else:
+            link.ready(versions)
 
         await stop.wait()
         logger.info("stopping: no new requests, waiting up to %.0f s for those in flight", _DRAIN_S)
@@ -122,6 +178,47 @@ async def _serve(flags: argparse.Namespace) -> int:
         await asyncio.gather(*drained)
         logger.info("stopped")
         return 0
+
+
+def _add_services(
+    server: grpc.aio.Server,
+    models: ModelManager,
+    batcher: Batcher | None,
+    flags: argparse.Namespace,
+    link: WorkerLink | None,
+    stop: asyncio.Event,
+) -> None:
+    from tensorflow_serving.apis import model_management_pb2
+
+    from serving.grpc_service import add_services, reload_config
+
+    async def reload_here(config: bytes) -> None:
+        request = model_management_pb2.ReloadConfigRequest.FromString(config)
+        await asyncio.to_thread(reload_config, models, request)
+
+    async def reload_everywhere(
+        request: model_management_pb2.ReloadConfigRequest,
+    ) -> model_management_pb2.ReloadConfigResponse:
+        assert link is not None
+        await link.reload(request.SerializeToString())
+        return model_management_pb2.ReloadConfigResponse()
+
+    if link is not None:
+        link.listen(reload_here, supervisor_gone=stop.set)
+    add_services(
+        server,
+        models,
+        ThreadPoolExecutor(flags.grpc_max_threads, "grpc"),
+        batcher=batcher,
+        reload=reload_everywhere if link is not None else None,
+        check_method_name=flags.enable_signature_method_name_check,
+    )
+
+
+def _parse_reload(config: bytes) -> dict[str, ModelConfig]:
+    from tensorflow_serving.apis import model_management_pb2
+
+    return parse_model_config(model_management_pb2.ReloadConfigRequest.FromString(config).config)
 
 
 def _model_configs(flags: argparse.Namespace) -> dict[str, ModelConfig]:
@@ -156,7 +253,9 @@ def _load_models(flags: argparse.Namespace, configs: Mapping[str, ModelConfig]) 
     from serving.loader import LoadSettings
     from serving.manager import ModelManager
 
-    if num_threads := flags.tensorflow_intra_op_parallelism or flags.tensorflow_session_parallelism:
+    # Workers share the cores; left to itself each would take all of them.
+    cores = (os.cpu_count() or 1) // flags.num_workers if flags.num_workers > 1 else 0
+    if num_threads := flags.tensorflow_intra_op_parallelism or flags.tensorflow_session_parallelism or cores:
         tf.config.threading.set_intra_op_parallelism_threads(num_threads)
     if num_threads := flags.tensorflow_inter_op_parallelism or flags.tensorflow_session_parallelism:
         tf.config.threading.set_inter_op_parallelism_threads(num_threads)
@@ -192,17 +291,39 @@ async def _start_rest(
     return runner
 
 
-def _bind_rest(host: str, port: int) -> socket.socket:
+def _bind(
+    grpc_server: grpc.aio.Server,
+    flags: argparse.Namespace,
+    stack: contextlib.ExitStack,
+    *,
+    reuse_port: bool = False,
+) -> socket.socket | None:
+    """Takes both ports, which `flags` has from then on; returns the socket of REST, None when it is off."""
+    rest_socket = None
+    if flags.rest_api_port != OFF:
+        rest_socket = stack.enter_context(_bind_rest(flags.host, flags.rest_api_port, reuse_port))
+        flags.rest_api_port = rest_socket.getsockname()[1]
+    flags.port = _bind_grpc(grpc_server, flags)
+    return rest_socket
+
+
+def _bind_rest(host: str, port: int, reuse_port: bool) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=128
-        )
+        listener = socket.create_server((host, port), family=family, backlog=128, reuse_port=reuse_port)
     except OSError as error:
         raise _port_error("REST", "--rest_api_port", host, port) from error
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; connections inherit it
         # A client that does not read its answer would hold it in memory for ever.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_TIMEOUT_MS)
     return listener
+
+
+def _reserve(api: str, flag: str, host: str, port: int, stack: contextlib.ExitStack) -> int:
+    try:
+        return int(stack.enter_context(reserve_port(host, port)).getsockname()[1])
+    except OSError as error:
+        raise _port_error(api, flag, host, port) from error
 
 
 def _bind_grpc(server: grpc.aio.Server, flags: argparse.Namespace) -> int:
@@ -230,8 +351,4 @@ def _port_error(api: str, flag: str, host: str, port: int) -> ServingError:
 
 
 if __name__ == "__main__":
-    exit_code = main()
-    logging.shutdown()
-    sys.stdout.flush()
-    # Without this the exit waits for TensorFlow's teardown, seconds in which nothing is left to release.
-    os._exit(exit_code)
+    _exit(main())
