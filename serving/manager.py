@@ -96,6 +96,8 @@ class ModelManager:
         """
         model = self._model(spec.name)
         statuses = model.statuses()
+        if not statuses:
+            raise not_found(f"Could not find any versions of model {spec.name}")
         version = _version_of(spec, model)
         if version is None:
             return statuses

@@ -242,6 +242,11 @@ def test_a_reload_serves_what_it_names_and_only_that(world, tmp_path, echo_versi
     missing = {"missing": ModelConfig("missing", tmp_path / "missing")}
     assert "'missing'" in refused(lambda: manager.load(other | missing), "UNKNOWN")
     assert answer(manager, name="other") == 4
+    refused(lambda: answer(manager, name="missing"), "NOT_FOUND")
+    assert "any versions" in refused(lambda: manager.statuses(spec(name="missing")), "NOT_FOUND")
+    shutil.copytree(world.base_path, tmp_path / "missing")
+    manager._refresh()
+    assert answer(manager, name="missing") == 1
 
 
 def test_a_model_whose_base_path_changes_serves_the_old_one_until_the_new_one_is_loaded(world, echo_versions):
