@@ -113,10 +113,11 @@ def parse_retrieval(answer: Prediction, source: str) -> Retrieval:
 def parse_ranking(answer: Prediction, item_ids: Sequence[str], source: str) -> list[RankedItem]:
     """Reads the answer of a ranking model to one query with these candidates; see parse_retrieval.
 
-    It may be longer than the candidates: a server that batches pads them to those of the longest request.
+    Its first column is that of the missing value that every list begins with. It may be longer than the
+    candidates: a server that batches pads them to those of the longest request.
     """
-    scores, known = _columns(answer, ("score", "item_is_known"), source)
-    tasks = _tasks(answer, source)
+    scores, known = (column[1:] for column in _columns(answer, ("score", "item_is_known"), source))
+    tasks = {task: column[1:] for task, column in _tasks(answer, source).items()}
     if any(len(column) < len(item_ids) for column in (scores, *tasks.values())) or any(
         map(math.isnan, scores[: len(item_ids)])
     ):

@@ -123,13 +123,9 @@ class RecommenderClient:
         for again when it is gone. A single one is taken as given.
       retry: when a request is repeated that the server did not take.
       version_label: asks the version of each model that has this label; without one, the newest.
-      pad_lists_to: lists are padded to a multiple of this, at least 1. TensorFlow Serving's own batching
-        makes the lists of a batch equally long by repeating the first element, which would count as one more
-        event of a history: where it is enabled, give the larger of the dataset's `max_history` and
-        `max_impressions`, or more.
 
     Raises:
-      ConfigError: the target has another form, there is no layout, or nothing to pad to.
+      ConfigError: the target has another form, or there is no layout.
 
     All methods raise:
       ServerUnavailableError: nothing answers, the server refuses work for now, or the models are loading.
@@ -147,16 +143,12 @@ class RecommenderClient:
         layouts: Sequence[Layout] = LAYOUTS,
         retry: RetryPolicy | None = None,
         version_label: str | None = None,
-        pad_lists_to: int = 1,
     ) -> None:
-        if pad_lists_to < 1:
-            raise ConfigError(f"expected pad_lists_to >= 1, got {pad_lists_to}")
         if not layouts:
             raise ConfigError("expected at least one layout, such as OneCall() or TwoCalls()")
         self._target = target
         self._timeout_s = timeout_s
         self._layouts = tuple(layouts)
-        self._pad_lists_to = pad_lists_to
         self._retrier = Retrier(retry or RetryPolicy())
         self._transport: Transport = open_transport(target, version_label)
         self._signatures: dict[str, Signatures] = {}
@@ -344,7 +336,7 @@ class RecommenderClient:
         self, model: str, query: Mapping[str, Any], extra: Mapping[str, Any], deadline: float
     ) -> Prediction:
         def ask(specs: Mapping[str, InputSpec]) -> Prediction:
-            inputs = batch_of_one(specs, query, extra, self._pad_lists_to)
+            inputs = batch_of_one(specs, query, extra)
             return self._retrier.call(
                 lambda: self._transport.predict(model, inputs, specs, self._remaining(deadline)), deadline
             )

@@ -62,20 +62,21 @@ def search_inputs(
 
 
 def batch_of_one(
-    specs: Mapping[str, InputSpec], query: Mapping[str, Any], extra: Mapping[str, Any], pad_to_multiple: int
+    specs: Mapping[str, InputSpec], query: Mapping[str, Any], extra: Mapping[str, Any]
 ) -> dict[str, list[Any]]:
     """Returns every input of the signature for one query, as nested lists; what is not given is missing.
 
-    Lists are padded on the right, with what stands for a missing value, to a multiple of `pad_to_multiple`.
+    Lists begin with a missing value, which counts for nothing anywhere in a list: TensorFlow Serving makes
+    the lists of a batch equally long by repeating the first element, and a short history would gain events.
 
     Raises:
       BadRequestError: a value of another type than its input.
     """
     values = {**query, **extra}
-    return {name: [_encode(name, values.get(name), spec, pad_to_multiple)] for name, spec in specs.items()}
+    return {name: [_encode(name, values.get(name), spec)] for name, spec in specs.items()}
 
 
-def _encode(name: str, value: Any, spec: InputSpec, pad_to_multiple: int) -> Any:
+def _encode(name: str, value: Any, spec: InputSpec) -> Any:
     """Turns one feature value into the nested list of its input, without the batch dimension."""
     if hasattr(value, "tolist"):
         value = value.tolist()  # NumPy scalars and arrays
@@ -87,8 +88,7 @@ def _encode(name: str, value: Any, spec: InputSpec, pad_to_multiple: int) -> Any
     values = [_checked(name, item, spec) for item in value or ()]
     if spec.width is not None:
         return values or [missing] * spec.width
-    width = max(1, math.ceil(len(values) / pad_to_multiple)) * pad_to_multiple
-    return values + [missing] * (width - len(values))
+    return [missing, *values]
 
 
 def _checked(name: str, value: Any, spec: InputSpec) -> Any:

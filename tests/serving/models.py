@@ -54,7 +54,10 @@ class Retrieval(tf.Module):
         top_scores, top = tf.math.top_k(kept, max_k)
         is_item = (top_scores > 0) & (tf.range(max_k)[None, :] < k[:, None])
         length = tf.reduce_sum(tf.cast(history_item_ids != "", tf.int64), axis=1)
-        newest = tf.gather(history_item_ids, tf.maximum(length - 1, 0), batch_dims=1)
+        # A missing value may stand anywhere in a list.
+        places = tf.range(tf.shape(history_item_ids)[1])[None, :]
+        last = tf.reduce_max(tf.where(history_item_ids != "", places, 0), axis=1)
+        newest = tf.gather(history_item_ids, last, batch_dims=1)
         return {
             "item_ids": tf.where(is_item, tf.gather(self.item_ids, top), ""),
             "scores": tf.where(is_item, top_scores, 0.0),

@@ -120,18 +120,6 @@ def test_models_of_different_runs_are_told_once_and_still_answer(target, caplog)
     assert caplog.text.count("models of different runs answer together") == 1
 
 
-def test_padded_lists_ask_the_same(target):
-    with RecommenderClient(target, timeout_s=30, layouts=(TwoCalls(),)) as plain:
-        asked = {"k": 2, "exclude_item_ids": ["item0"], "num_candidates": 3}
-        expected = plain.recommend(QUERY, **asked)
-        with RecommenderClient(target, timeout_s=30, layouts=(TwoCalls(),), pad_lists_to=4) as padded:
-            # 2 watched items, 1 excluded and 3 candidates become 4 each; the answer of the ranker too.
-            assert padded.recommend(QUERY, **asked) == expected
-            assert len(padded.rank(QUERY, [f"item{i}" for i in range(5)])) == 5
-    with pytest.raises(ConfigError, match="pad_lists_to >= 1"):
-        RecommenderClient(target, pad_lists_to=0)
-
-
 def test_a_client_without_a_layout_is_refused():
     with pytest.raises(ConfigError, match="at least one layout"):
         RecommenderClient("http://127.0.0.1:1", layouts=())
@@ -332,7 +320,7 @@ class StubTransport:
         self.timeouts_s.append(timeout_s)
         time.sleep(0.05)
         if model == "ranking":
-            return Prediction({"score": [[self.score]], "item_is_known": [[1]]}, 1)
+            return Prediction({"score": [[0.0, self.score]], "item_is_known": [[0, 1]]}, 1)
         self.num_predictions += 1
         if set(inputs) != set(self.signatures(model, timeout_s).inputs):
             raise BadRequestError("Missing: age")

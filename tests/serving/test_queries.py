@@ -1,4 +1,4 @@
-"""Queries become inputs of a signature: what is missing is filled, lists are padded."""
+"""Queries become inputs of a signature: what is missing is filled, lists survive a server that batches."""
 
 import math
 
@@ -13,15 +13,16 @@ SPECS = {
 }
 
 
-def test_lists_are_padded_to_a_multiple_and_never_cut():
-    inputs = batch_of_one(SPECS, {"history": ["a", "b", "c"], "times": [7]}, {}, pad_to_multiple=2)
-    assert inputs["history"] == [["a", "b", "c", ""]]
-    assert inputs["times"] == [[7, -1]]
-    assert batch_of_one(SPECS, {"history": ["a", "b"]}, {}, 2)["history"] == [["a", "b"]]
+def test_a_list_padded_with_its_first_element_gains_nothing():
+    inputs = batch_of_one(SPECS, {"history": ["a", "b"], "times": [7]}, {})
+    for name, values in (("history", ["a", "b"]), ("times", [7])):
+        (row,) = inputs[name]
+        padded_by_the_server = row + [row[0]] * 3
+        assert [value for value in padded_by_the_server if value not in ("", -1)] == values
 
 
 def test_what_is_missing_is_filled_to_the_width_that_an_input_has():
-    inputs = batch_of_one(SPECS, {}, {}, pad_to_multiple=1)
+    inputs = batch_of_one(SPECS, {}, {})
     assert (inputs["history"], inputs["user_id"], inputs["times"]) == ([[""]], [""], [[-1]])
     assert [math.isnan(weight) for weight in inputs["weights"][0]] == [True] * 3
-    assert batch_of_one(SPECS, {}, {"weights": [1, 2, 3]}, 4)["weights"] == [[1.0, 2.0, 3.0]]
+    assert batch_of_one(SPECS, {}, {"weights": [1, 2, 3]})["weights"] == [[1.0, 2.0, 3.0]]
