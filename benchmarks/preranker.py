@@ -209,10 +209,7 @@ def made_up(folder: Path, spec: DatasetSpec, config: PrerankerConfig) -> Exporte
     served = ServedRanker(ranker, layer, catalogue, spec)
     items = catalogue_features(served, layer, spec, _TRAIN_END_UNIX_S)
     described = describe_items(ranker, items)
-    features = {
-        **raw_inputs.transform_query(layer, _tensors(requests[0]), spec),
-        **raw_inputs.transform_impressions(layer, _tensors(requests[0]), spec),
-    }
+    features = raw_inputs.transform_request(layer, _tensors(requests[0]), spec)
     queries = describe_query(ranker, ranker.encode_query(features))
     student = PreRanker(queries.shape[1], described.shape[1], config)
     # A pre-ranker that was fitted to nothing reads nothing.
@@ -226,7 +223,7 @@ def made_up(folder: Path, spec: DatasetSpec, config: PrerankerConfig) -> Exporte
 def _save(served: ServedRanker, pre_ranker: ServedPreRanker, folder: Path) -> None:
     both = tf.Module()
     both.served, both.pre_ranker = served, pre_ranker
-    signatures = {RANK: served.signatures()["serving_default"], PRE_RANK: pre_ranker.signature()}
+    signatures = {RANK: served.signatures()["serving_default"], PRE_RANK: pre_ranker.signature().traced()}
     tf.saved_model.save(both, str(folder), signatures=signatures)
 
 

@@ -49,6 +49,7 @@ RESERVED_NAMES = frozenset(
         "split",
         "title",
         "k",
+        "num_candidates",
         "score",
         "history_item_ids",
         "impression_item_ids",
@@ -74,6 +75,19 @@ RESERVED_NAMES = frozenset(
         "seen_item_ids",
         "cold_test_item_ids",
         "user_type",
+    }
+)
+# Outputs of the exported models, which share a list with those of the tasks.
+RESERVED_TASK_NAMES = frozenset(
+    {
+        "score",
+        "item_is_known",
+        "item_ids",
+        "retrieval_score",
+        "reason_item_ids",
+        "user_is_known",
+        "history_length",
+        "exact_fallback",
     }
 )
 
@@ -399,7 +413,7 @@ class DatasetSpec(_Model):
                     f"task {task.name!r}: duration_feature {task.duration_feature!r} is not a continuous "
                     f"item feature, {_nearest(task.duration_feature, durations)}"
                 )
-            if tasks.count(task.name) > 1 or task.name in {"score", "item_is_known"}:
+            if tasks.count(task.name) > 1 or task.name in RESERVED_TASK_NAMES:
                 raise ValueError(f"task name {task.name!r} is taken")
         if self.positive not in self.labels:
             raise ValueError(

@@ -35,3 +35,7 @@ class PoorSupportError(FunnelError):
 
 class ServingError(FunnelError):
     """A model server or a request to it failed."""
+
+
+class BundleError(ServingError):
+    """Exported models that are to work together do not belong together."""

@@ -24,17 +24,15 @@ MAX_WARMUP_REQUESTS: Final = 1000  # TensorFlow Serving refuses a model with mor
 def write_warmup_requests(
     saved_model_dir: Path | str,
     model_name: str,
-    requests: Sequence[Mapping[str, npt.NDArray[Any]]],
-    signature_name: str = "serving_default",
+    requests: Mapping[str, Sequence[Mapping[str, npt.NDArray[Any]]]],
 ) -> Path:
     """Writes `assets.extra/tf_serving_warmup_requests` of a SavedModel, replacing an older one.
 
     Args:
       saved_model_dir: folder with `saved_model.pb`.
       model_name: name under which the model will be served.
-      requests: 1 to 1000 requests; each maps every input name of the signature to its array, batch first
-        (strings as object or bytes arrays).
-      signature_name: the signature that the requests call.
+      requests: 1 to 1000 in all, by name of the signature that they call; each maps every input name of the
+        signature to its array, batch first (strings as object or bytes arrays).
 
     Returns:
       Path of the file: a TFRecord of PredictionLog.
@@ -45,13 +43,14 @@ def write_warmup_requests(
     saved_model_dir = Path(saved_model_dir)
     if not (saved_model_dir / "saved_model.pb").is_file():
         raise ServingError(f"no saved_model.pb in {saved_model_dir}; write warm-up requests after the export")
-    if not 1 <= len(requests) <= MAX_WARMUP_REQUESTS:
-        raise ServingError(f"expected 1 to {MAX_WARMUP_REQUESTS} warm-up requests, got {len(requests)}")
+    number = sum(map(len, requests.values()))
+    if not 1 <= number <= MAX_WARMUP_REQUESTS:
+        raise ServingError(f"expected 1 to {MAX_WARMUP_REQUESTS} warm-up requests, got {number}")
     path = saved_model_dir / WARMUP_FILE
     path.parent.mkdir(exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     with tf.io.TFRecordWriter(str(partial)) as writer:
-        for request in requests:
+        for signature_name, request in ((name, one) for name, many in requests.items() for one in many):
             log = prediction_log_pb2.PredictionLog()
             log.predict_log.request.model_spec.name = model_name
             log.predict_log.request.model_spec.signature_name = signature_name

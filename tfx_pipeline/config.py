@@ -20,7 +20,11 @@ BUILT_IN_CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_OUTPUT_DIR = Path("runs/default")
 RETRIEVAL = "retrieval"
 RANKING = "ranking"
+# What is trained, judged and blessed.
 MODELS = (RETRIEVAL, RANKING)
+RETRIEVAL_EXACT, FUNNEL, FUNNEL_EXACT = "retrieval_exact", "funnel", "funnel_exact"
+# What is pushed and served; the last three are built of the two models.
+BUNDLES = (*MODELS, RETRIEVAL_EXACT, FUNNEL, FUNNEL_EXACT)
 # Cut-offs of the retrieval metrics; the largest is the length of the lists that the Evaluator sees.
 CUTOFFS = (10, 50, 100)
 

@@ -16,7 +16,7 @@ from google.protobuf import text_format
 
 from schema.errors import DataError, FunnelError
 from schema.tables import TablesSummary, prepare_tables, read_summary
-from tfx_pipeline.config import MODELS, RunConfig, RunPaths
+from tfx_pipeline.config import BUNDLES, MODELS, RunConfig, RunPaths
 from tfx_pipeline.datasets.archives import ARCHIVES, prepare_source
 from tfx_pipeline.datasets.simulator import DEFAULT, TINY, simulate
 from tfx_pipeline.run_result import ComponentTiming, RunResult, write_run
@@ -194,7 +194,7 @@ def locations(paths: RunPaths, tables_dir: Path) -> Any:
         pipeline_root=str(paths.pipeline_root.resolve()),
         serving_models=str(paths.serving_models.resolve()),
         code_version=code_version(),
-        released={model: newest_version(str(paths.serving_models.resolve() / model)) for model in MODELS},
+        released={name: newest_version(str(paths.serving_models.resolve() / name)) for name in BUNDLES},
     )
 
 

@@ -52,6 +52,10 @@ def read_outcome(metadata_path: Path) -> Outcome:
             reasons[model] = "; ".join(_gate_failure(failure) for failure in failures)
         elif infra_reason:
             reasons[model] = f"infra validation: {infra_reason}"
+    for model in MODELS:
+        refused = [other for other in MODELS if not blessed[other]]
+        if blessed[model] and refused and model not in reasons:
+            reasons[model] = f"bundles are pushed together, and {refused[0]} is not blessed"
     return Outcome(
         user_states_uri=outputs["UserStateGen", "examples"].uri,
         report_uri=outputs["ReportWriter", "report"].uri,

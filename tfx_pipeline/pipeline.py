@@ -23,13 +23,14 @@ from tfx_pipeline.components.blessed_resolver import (
     LatestBlessedModelOfOtherExamplesStrategy,
     LatestOtherBlessedModelStrategy,
 )
+from tfx_pipeline.components.bundle_builder import BundleBuilder
 from tfx_pipeline.components.example_gen import ExampleKind, contract_example_gen
 from tfx_pipeline.components.funnel_waterfall import FunnelWaterfall
 from tfx_pipeline.components.infra_validator import ServingValidator
 from tfx_pipeline.components.pusher import AtomicPusher
 from tfx_pipeline.components.report_writer import ReportWriter
 from tfx_pipeline.components.trainer import ModelTrainer
-from tfx_pipeline.config import CUTOFFS, RANKING, RETRIEVAL, Gate, RunConfig
+from tfx_pipeline.config import BUNDLES, CUTOFFS, MODELS, RANKING, RETRIEVAL, Gate, RunConfig
 from tfx_pipeline.tfma_metrics import ranking_eval_config, retrieval_eval_config
 from trainer import features
 
@@ -163,14 +164,22 @@ def create_pipeline(
         ).with_id(f"Evaluator.{model}")
         nodes += [trainers[model], resolver, evaluators[model]]
 
-    infra = ServingValidator(
+    builder = BundleBuilder(
         retrieval_model=trainers[RETRIEVAL].outputs["model"],
         ranking_model=trainers[RANKING].outputs["model"],
         user_states=user_states.outputs["examples"],
         dataset=dataset,
         code_version=locations.code_version,
     )
-    nodes.append(infra)
+    bundles = {model: trainers[model].outputs["model"] for model in MODELS}
+    bundles |= {name: builder.outputs[name] for name in BUNDLES if name not in MODELS}
+    infra = ServingValidator(
+        **{f"{name}_model": bundle for name, bundle in bundles.items()},
+        user_states=user_states.outputs["examples"],
+        dataset=dataset,
+        code_version=locations.code_version,
+    )
+    nodes += [builder, infra]
     waterfall = FunnelWaterfall(
         retrieval_model=trainers[RETRIEVAL].outputs["model"],
         ranking_model=trainers[RANKING].outputs["model"],
@@ -182,19 +191,20 @@ def create_pipeline(
     )
     nodes.append(waterfall)
     pushers = {}
-    for model in (RETRIEVAL, RANKING):
-        pushers[model] = AtomicPusher(
-            model=trainers[model].outputs["model"],
-            model_blessing=evaluators[model].outputs["blessing"],
+    for name, bundle in bundles.items():
+        pushers[name] = AtomicPusher(
+            model=bundle,
+            model_blessing=evaluators[RETRIEVAL].outputs["blessing"],
+            partner_blessing=evaluators[RANKING].outputs["blessing"],
             infra_blessing=infra.outputs["blessing"],
-            custom_config={"released": locations.released[model]},
+            custom_config={"released": locations.released[name]},
             push_destination=pusher_pb2.PushDestination(
                 filesystem=pusher_pb2.PushDestination.Filesystem(
-                    base_directory=f"{locations.serving_models}/{model}"
+                    base_directory=f"{locations.serving_models}/{name}"
                 )
             ),
-        ).with_id(f"Pusher.{model}")
-        nodes.append(pushers[model])
+        ).with_id(f"Pusher.{name}")
+        nodes.append(pushers[name])
     nodes.append(
         ReportWriter(
             statistics=statistics.outputs["statistics"],

@@ -20,15 +20,15 @@ from schema.point_in_time import log_count_names
 from schema.tables import read_items
 from tfx_pipeline.components.infra_validator import choose_users, validate_serving
 from tfx_pipeline.components.pusher import REFRESHED_FINGERPRINT
-from tfx_pipeline.config import MODELS, RANKING, RETRIEVAL, RunPaths
+from tfx_pipeline.config import BUNDLES, MODELS, RANKING, RETRIEVAL, RunPaths
 from tfx_pipeline.examples import catalogue_columns, catalogue_inputs, example_batch
 from tfx_pipeline.recommend import serving_folder
 from tfx_pipeline.run_result import RunResult
 from tfx_pipeline.user_states import read_user_states
 from tfx_pipeline.warmup import add_warmup_requests
-from trainer import features, run_ranking, run_retrieval
+from trainer import features, run_bundles, run_ranking, run_retrieval
 from trainer.checkpoint import Checkpoint, catalogue_files, read_checkpoint
-from trainer.config import RetrievalConfig
+from trainer.fingerprint import Fingerprint, check_together
 from trainer.index_build import IndexFacts
 
 # The Pusher's, which clears it too.
@@ -62,7 +62,7 @@ class Refresh:
       num_items: items in the catalogue now.
       num_untrained: those outside the training vocabulary, whose vectors come from their content.
       index: the new index; None when nothing changed.
-      version: of both models; None when nothing changed.
+      version: of all bundles; None when nothing changed.
       seconds: elapsed time by phase.
     """
 
@@ -81,11 +81,12 @@ def refresh_index(
     complete: bool,
     on_phase: Callable[[str], None] = lambda phase: None,
 ) -> Refresh:
-    """Publishes the newest pushed models once more, over newer items.
+    """Publishes the newest pushed bundles once more, over newer items.
 
     Vectors of new and changed items come from the candidate tower as it was trained; an item that training
     has not met gets its vector from its content. The ranker gets the same catalogue, so that it knows the
-    features of what retrieval finds. Both answer real questions from a model server before either appears.
+    features of what retrieval finds. All bundles answer real questions from a model server before any
+    appears.
 
     Args:
       run: the last finished run.
@@ -113,8 +114,9 @@ def refresh_index(
         yield
         seconds[name] = time.monotonic() - started
 
-    pushed = {model: serving_folder(run, paths, model) for model in MODELS}
-    checkpoints = {model: read_checkpoint(folder) for model, folder in pushed.items()}
+    pushed = {name: serving_folder(run, paths, name) for name in BUNDLES}
+    checkpoints = {model: read_checkpoint(pushed[model]) for model in MODELS}
+    check_together({name: Fingerprint.read(folder) for name, folder in pushed.items()})
     _check_pair(checkpoints)
     spec = checkpoints[RETRIEVAL].spec
     with phase("read items"):
@@ -123,14 +125,14 @@ def refresh_index(
         given = encode_items(items, spec, as_of_unix_s=int(time.time()))
         after = given if complete else {**before, **given}
         change = compare(before, after)
-    allow_list = checkpoints[RETRIEVAL].read_config(RetrievalConfig).index.allow_list
     trained = checkpoints[RETRIEVAL].transform_output.vocabulary_by_name(features.ITEM_SPACE)
     num_untrained = len(after.keys() - {value.decode() for value in trained})
     if not change:
         return Refresh(change, len(after), num_untrained, None, None, seconds)
 
+    users = [run.user_states]
     version = max(int(time.time()), *(int(folder.name) + 1 for folder in pushed.values()))
-    staged = {model: paths.serving_models / model / _STAGING / str(version) for model in MODELS}
+    staged = {name: paths.serving_models / name / _STAGING / str(version) for name in BUNDLES}
     try:
         for folder in staged.values():
             _clear(folder.parent)
@@ -138,19 +140,28 @@ def refresh_index(
         catalogue = staged[RETRIEVAL].parent / "catalogue.gz"
         write_catalogue(after, catalogue)
         with phase("embed items, build index"):
-            index = run_retrieval.refresh(pushed[RETRIEVAL], [str(catalogue)], staged[RETRIEVAL])
+            index = run_retrieval.refresh(pushed[RETRIEVAL], [str(catalogue)], users, staged[RETRIEVAL])
         with phase("export ranking"):
-            run_ranking.refresh(pushed[RANKING], [str(catalogue)], staged[RANKING])
+            run_ranking.refresh(pushed[RANKING], [str(catalogue)], users, staged[RANKING])
+        with phase("build bundles"):
+            run_bundles.build(
+                staged[RETRIEVAL],
+                staged[RANKING],
+                users,
+                run_bundles.BundleFolders(
+                    **{name: folder for name, folder in staged.items() if name not in MODELS}
+                ),
+            )
         with phase("ask a model server"):
-            for model, folder in staged.items():
-                add_warmup_requests(folder, model, [run.user_states], checkpoints[model].spec, allow_list)
-                _remember_origin(pushed[model], folder)
+            for name, folder in staged.items():
+                add_warmup_requests(folder, name, users, spec)
+                _remember_origin(pushed[name], folder)
             states = choose_users(read_user_states([run.user_states], spec))
             validate_serving(staged, states, checkpoints[RANKING].spec)
         with phase("publish"):
             # The ranker first: it may know items that retrieval does not find, not the other way round.
-            for model in (RANKING, RETRIEVAL):
-                os.rename(staged[model], paths.serving_models / model / str(version))
+            for name in (RANKING, *(name for name in BUNDLES if name != RANKING)):
+                os.rename(staged[name], paths.serving_models / name / str(version))
     finally:
         for folder in staged.values():
             _clear(folder.parent)

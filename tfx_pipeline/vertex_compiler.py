@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from schema.errors import ConfigError
-from tfx_pipeline.config import MODELS, RunConfig
+from tfx_pipeline.config import BUNDLES, RunConfig
 from tfx_pipeline.local_runner import code_version
 from tfx_pipeline.pipeline import PipelineLocations, create_pipeline
 
@@ -40,7 +40,7 @@ def compile_for_vertex(
         pipeline_root=pipeline_root,
         serving_models=f"{pipeline_root}/serving_models",
         code_version=code_version(),
-        released=dict.fromkeys(MODELS, ""),
+        released=dict.fromkeys(BUNDLES, ""),
     )
     pipeline = create_pipeline(config, locations)
     out.parent.mkdir(parents=True, exist_ok=True)

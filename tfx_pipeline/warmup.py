@@ -2,57 +2,43 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from schema.contract import DatasetSpec
+from serving.servable import read_signature_defs
 from serving.warmup import write_warmup_requests
-from tfx_pipeline.config import RETRIEVAL
-from tfx_pipeline.user_states import (
-    UserState,
-    padded,
-    query_arrays,
-    ranking_arrays,
-    read_user_states,
-)
-from trainer.allow_list_inputs import input_name
+from trainer.bundle import input_specs
+from trainer.sample_requests import sample_request, sample_users, take
 
-_USERS = 3
-_K = 10
+# A server that batches fills batches up to one of these, and a graph is slow the first time it sees a size.
+BATCH_SIZES = (1, 8, 32, 64)
+# Signatures that users call; each is warmed up.
+_WARMED_UP = ("serving_default", "serving_user")
 
 
 def add_warmup_requests(
-    model_dir: Path | str,
-    model: str,
-    user_states: Sequence[str],
-    spec: DatasetSpec,
-    allow_list: Sequence[str] = (),
+    model_dir: Path | str, model: str, user_states: Sequence[str], spec: DatasetSpec
 ) -> None:
-    """Writes requests of the first few users beside a SavedModel.
+    """Writes requests of the first few users beside a SavedModel, one of each batch size.
 
     Args:
       model_dir: the SavedModel.
       model: name of the model.
       user_states: file patterns of user-state examples.
       spec: the declaration.
-      allow_list: item attributes that requests to the retrieval model may filter by.
     """
-    states = itertools.islice(read_user_states(user_states, spec), _USERS)
-    write_warmup_requests(model_dir, model, [_request(model, state, spec, allow_list) for state in states])
-
-
-def _request(
-    model: str, state: UserState, spec: DatasetSpec, allow_list: Sequence[str]
-) -> dict[str, np.ndarray]:
-    """One user's request to a model as signature inputs, batch of one."""
-    if model == RETRIEVAL:
-        return {
-            **query_arrays([state], spec),
-            "k": np.array([_K], np.int32),
-            "exclude_item_ids": padded([state.seen_item_ids[:1]]),
-            **{input_name(attribute): padded([()]) for attribute in allow_list},
-        }
-    return {**ranking_arrays([state], spec), "candidate_item_ids": padded([state.seen_item_ids[:_K]])}
+    users = sample_users(user_states, spec)
+    count = len(users["user_id"])
+    seen = [item_id for item_id in users["seen_item_ids"].ravel() if item_id]
+    requests = {
+        name: [
+            sample_request(input_specs(signature), take(users, np.arange(size) % count), seen[:10] or [""])
+            for size in BATCH_SIZES
+        ]
+        for name, signature in read_signature_defs(Path(model_dir)).items()
+        if name in _WARMED_UP
+    }
+    write_warmup_requests(model_dir, model, requests)

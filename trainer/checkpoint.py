@@ -122,6 +122,10 @@ class Checkpoint:
                     f"other outputs from the same weights: {name!r} is off by up to {worst:.3g}"
                 )
 
+    def catalogue_files(self) -> list[str]:
+        """Gzipped TFRecord files of the catalogue examples."""
+        return sorted(map(str, (self.folder / _CATALOGUE).glob("*.gz")))
+
     def copy_to(self, model_dir: Path | str, catalogue: Sequence[str]) -> None:
         """Adds this checkpoint to another export of the same model, over another catalogue.
 

@@ -135,7 +135,7 @@ def mining_index(vectors: np.ndarray, k: int) -> Index:
     if len(vectors) < _MIN_ITEMS_FOR_SCANN:
         return ExactIndex(vectors)
     num_leaves = round(math.sqrt(len(vectors)))
-    index = ScannIndex(vectors, num_leaves)
+    index = ScannIndex.build(vectors, num_leaves)
     index.efforts = (Effort(k, math.ceil(_SHARE_OF_LEAVES * num_leaves), 2 * k),)
     return index
 

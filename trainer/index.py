@@ -11,11 +11,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import scann
 import tensorflow as tf
+from scann.scann_ops.py import scann_ops
 
 from trainer.allow_lists import AllowLists
 
@@ -33,6 +34,11 @@ DIMENSIONS_PER_BLOCK = 2
 # How much more than the wanted items ScaNN is asked for, at most, before a restricted request is searched
 # exactly.
 _MAX_OVERFETCH = 10
+# Attributes of ScaNN's state, in the order in which it is made of them.
+_STATE_TENSORS = (
+    "scann_config", "serialized_partitioner", "datapoint_to_token", "ah_codebook", "hashed_dataset",
+    "int8_dataset", "int8_multipliers", "dp_norms", "dataset",
+)  # fmt: skip
 
 
 class Index(Protocol):
@@ -147,14 +153,22 @@ class ScannIndex(tf.Module):
         in proportion.
     """
 
-    def __init__(self, vectors: np.ndarray, num_leaves: int) -> None:
-        """Builds the index; `efforts` must be set before `search`.
+    def __init__(self, state: Any, num_leaves: int, efforts: Sequence[Effort] = ()) -> None:
+        """Takes a built index; `build` and `restore` make one.
 
         Args:
-          vectors: float32 [I, D], one row per item.
+          state: ScaNN's own module of its tensors.
           num_leaves: see above.
+          efforts: see above; must be set before `search`.
         """
         super().__init__()
+        self.state = state
+        self.num_leaves = num_leaves
+        self.efforts = efforts
+
+    @classmethod
+    def build(cls, vectors: np.ndarray, num_leaves: int) -> ScannIndex:
+        """Trains the index on the vectors, float32 [I, D], one row per item; without efforts."""
         # The ones stand for defaults that are never used: every search passes its own numbers.
         builder = scann.scann_ops.builder(vectors, 1, "dot_product")
         if num_leaves == 0:
@@ -165,9 +179,13 @@ class ScannIndex(tf.Module):
                 .score_ah(DIMENSIONS_PER_BLOCK, anisotropic_quantization_threshold=_ANISOTROPIC_THRESHOLD)
                 .reorder(1)
             )
-        self.state = builder.build().serialize_to_module()
-        self.num_leaves = num_leaves
-        self.efforts: Sequence[Effort] = ()
+        return cls(builder.build().serialize_to_module(), num_leaves)
+
+    @classmethod
+    def restore(cls, saved: Any, num_leaves: int, efforts: Sequence[Effort]) -> ScannIndex:
+        """An index from the state that a loaded SavedModel holds: the same index, not one trained anew."""
+        tensors = [getattr(saved, name).read_value() for name in _STATE_TENSORS]
+        return cls(scann_ops.ScannState(tensors), num_leaves, efforts)
 
     @property
     def vectors(self) -> tf.Variable:

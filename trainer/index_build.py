@@ -171,6 +171,22 @@ def build_index(
     return index, facts
 
 
+def exact_facts(index: CandidateIndex, max_k: int) -> IndexFacts:
+    """Facts of an index that scores every item, and so finds all of them."""
+    vectors = index.exact.vectors
+    return IndexFacts(
+        num_items=index.exact.num_items,
+        vector_width=int(vectors.shape[1]),
+        settings={},
+        efforts=(),
+        k=min(max_k, index.exact.num_items),
+        recall=1.0,
+        recall_by_slice={},
+        num_sample_queries=0,
+        build_s=0.0,
+    )
+
+
 def _found(index: CandidateIndex, exact: ExactResults, k: int) -> np.ndarray:
     """Which of the exact top k the index finds as it will be asked: bool [S, k]."""
     num_queries = len(exact.rows)

@@ -123,14 +123,14 @@ def tuned_index(vectors: np.ndarray, exact: ExactResults, min_recall: float) -> 
     best_leaves, best_efforts, least = 0, [everything], model.work(0, everything)
     best_index: ScannIndex | None = None
     for share in _LEAVES if num_items >= _MIN_ITEMS_TO_PARTITION else ():
-        index = ScannIndex(vectors, round(share * math.sqrt(num_items)))
+        index = ScannIndex.build(vectors, round(share * math.sqrt(num_items)))
         efforts = [_cheapest(index, model, exact, k, min_recall) for k in levels(max_k)]
         # Every level counts the same: the ratio of two works is their difference on a log scale.
         work = math.exp(np.mean([math.log(model.work(index.num_leaves, effort)) for effort in efforts]))
         logger.info("index num_leaves=%d work=%.1f us efforts=%s", index.num_leaves, work / 1e3, efforts)
         if work < least:
             best_index, best_leaves, best_efforts, least = index, index.num_leaves, efforts, work
-    best_index = best_index or ScannIndex(vectors, best_leaves)
+    best_index = best_index or ScannIndex.build(vectors, best_leaves)
     best_index.efforts = best_efforts
     return best_index
 

@@ -19,6 +19,7 @@ import tensorflow as tf
 from schema.contract import DatasetSpec
 from trainer import features as ft
 from trainer import raw_inputs
+from trainer.bundle import Signature
 from trainer.encoder import with_powers
 from trainer.preranker_config import PrerankerConfig
 from trainer.ranking import EncodedQuery, RankingModel
@@ -87,9 +88,9 @@ def catalogue_features(
     Returns:
       [I, ...] by transformed name, the last row for any item outside the catalogue.
     """
-    items = {name: tf.convert_to_tensor(column) for name, column in served.items.items()}
+    items = {name: tf.convert_to_tensor(column) for name, column in served.ranker.items.items()}
     if ft.feature_space(spec).cross:
-        upload_time = tf.convert_to_tensor(served.upload_time_unix_s)
+        upload_time = tf.convert_to_tensor(served.ranker.upload_time_unix_s)
         moment = tf.fill(tf.shape(upload_time), tf.constant(event_time_unix_s, tf.int64))
         items |= raw_inputs.transform_cross(layer, moment, upload_time, spec)
     return items
@@ -224,9 +225,9 @@ class ServedPreRanker(tf.Module):
         self._layer: Callable[[], Any] = lambda: layer
         self._ranker: Callable[[], RankingModel] = lambda: ranker
         self._student: Callable[[], PreRanker] = lambda: student
-        self.transform_resources = served.transform_resources
+        self.transform_resources = served.ranker.transform_resources
         self.weights = [*student.weights, *ranker.weights]
-        self.attributes = served.attributes
+        self.attributes = served.ranker.attributes
         self.rows = served.rows
         items = catalogue_features(served, layer, spec, event_time_unix_s)
         vectors = student.precompute(describe_items(ranker, items))
@@ -253,8 +254,7 @@ class ServedPreRanker(tf.Module):
         check = tf.debugging.assert_positive(k, "k, the number of items wanted, must be at least 1")
         with tf.control_dependencies([check]):
             longest = tf.minimum(tf.maximum(tf.reduce_max(k), 0), tf.shape(candidate_item_ids)[1])
-        features = raw_inputs.transform_query(self._layer(), raw, self._spec)
-        features |= raw_inputs.transform_impressions(self._layer(), raw, self._spec)
+        features = raw_inputs.transform_request(self._layer(), raw, self._spec)
         ranker, student = self._ranker(), self._student()
         users = student.user_vectors(describe_query(ranker, ranker.encode_query(features)))
 
@@ -270,16 +270,12 @@ class ServedPreRanker(tf.Module):
             IS_KNOWN: tf.where(chosen, is_known, 0),
         }
 
-    def signature(self) -> Any:
-        """`pre_rank` as a concrete function, as documented in docs/pre-ranking.md."""
-
-        def serve(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
-            return self.pre_rank(inputs, inputs.pop(CANDIDATES), inputs.pop(K))
-
+    def signature(self) -> Signature:
+        """`pre_rank`, as documented in docs/pre-ranking.md."""
         request = raw_inputs.ranking_signature(self._spec)
         request[CANDIDATES] = tf.TensorSpec([None, None], tf.string, name=CANDIDATES)
         request[K] = tf.TensorSpec([None], tf.int32, name=K)
-        return tf.function(serve, autograph=False).get_concrete_function(**request)
+        return Signature(lambda raw: self.pre_rank(raw, raw[CANDIDATES], raw[K]), request)
 
 
 def _is_first(ids: tf.Tensor) -> tf.Tensor:

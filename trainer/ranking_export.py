@@ -6,10 +6,8 @@ The export holds everything a request needs: the Transform graph, the weights, a
 from __future__ import annotations
 
 import logging
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +16,24 @@ import tensorflow as tf
 from schema.contract import DatasetSpec
 from trainer import features as ft
 from trainer import raw_inputs
+from trainer.bundle import ServedModel, Signature, Tensors, appearing_whole, save_bundle
 from trainer.catalogue import Catalogue
+from trainer.fingerprint import Fingerprint
+from trainer.golden import GoldenRequest
 from trainer.ranking import SCORE, RankingModel
 from trainer.score import SCORE_WEIGHTS, final_score, request_weights
 
 CANDIDATES = "candidate_item_ids"
 IS_KNOWN = "item_is_known"
 EXAMPLES = "examples"
+WEIGHTED = "serving_weighted"
 PRE_RANK = "pre_rank"
 
 _logger = logging.getLogger(__name__)
 
 
-class ServedRanker(tf.Module):
-    """The signatures of the exported ranker, and the variables that they read.
-
-    Attributes:
-      preranker: a `trainer.preranker.ServedPreRanker` that is exported along; None for none.
-    """
+class CatalogueRanker(tf.Module):
+    """The ranker over the items of a catalogue, which it knows by their rows."""
 
     def __init__(self, model: RankingModel, layer: Any, catalogue: Catalogue, spec: DatasetSpec) -> None:
         """Copies the catalogue, with one more row that stands for any unknown item.
@@ -47,7 +45,6 @@ class ServedRanker(tf.Module):
           spec: the declaration of the dataset.
         """
         super().__init__()
-        self.preranker: Any = None
         self._spec = spec
         self.num_items = len(catalogue)
         self._layer: Callable[[], Any] = lambda: layer
@@ -57,12 +54,6 @@ class ServedRanker(tf.Module):
         self.attributes = model.attributes.tables
         # A closure keeps the model itself out of the object graph that is saved.
         self._model: Callable[[], RankingModel] = lambda: model
-        self.rows = tf.lookup.StaticHashTable(
-            tf.lookup.KeyValueTensorInitializer(
-                tf.constant(list(catalogue.item_ids), tf.string), tf.range(self.num_items, dtype=tf.int64)
-            ),
-            default_value=self.num_items,
-        )
         unknown = _unknown_item(layer, spec)
         columns = {
             name: _append_row(tf.constant(column), unknown[name])
@@ -78,11 +69,70 @@ class ServedRanker(tf.Module):
             missing = tf.constant([raw_inputs.MISSING["int64"]], tf.int64)
             self.upload_time_unix_s = tf.Variable(tf.concat([upload_time, missing], axis=0), trainable=False)
 
+    @property
+    def model(self) -> RankingModel:
+        """The trained model."""
+        return self._model()
+
     def rank(
         self,
-        raw: Mapping[str, tf.Tensor],
-        candidate_item_ids: tf.Tensor,
-        score_weights: tf.Tensor | None = None,
+        features: Mapping[str, tf.Tensor],
+        event_time_unix_s: tf.Tensor,
+        rows: tf.Tensor,
+        score_weights: tf.Tensor,
+    ) -> dict[str, tf.Tensor]:
+        """Judges N items for each of B requests.
+
+        Args:
+          features: transformed query features and impressions of the requests.
+          event_time_unix_s: int64 [B].
+          rows: int [B, N], 0 to num_items; num_items is the row of an unknown item.
+          score_weights: float32 [B, T], see `trainer.score.request_weights`.
+
+        Returns:
+          float32 [B, N] per task and `score`.
+        """
+        model, shape = self._model(), tf.shape(rows)
+        num_candidates, flat = shape[1], tf.reshape(rows, [-1])
+        pairs = {name: tf.gather(column, flat) for name, column in self.items.items()}
+        if ft.feature_space(self._spec).cross:
+            event_time = tf.repeat(event_time_unix_s, num_candidates)
+            upload_time = tf.gather(self.upload_time_unix_s, flat)
+            pairs |= raw_inputs.transform_cross(self._layer(), event_time, upload_time, self._spec)
+        for name in model.output_features:
+            pairs[name] = tf.repeat(features[name], num_candidates)
+        logits = model.logits(model.encode_query(features), pairs, num_candidates)
+        outputs = {name: tf.reshape(v, shape) for name, v in model.predictions(logits, pairs).items()}
+        outputs[SCORE] = final_score(outputs, request_weights(score_weights, self._spec.tasks))
+        return outputs
+
+
+class ServedRanker(ServedModel):
+    """The signatures of the exported ranker, and the variables that they read.
+
+    Attributes:
+      ranker: over the catalogue.
+      rows: string to int64, the row of an item id; that of an unknown item for any other id.
+      preranker: a `trainer.preranker.ServedPreRanker` that is exported along; None for none.
+    """
+
+    def __init__(self, model: RankingModel, layer: Any, catalogue: Catalogue, spec: DatasetSpec) -> None:
+        """Adds the ids of the items; see `CatalogueRanker`."""
+        super().__init__()
+        self.preranker: Any = None
+        self._spec = spec
+        self._layer: Callable[[], Any] = lambda: layer
+        self.ranker = CatalogueRanker(model, layer, catalogue, spec)
+        num_items = self.ranker.num_items
+        self.rows = tf.lookup.StaticHashTable(
+            tf.lookup.KeyValueTensorInitializer(
+                tf.constant(list(catalogue.item_ids), tf.string), tf.range(num_items, dtype=tf.int64)
+            ),
+            default_value=num_items,
+        )
+
+    def rank(
+        self, raw: Tensors, candidate_item_ids: tf.Tensor, score_weights: tf.Tensor | None = None
     ) -> dict[str, tf.Tensor]:
         """Judges N candidates for each of B requests.
 
@@ -95,37 +145,21 @@ class ServedRanker(tf.Module):
         Returns:
           float32 [B, N] per task and `score`, int64 [B, N] `item_is_known`; zeros where padded.
         """
-        model, ids = self._model(), tf.reshape(candidate_item_ids, [-1])
-        num_candidates = tf.shape(candidate_item_ids)[1]
-        rows = self.rows.lookup(ids)
-        pairs = {name: tf.gather(column, rows) for name, column in self.items.items()}
-        if ft.feature_space(self._spec).cross:
-            event_time = tf.repeat(raw[ft.EVENT_TIME], num_candidates)
-            upload_time = tf.gather(self.upload_time_unix_s, rows)
-            pairs |= raw_inputs.transform_cross(self._layer(), event_time, upload_time, self._spec)
-        # The query is transformed and encoded once, whatever the number of candidates.
-        features = raw_inputs.transform_query(self._layer(), raw, self._spec)
-        features |= raw_inputs.transform_impressions(self._layer(), raw, self._spec)
-        for name in model.output_features:
-            pairs[name] = tf.repeat(features[name], num_candidates)
-
-        logits = model.logits(model.encode_query(features), pairs, num_candidates)
-        shape = tf.shape(candidate_item_ids)
-        outputs = {name: tf.reshape(v, shape) for name, v in model.predictions(logits, pairs).items()}
+        rows = self.rows.lookup(candidate_item_ids)
         if score_weights is None:
-            outputs[SCORE] = model.score(outputs)
-        else:
-            outputs[SCORE] = final_score(outputs, request_weights(score_weights, self._spec.tasks))
-        outputs[IS_KNOWN] = tf.reshape(tf.cast(rows < self.num_items, tf.int64), shape)
+            score_weights = self._declared(candidate_item_ids)
+        # The query is transformed and encoded once, whatever the number of candidates.
+        features = raw_inputs.transform_request(self._layer(), raw, self._spec)
+        outputs = self.ranker.rank(features, raw[ft.EVENT_TIME], rows, score_weights)
+        outputs[IS_KNOWN] = tf.cast(rows < self.ranker.num_items, tf.int64)
         is_item = tf.not_equal(candidate_item_ids, "")
         return {name: tf.where(is_item, value, tf.zeros_like(value)) for name, value in outputs.items()}
 
     def rank_examples(self, examples: tf.Tensor) -> dict[str, tf.Tensor]:
         """Judges serialized interaction tf.Examples, string [B]: float32 [B] per task and `score`."""
-        model = self._model()
+        model = self.ranker.model
         raw = raw_inputs.parse_interaction_examples(examples, self._spec)
-        transformed = raw_inputs.transform_query(self._layer(), raw, self._spec)
-        transformed |= raw_inputs.transform_impressions(self._layer(), raw, self._spec)
+        transformed = raw_inputs.transform_request(self._layer(), raw, self._spec)
         transformed |= raw_inputs.transform_candidates(self._layer(), raw, self._spec)
         transformed |= raw_inputs.transform_counts(self._layer(), raw[ft.ITEM_COUNTS])
         if ft.feature_space(self._spec).cross:
@@ -135,55 +169,62 @@ class ServedRanker(tf.Module):
         outputs = model.predictions(model(transformed, training=False), transformed)
         return {**outputs, SCORE: model.score(outputs)}
 
-    def signatures(self) -> dict[str, Any]:
-        """Traced signatures by name, as documented in docs/architecture.md."""
-
-        def serve(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
-            return self.rank(inputs, inputs.pop(CANDIDATES))
-
-        def serve_weighted(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
-            return self.rank(inputs, inputs.pop(CANDIDATES), inputs.pop(SCORE_WEIGHTS))
-
-        def serve_examples(examples: tf.Tensor) -> dict[str, tf.Tensor]:
-            return self.rank_examples(examples)
-
+    def calls(self) -> dict[str, Signature]:
+        """See the base class."""
         request = raw_inputs.ranking_signature(self._spec)
         request[CANDIDATES] = tf.TensorSpec([None, None], tf.string, name=CANDIDATES)
         weights = tf.TensorSpec([None, len(self._spec.tasks)], tf.float32, name=SCORE_WEIGHTS)
-        signatures = {
-            "serving_default": tf.function(serve, autograph=False).get_concrete_function(**request),
-            "serving_weighted": tf.function(serve_weighted, autograph=False).get_concrete_function(
-                **request, **{SCORE_WEIGHTS: weights}
+        examples = tf.TensorSpec([None], tf.string, name=EXAMPLES)
+        calls = {
+            "serving_default": Signature(lambda raw: self.rank(raw, raw[CANDIDATES]), request),
+            WEIGHTED: Signature(
+                lambda raw: self.rank(raw, raw[CANDIDATES], raw[SCORE_WEIGHTS]),
+                {**request, SCORE_WEIGHTS: weights},
             ),
-            "serving_examples": tf.function(serve_examples, autograph=False).get_concrete_function(
-                tf.TensorSpec([None], tf.string, name=EXAMPLES)
+            "serving_examples": Signature(
+                lambda raw: self.rank_examples(raw[EXAMPLES]), {EXAMPLES: examples}
             ),
         }
         if self.preranker is not None:
-            signatures[PRE_RANK] = self.preranker.signature()
-        return signatures
+            calls[PRE_RANK] = self.preranker.signature()
+        return calls
+
+    def signatures(self) -> dict[str, Any]:
+        """See the base class; there is one graph for all weights."""
+        calls = self.calls()
+        rank = calls[WEIGHTED].traced()
+        calls["serving_default"] = Signature(
+            lambda raw: rank(**raw, **{SCORE_WEIGHTS: self._declared(raw[CANDIDATES])}),
+            calls["serving_default"].inputs,
+        )
+        del calls[WEIGHTED]
+        return {WEIGHTED: rank, **{name: signature.traced() for name, signature in calls.items()}}
+
+    def _declared(self, candidate_item_ids: tf.Tensor) -> tf.Tensor:
+        """What stands for the declared score weights, float32 [B, T]."""
+        return tf.fill([tf.shape(candidate_item_ids)[0], len(self._spec.tasks)], math.nan)
 
 
-def export(served: ServedRanker, model_dir: str) -> None:
+def export(
+    ranker: ServedRanker,
+    model_dir: Path | str,
+    fingerprint: Fingerprint,
+    golden: Sequence[GoldenRequest] = (),
+) -> None:
     """Writes the SavedModel to `model_dir`, which appears complete or not at all.
 
     Args:
-      served: what to export.
+      ranker: what to export.
       model_dir: local folder; absent or empty.
+      fingerprint: of its parts.
+      golden: requests with the answers of the trained model.
 
     Raises:
       OSError: the folder cannot be written or is not empty.
     """
-    target = Path(model_dir)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent)
-    try:
-        tf.saved_model.save(served, partial, signatures=served.signatures())
-        os.chmod(partial, 0o755)  # mkdtemp makes folders that only their owner can read
-        os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    _logger.info("phase=export_ranking items=%d path=%s", served.num_items, target)
+    with appearing_whole(model_dir) as folder:
+        save_bundle(ranker, folder, fingerprint, golden)
+    _logger.info("phase=export_ranking items=%d path=%s", ranker.ranker.num_items, model_dir)
 
 
 def _unknown_item(layer: Any, spec: DatasetSpec) -> dict[str, tf.Tensor]:

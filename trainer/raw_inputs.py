@@ -57,16 +57,17 @@ def ranking_signature(spec: DatasetSpec) -> dict[str, tf.TensorSpec]:
     return {**query_signature(spec), **impressions}
 
 
-def transform_impressions(
-    layer: Any, raw: Mapping[str, tf.Tensor], spec: DatasetSpec
-) -> dict[str, tf.Tensor]:
-    """The user's latest impressions as of the event time of the request: [B, L] each, padded with 0.
+def transform_request(layer: Any, raw: Mapping[str, tf.Tensor], spec: DatasetSpec) -> dict[str, tf.Tensor]:
+    """Raw features of a request to the ranker to transformed ones, by one run of the graph.
 
     Args:
       layer: `tft.TFTransformOutput.transform_features_layer()`.
-      raw: EVENT_TIME [B], and tensors as in `ranking_signature`; the other lists count only where
-        IMPRESSION_ITEMS is not "".
+      raw: tensors as in `ranking_signature`; the impressions' other lists count only where IMPRESSION_ITEMS
+        is not "".
       spec: the declaration.
+
+    Returns:
+      As `transform_query`; and the user's latest impressions as of the event time, [B, L] each.
     """
     impressions = features.raw_impression_inputs(spec)
     for other in impressions[1:]:
@@ -75,9 +76,10 @@ def transform_impressions(
             tf.shape(raw[features.IMPRESSION_ITEMS]),
             f"{other.name} and {features.IMPRESSION_ITEMS} must be lists of the same length",
         )
-    inputs = (RawInput(features.EVENT_TIME, "int64", False), *impressions)
+    inputs = (*features.raw_query_inputs(spec), *impressions)
     transformed = layer({r.name: _to_sparse(raw[r.name], r) for r in inputs})
-    return {name: to_dense(transformed[name]) for name in features.impression_names(spec)}
+    query = [name for feature in features.feature_space(spec).query for name in feature.transformed_names]
+    return {name: to_dense(transformed[name]) for name in (*query, *features.impression_names(spec))}
 
 
 def transform_counts(layer: Any, counts: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -165,6 +167,13 @@ def parse_user_state_examples(serialized: tf.Tensor, spec: DatasetSpec) -> dict[
     return _parse(
         serialized, (*features.raw_query_inputs(spec), *(RawInput(name, "string", True) for name in held_out))
     )
+
+
+def parse_users(serialized: tf.Tensor, spec: DatasetSpec) -> dict[str, tf.Tensor]:
+    """What serialized user states, string [B], say for a request; and the ids seen, string [B, L]."""
+    seen = RawInput(features.SEEN_ITEMS, "string", True)
+    query = (*features.raw_query_inputs(spec), *features.raw_impression_inputs(spec))
+    return _parse(serialized, (*query, seen))
 
 
 def _parse(serialized: tf.Tensor, inputs: Iterable[RawInput]) -> dict[str, tf.Tensor]:

@@ -9,10 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +19,12 @@ from schema.contract import DatasetSpec
 from trainer import features as ft
 from trainer import raw_inputs
 from trainer.allow_list_inputs import check_attributes
+from trainer.allow_lists import AllowLists
+from trainer.bundle import ServedModel, Signature, appearing_whole, save_bundle
 from trainer.catalogue import Catalogue
-from trainer.index import NO_ROW, CandidateIndex
+from trainer.fingerprint import Fingerprint
+from trainer.golden import GoldenRequest
+from trainer.index import CandidateIndex, Effort, ExactIndex, ScannIndex
 from trainer.index_build import IndexFacts
 from trainer.retrieval import RetrievalModel
 from trainer.served_index import LOOKUP, ServedIndex, check_round_trip
@@ -31,12 +32,12 @@ from trainer.served_index import LOOKUP, ServedIndex, check_round_trip
 EXAMPLES = "examples"
 # Results per user of the signature for serialized examples.
 EVALUATION_K = 100
-INDEX_FACTS_FILE = "index.json"
+INDEX_FACTS_FILE = Path("assets.extra") / "index.json"
 
 _logger = logging.getLogger(__name__)
 
 
-class ServedRetrieval(tf.Module):
+class ServedRetrieval(ServedModel):
     """The signatures of the exported retrieval model, and the variables that they read."""
 
     def __init__(
@@ -90,12 +91,11 @@ class ServedRetrieval(tf.Module):
         """
         query = raw_inputs.transform_query(self._layer(), raw, self._spec)
         found = self.index.search(self._encode_queries(query), raw, exact)
-        history = self.index.rows.lookup(raw[ft.HISTORY])
         user_id = ft.feature_space(self._spec).find(ft.USER_ID).id_name
         return {
             "item_ids": self.index.ids(found.rows),
             "scores": found.scores,
-            "reason_item_ids": self.index.ids(self._nearest(found.rows, history)),
+            "reason_item_ids": self.index.reasons(found.rows, raw[ft.HISTORY]),
             "user_is_known": tf.cast(query[user_id] > ft.OOV_ID, tf.int64),
             "history_length": tf.math.count_nonzero(tf.not_equal(raw[ft.HISTORY], ""), axis=1),
             "exact_fallback": tf.cast(found.exact_fallback, tf.int64),
@@ -114,74 +114,69 @@ class ServedRetrieval(tf.Module):
         found = self.index.search(self._encode_queries(query), request)
         return {"item_ids": self.index.ids(found.rows), "scores": found.scores}
 
-    def _nearest(self, rows: tf.Tensor, history: tf.Tensor) -> tf.Tensor:
-        """The watched item that is most like each result.
-
-        Args:
-          rows: int32 [B, K], catalogue rows of results.
-          history: int32 [B, L], catalogue rows of watched items, NO_ROW where padded or not in the catalogue.
-
-        Returns:
-          int32 [B, K]: the row in `history` with the largest cosine; NO_ROW without history or result.
-        """
-        # One more column makes an empty history a list too.
-        history = tf.pad(history, [[0, 0], [0, 1]], constant_values=NO_ROW)
-        cosine = tf.matmul(self._directions(rows), self._directions(history), transpose_b=True)
-        cosine = tf.where(history[:, tf.newaxis, :] == NO_ROW, -2.0, cosine)
-        nearest = tf.gather(history, tf.argmax(cosine, axis=2), batch_dims=1)
-        return tf.where(rows == NO_ROW, NO_ROW, nearest)
-
-    def _directions(self, rows: tf.Tensor) -> tf.Tensor:
-        """Unit candidate vectors without the item bias, which says nothing about likeness."""
-        return tf.math.l2_normalize(self.index.vectors_of(rows)[..., :-1], axis=-1)
-
-    def signatures(self) -> dict[str, Any]:
-        """Traced signatures by name, as documented in docs/architecture.md."""
-
-        def serve(exact: bool) -> Any:
-            def recommend(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
-                return self.recommend(inputs, exact)
-
-            return tf.function(recommend, autograph=False).get_concrete_function(**request)
-
-        def serve_examples(examples: tf.Tensor) -> dict[str, tf.Tensor]:
-            return self.recommend_examples(examples)
-
+    def calls(self) -> dict[str, Signature]:
+        """See the base class."""
         request = {**raw_inputs.query_signature(self._spec), **self.index.request_signature()}
+        examples = tf.TensorSpec([None], tf.string, name=EXAMPLES)
         return {
-            "serving_default": serve(exact=False),
-            "serving_exact": serve(exact=True),
-            "serving_examples": tf.function(serve_examples, autograph=False).get_concrete_function(
-                tf.TensorSpec([None], tf.string, name=EXAMPLES)
+            "serving_default": Signature(lambda raw: self.recommend(raw, exact=False), request),
+            "serving_exact": Signature(lambda raw: self.recommend(raw, exact=True), request),
+            "serving_examples": Signature(
+                lambda raw: self.recommend_examples(raw[EXAMPLES]), {EXAMPLES: examples}
             ),
             LOOKUP: self.index.lookup_signature(),
         }
 
 
-def export(served: ServedRetrieval, facts: IndexFacts, model_dir: str) -> None:
+def export(
+    served: ServedRetrieval,
+    facts: IndexFacts,
+    model_dir: Path | str,
+    fingerprint: Fingerprint,
+    golden: Sequence[GoldenRequest] = (),
+) -> None:
     """Writes the SavedModel to `model_dir`, which appears complete or not at all.
 
     Args:
       served: what to export.
       facts: of the index, written to assets.extra/index.json.
       model_dir: local folder; absent or empty.
+      fingerprint: of its parts.
+      golden: requests with the answers of the trained model.
 
     Raises:
       IndexBuildError: the written model does not find every item under its own id.
       OSError: the folder cannot be written or is not empty.
     """
-    target = Path(model_dir)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        options = tf.saved_model.SaveOptions(namespace_whitelist=["Scann"])
-        tf.saved_model.save(served, str(partial), signatures=served.signatures(), options=options)
-        check_round_trip(str(partial), served.catalogue_ids, served.index.vectors.numpy())
-        facts_file = partial / "assets.extra" / INDEX_FACTS_FILE
-        facts_file.parent.mkdir()
-        facts_file.write_text(json.dumps(dataclasses.asdict(facts), indent=2) + "\n", encoding="utf-8")
-        os.chmod(partial, 0o755)  # mkdtemp makes folders that only their owner can read
-        os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    _logger.info("phase=export_retrieval items=%d path=%s", facts.num_items, target)
+    with appearing_whole(model_dir) as folder:
+        save_bundle(served, folder, fingerprint, golden)
+        check_round_trip(str(folder), served.catalogue_ids, served.index.vectors.numpy())
+        write_facts(folder, facts)
+    _logger.info("phase=export_retrieval items=%d path=%s", facts.num_items, model_dir)
+
+
+def write_facts(model_dir: Path, facts: IndexFacts) -> None:
+    """Writes assets.extra/index.json of an exported model."""
+    facts_file = model_dir / INDEX_FACTS_FILE
+    facts_file.parent.mkdir(exist_ok=True)
+    facts_file.write_text(json.dumps(dataclasses.asdict(facts), indent=2) + "\n", encoding="utf-8")
+
+
+def read_index(model_dir: Path | str, allow_lists: AllowLists) -> CandidateIndex:
+    """The index of an exported retrieval model: the same one, neither trained nor tuned anew.
+
+    Args:
+      model_dir: exported or pushed retrieval model.
+      allow_lists: over the same catalogue.
+    """
+    saved = tf.saved_model.load(str(model_dir)).index.index
+    exact = ExactIndex(saved.exact.vectors.numpy())
+    facts = json.loads((Path(model_dir) / INDEX_FACTS_FILE).read_text(encoding="utf-8"))
+    if not facts["efforts"]:
+        return CandidateIndex(exact, None, allow_lists)
+    efforts = [
+        Effort(effort["k"], effort["num_leaves_to_search"], effort["num_reordering_candidates"])
+        for effort in facts["efforts"]
+    ]
+    approximate = ScannIndex.restore(saved.approximate.state, facts["settings"]["num_leaves"], efforts)
+    return CandidateIndex(ExactIndex(approximate.vectors), approximate, allow_lists)

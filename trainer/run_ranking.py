@@ -21,10 +21,19 @@ from schema.errors import CheckpointError
 from trainer import features
 from trainer.calibration import Calibrator
 from trainer.catalogue import Catalogue
-from trainer.checkpoint import Network, catalogue_files, differences, read_checkpoint, write_checkpoint
+from trainer.checkpoint import Checkpoint, Network, differences, read_checkpoint, write_checkpoint
 from trainer.config import RankingConfig
 from trainer.debiasing import PositionStatistics, position_statistics
 from trainer.distillation import distil, latest_requests
+from trainer.fingerprint import (
+    CATALOGUE,
+    RANKER,
+    TRANSFORM,
+    Fingerprint,
+    hash_arrays,
+    hash_catalogue,
+    hash_folder,
+)
 from trainer.impressions import ItemAttributes
 from trainer.input_pipeline import load_catalogue, ordered_batches, shuffled_batches, windows
 from trainer.label_statistics import LabelStatistics, label_statistics
@@ -34,20 +43,23 @@ from trainer.preranker_config import PrerankerConfig
 from trainer.ranking import ROW_WEIGHT, RankingModel, calibrate, train
 from trainer.ranking_export import ServedRanker, export
 from trainer.row_weights import check_debiasing, weighted_windows
+from trainer.sample_requests import golden_requests, sample_users
 
 TRAINING_LOG = "training_log.json"
 # How the pre-ranker was distilled, beside the log of the ranker.
 PRERANKER_LOG = "preranker.json"
 # Prefix of the pre-ranker's weights among the arrays of a checkpoint.
 _PRERANKER = "preranker/"
+# About so many candidates in a golden request.
+_GOLDEN_ITEMS = 20
 
 
 def run_fn(fn_args: Any) -> None:
     """Trains the ranker and exports it.
 
     Args:
-      fn_args: TFX's FnArgs; `custom_config` holds `dataset` and `config` as JSON, `catalogue` as file
-        patterns, and `train_end_unix_s`.
+      fn_args: TFX's FnArgs; `custom_config` holds `dataset` and `config` as JSON, `catalogue` and
+        `user_states` as file patterns, and `train_end_unix_s`.
 
     Writes the SavedModel with its checkpoint to `serving_model_dir`, and `training_log.json` (a list of one
     record per epoch, see `trainer.ranking.train`; undefined metrics are null) to `model_run_dir`; with a
@@ -96,7 +108,8 @@ def run_fn(fn_args: Any) -> None:
             _PRERANKER + path: variable.numpy()
             for path, variable in distilled.student.get_weight_paths().items()
         }
-    export(served, fn_args.serving_model_dir)
+    user_states = fn_args.custom_config["user_states"]
+    _export(served, transform_output, catalogue, spec, user_states, fn_args.serving_model_dir)
     write_checkpoint(
         fn_args.serving_model_dir,
         _network(model),
@@ -115,12 +128,13 @@ def run_fn(fn_args: Any) -> None:
     )
 
 
-def refresh(model_dir: Path, catalogue: Sequence[str], target: Path) -> None:
+def refresh(model_dir: Path, catalogue: Sequence[str], user_states: Sequence[str], target: Path) -> None:
     """Exports a trained ranker over another catalogue, without training.
 
     Args:
       model_dir: exported or pushed ranking model.
       catalogue: gzipped TFRecord files of the new catalogue's examples.
+      user_states: file patterns of user-state examples, for golden requests.
       target: local folder of the new SavedModel; absent or empty.
 
     Raises:
@@ -129,25 +143,63 @@ def refresh(model_dir: Path, catalogue: Sequence[str], target: Path) -> None:
     """
     checkpoint = read_checkpoint(model_dir)
     spec, transform_output = checkpoint.spec, checkpoint.transform_output
-    statistics = {name: LabelStatistics(**v) for name, v in checkpoint.settings["statistics"].items()}
     config = checkpoint.read_config(RankingConfig)
-    trained_on = load_catalogue(catalogue_files(model_dir), transform_output, spec)
-    positions = {name: PositionStatistics(**v) for name, v in checkpoint.settings["positions"].items()}
-    model = _model(spec, transform_output, trained_on, statistics, config, positions or None)
-    checkpoint.restore(_network(model))
+    model = restore(checkpoint)
     items = load_catalogue(catalogue, transform_output, spec)
     model.attributes = _attributes(items, transform_output, spec)
-    model.calibrators = {
-        name: Calibrator.from_dict(v) for name, v in checkpoint.settings["calibrators"].items()
-    }
     layer = transform_output.transform_features_layer()
     served = ServedRanker(model, layer, items, spec)
     if config.preranker is not None:
         student = _restored_preranker(checkpoint.arrays, config.preranker)
         moment = checkpoint.settings["train_end_unix_s"]
         served.preranker = ServedPreRanker(student, model, served, layer, spec, moment)
-    export(served, str(target))
+    _export(served, transform_output, items, spec, user_states, target)
     checkpoint.copy_to(target, catalogue)
+
+
+def restore(checkpoint: Checkpoint) -> RankingModel:
+    """The trained model of a checkpoint, over its catalogue.
+
+    Raises:
+      CheckpointError: it does not fit the code.
+    """
+    spec, transform_output, settings = checkpoint.spec, checkpoint.transform_output, checkpoint.settings
+    statistics = {name: LabelStatistics(**v) for name, v in settings["statistics"].items()}
+    positions = {name: PositionStatistics(**v) for name, v in settings["positions"].items()}
+    trained_on = load_catalogue(checkpoint.catalogue_files(), transform_output, spec)
+    config = checkpoint.read_config(RankingConfig)
+    model = _model(spec, transform_output, trained_on, statistics, config, positions or None)
+    checkpoint.restore(_network(model))
+    model.calibrators = {name: Calibrator.from_dict(v) for name, v in settings["calibrators"].items()}
+    return model
+
+
+def _export(
+    served: ServedRanker,
+    transform_output: tft.TFTransformOutput,
+    catalogue: Catalogue,
+    spec: DatasetSpec,
+    user_states: Sequence[str],
+    model_dir: Path | str,
+) -> None:
+    """Exports the ranker with its fingerprint and golden requests."""
+    fingerprint = Fingerprint(
+        {
+            TRANSFORM: hash_folder(transform_output.transform_savedmodel_dir),
+            CATALOGUE: hash_catalogue(catalogue),
+            RANKER: _hash_ranker(served.ranker.model),
+        }
+    )
+    items = list(catalogue.item_ids[:: max(1, len(catalogue) // _GOLDEN_ITEMS)])
+    golden = golden_requests(served.calls(), sample_users(user_states, spec), items)
+    export(served, model_dir, fingerprint, golden)
+
+
+def _hash_ranker(model: RankingModel) -> str:
+    """One hash of weights and calibration."""
+    calibrators = {name: dataclasses.asdict(value) for name, value in model.calibrators.items()}
+    weights = {path: variable.numpy() for path, variable in _network(model).variables().items()}
+    return hash_arrays({**weights, "calibrators": np.array(json.dumps(calibrators, sort_keys=True))})
 
 
 def _restored_preranker(arrays: Mapping[str, np.ndarray], config: PrerankerConfig) -> PreRanker:

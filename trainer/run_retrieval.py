@@ -21,6 +21,17 @@ from trainer.allow_list_inputs import check_attributes
 from trainer.catalogue import Catalogue
 from trainer.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from trainer.config import RetrievalConfig
+from trainer.fingerprint import (
+    CATALOGUE,
+    INDEX,
+    TOWERS,
+    TRANSFORM,
+    Fingerprint,
+    hash_arrays,
+    hash_catalogue,
+    hash_folder,
+    hash_variables,
+)
 from trainer.hard_negatives import known_positives
 from trainer.index_build import IndexFacts, build_index, item_slices
 from trainer.input_pipeline import expand, load_catalogue, shuffled_batches, windows
@@ -31,6 +42,7 @@ from trainer.raw_inputs import parse_candidate_examples
 from trainer.retrieval import RetrievalModel, count_positives, fit, is_positive, item_log_q
 from trainer.retrieval_export import ServedRetrieval, export
 from trainer.retrieval_validation import ValidationUsers, load_validation_users
+from trainer.sample_requests import golden_requests, sample_users
 from trainer.warm_start import check_no_future, towers, vocabularies, warm_start
 
 TRAINING_LOG = "training_log.json"
@@ -96,7 +108,17 @@ def run_fn(fn_args: Any) -> None:
         "num_positives": counts,
         "sample_queries": model.encode_users(_sample(users, config.seed)),
     }
-    _export(model, layer, catalogue, catalogue_files, spec, config, arrays, fn_args.serving_model_dir)
+    _export(
+        model,
+        transform_output,
+        catalogue,
+        catalogue_files,
+        user_states,
+        spec,
+        config,
+        arrays,
+        fn_args.serving_model_dir,
+    )
     write_checkpoint(
         fn_args.serving_model_dir,
         towers(model),
@@ -113,7 +135,9 @@ def run_fn(fn_args: Any) -> None:
     )
 
 
-def refresh(model_dir: Path, catalogue: Sequence[str], target: Path) -> IndexFacts:
+def refresh(
+    model_dir: Path, catalogue: Sequence[str], user_states: Sequence[str], target: Path
+) -> IndexFacts:
     """Exports a trained model over another catalogue, without training.
 
     Items outside the training vocabulary get their vectors from their content.
@@ -121,6 +145,7 @@ def refresh(model_dir: Path, catalogue: Sequence[str], target: Path) -> IndexFac
     Args:
       model_dir: exported or pushed retrieval model.
       catalogue: gzipped TFRecord files of the new catalogue's examples.
+      user_states: file patterns of user-state examples, for golden requests.
       target: local folder of the new SavedModel; absent or empty.
 
     Returns:
@@ -133,10 +158,18 @@ def refresh(model_dir: Path, catalogue: Sequence[str], target: Path) -> IndexFac
     """
     checkpoint = read_checkpoint(model_dir)
     model = restore(checkpoint)
-    layer = checkpoint.transform_output.transform_features_layer()
     items = load_catalogue(catalogue, checkpoint.transform_output, checkpoint.spec)
-    config = checkpoint.read_config(RetrievalConfig)
-    facts = _export(model, layer, items, catalogue, checkpoint.spec, config, checkpoint.arrays, str(target))
+    facts = _export(
+        model,
+        checkpoint.transform_output,
+        items,
+        catalogue,
+        user_states,
+        checkpoint.spec,
+        checkpoint.read_config(RetrievalConfig),
+        checkpoint.arrays,
+        target,
+    )
     checkpoint.copy_to(target, catalogue)
     return facts
 
@@ -217,13 +250,14 @@ def _item_vectors(
 
 def _export(
     model: RetrievalModel,
-    layer: Any,
+    transform_output: tft.TFTransformOutput,
     catalogue: Catalogue,
     catalogue_files: Sequence[str],
+    user_states: Sequence[str],
     spec: DatasetSpec,
     config: RetrievalConfig,
     arrays: Mapping[str, np.ndarray],
-    model_dir: str,
+    model_dir: Path | str,
 ) -> IndexFacts:
     """Builds the index and exports it with the model; `arrays` are those of the checkpoint."""
     ids = catalogue.transformed[features.feature_space(spec).find(features.ITEM_ID).id_name]
@@ -234,13 +268,24 @@ def _export(
         config.index,
         config.max_k,
         slices=item_slices(arrays["num_positives"][ids], ids > features.OOV_ID),
-        attributes=_attributes(catalogue_files, spec, config.index.allow_list),
+        attributes=attributes(catalogue_files, spec, config.index.allow_list),
     )
-    export(ServedRetrieval(model, index, layer, catalogue, spec, config.max_k), facts, model_dir)
+    layer = transform_output.transform_features_layer()
+    served = ServedRetrieval(model, index, layer, catalogue, spec, config.max_k)
+    fingerprint = Fingerprint(
+        {
+            TRANSFORM: hash_folder(transform_output.transform_savedmodel_dir),
+            CATALOGUE: hash_catalogue(catalogue),
+            TOWERS: hash_variables(towers(model).variables()),
+            INDEX: hash_arrays({"vectors": served.index.vectors.numpy()}),
+        }
+    )
+    golden = golden_requests(served.calls(), sample_users(user_states, spec))
+    export(served, facts, model_dir, fingerprint, golden)
     return facts
 
 
-def _attributes(
+def attributes(
     catalogue_files: Sequence[str], spec: DatasetSpec, names: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """Raw values of all items by attribute: str [I], or [I, W] where an item has any number of them."""

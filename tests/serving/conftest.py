@@ -43,7 +43,7 @@ def base_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     models.save_echo(paths["swapped"] / "1", version=1)
     models.save_examples_model(paths["examples"] / "1")
     requests = [{"x": np.zeros(size, np.float32)} for size in (1, 2, 4)]
-    write_warmup_requests(paths["echo"] / "1", "echo", requests, signature_name="which_version")
+    write_warmup_requests(paths["echo"] / "1", "echo", {"which_version": requests})
     return paths
 
 

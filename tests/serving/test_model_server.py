@@ -380,13 +380,13 @@ def test_warmup_requests_have_run_before_the_first_request(channel):
 
 def test_warmup_file_is_replaced_whole_and_refuses_nonsense(tmp_path):
     with pytest.raises(ServingError, match=r"no saved_model\.pb"):
-        write_warmup_requests(tmp_path, "m", [{}])
+        write_warmup_requests(tmp_path, "m", {"serving_default": [{}]})
     (tmp_path / "saved_model.pb").touch()
     with pytest.raises(ServingError, match=r"1 to 1000.*got 0"):
-        write_warmup_requests(tmp_path, "m", [])
-    path = write_warmup_requests(tmp_path, "m", [{"x": np.zeros(1)}])
+        write_warmup_requests(tmp_path, "m", {})
+    path = write_warmup_requests(tmp_path, "m", {"serving_default": [{"x": np.zeros(1)}]})
     assert path == tmp_path / WARMUP_FILE
-    write_warmup_requests(tmp_path, "m", [{"x": np.zeros(1)}] * 2)
+    write_warmup_requests(tmp_path, "m", {"serving_default": [{"x": np.zeros(1)}] * 2})
     assert len(list(tf.data.TFRecordDataset(str(path)))) == 2
     assert [file.name for file in path.parent.iterdir()] == ["tf_serving_warmup_requests"]
 

@@ -5,15 +5,20 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tensorflow as tf
 
 from schema.contract import DatasetSpec, load_dataset_spec
-from schema.errors import ServingError
+from schema.errors import BundleError, ServingError
 from serving.client import Recommendation, Recommendations
 from tests.serving import models
 from tfx_pipeline.components import infra_validator
 from tfx_pipeline.components.infra_validator import _check, _check_equal, choose_users, validate_serving
 from tfx_pipeline.user_states import UserState
+from trainer import raw_inputs
+from trainer.fingerprint import FINGERPRINT_FILE, Fingerprint
+from trainer.golden import GOLDEN_FILE, answered, read_golden_requests, write_golden_requests
 
 TASKS = {"click", "watch_time"}
 ITEM = Recommendation("item1", 1, 0.5, "item0", {"click": 0.1, "watch_time": 3.0}, 0.2, True)
@@ -93,6 +98,14 @@ def spec() -> DatasetSpec:
     return full.model_copy(update={"tasks": tuple(task for task in full.tasks if task.name in TASKS)})
 
 
+def sample(spec: tf.TensorSpec) -> np.ndarray:
+    """A request of one user: two items wanted, and everything else missing."""
+    shape = [1] * spec.shape.rank
+    if spec.name == "k":
+        return np.full(shape, 2, np.int32)
+    return np.full(shape, raw_inputs.MISSING[spec.dtype.name], spec.dtype.as_numpy_dtype)
+
+
 @pytest.fixture
 def folders(tmp_path: Path) -> dict[str, Path]:
     """Tiny SavedModels with the exported signatures."""
@@ -101,6 +114,12 @@ def folders(tmp_path: Path) -> dict[str, Path]:
         folder.parent.mkdir()
     models.save(models.Retrieval(), retrieval)
     models.save(models.Ranking(), ranking)
+    for folder, served in ((retrieval, models.Retrieval()), (ranking, models.Ranking())):
+        Fingerprint({"transform": "a"}).write(folder)
+        specs = {spec.name: spec for spec in served.serve.input_signature}
+        inputs = {name: sample(spec) for name, spec in specs.items()}
+        golden = answered("serving_default", inputs, lambda raw, model=served: model.serve(**raw))
+        write_golden_requests(folder, [golden])
     return {"retrieval": retrieval, "ranking": ranking}
 
 
@@ -125,6 +144,35 @@ def test_sound_models_answer_for_every_user_and_a_stranger(
     answers = validate_serving(folders, [state(), state("known-u2", ())], spec)
     assert [given["user_is_known"] for given in answers] == [True, True, False]
     assert [given["history"] for given in answers] == [["item0"], [], []]
+
+
+def test_bundles_of_different_runs_are_not_blessed_and_both_are_named(
+    folders: dict[str, Path], spec: DatasetSpec
+) -> None:
+    Fingerprint({"transform": "b"}).write(folders["ranking"])
+    with pytest.raises(BundleError, match=r"'retrieval' and 'ranking' do not belong .*transform differs"):
+        validate_serving(folders, [state()], spec)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"), [(FINGERPRINT_FILE, "no fingerprint"), (GOLDEN_FILE, "no golden requests")]
+)
+def test_a_bundle_without_what_it_is_checked_by_is_not_blessed(
+    folders: dict[str, Path], spec: DatasetSpec, file: Path, message: str
+) -> None:
+    (folders["retrieval"] / file).unlink()
+    with pytest.raises(BundleError, match=message):
+        validate_serving(folders, [state()], spec)
+
+
+def test_a_model_that_answers_otherwise_than_when_it_was_trained_is_not_blessed(
+    folders: dict[str, Path], spec: DatasetSpec
+) -> None:
+    (golden,) = read_golden_requests(folders["retrieval"])
+    changed = {**golden.outputs, "scores": golden.outputs["scores"] + np.float32(0.01)}
+    write_golden_requests(folders["retrieval"], [dataclasses.replace(golden, outputs=changed)])
+    with pytest.raises(ServingError, match=r"over gRPC: .* other 'scores' than the trained"):
+        validate_serving(folders, [state()], spec)
 
 
 def test_a_folder_without_a_model_is_not_blessed(folders: dict[str, Path], spec: DatasetSpec) -> None:

@@ -40,13 +40,14 @@ class World:
         self.pushed = standard_artifacts.PushedModel()
         self.pushed.uri = str(root / "pushed")
 
-    def push(self, blessed: bool = True, infra_blessed: bool = True) -> None:
+    def push(self, blessed: bool = True, infra_blessed: bool = True, partner_blessed: bool = True) -> None:
         destination = tfx.proto.PushDestination(
             filesystem=tfx.proto.PushDestination.Filesystem(base_directory=str(self.base))
         )
         inputs: dict[str, list[types.Artifact]] = {"model": [self.model]}
         for key, kind, value in (
             ("model_blessing", standard_artifacts.ModelBlessing, blessed),
+            ("partner_blessing", standard_artifacts.ModelBlessing, partner_blessed),
             ("infra_blessing", standard_artifacts.InfraBlessing, infra_blessed),
         ):
             blessing = kind()
@@ -86,9 +87,9 @@ def test_a_blessed_model_is_pushed_whole(world: World) -> None:
     assert world.pushed.get_string_custom_property("pushed_destination") == str(world.base / version)
 
 
-@pytest.mark.parametrize(("blessed", "infra_blessed"), [(False, True), (True, False), (False, False)])
-def test_without_both_blessings_nothing_is_pushed(world: World, blessed: bool, infra_blessed: bool) -> None:
-    world.push(blessed, infra_blessed)
+@pytest.mark.parametrize("missing", ["blessed", "infra_blessed", "partner_blessed"])
+def test_without_every_blessing_nothing_is_pushed(world: World, missing: str) -> None:
+    world.push(**{missing: False})
     assert world.version_files() == {}
     assert not world.pushed.get_string_custom_property("pushed_version")
 

@@ -14,7 +14,7 @@ from schema.point_in_time import count_names, log_count_names
 from schema.tables import read_items
 from tests.tfx_pipeline import taste_world
 from tfx_pipeline import refresh
-from tfx_pipeline.config import MODELS, RANKING, RETRIEVAL, RunPaths, load_run_config
+from tfx_pipeline.config import BUNDLES, MODELS, RANKING, RETRIEVAL, RunPaths, load_run_config
 from tfx_pipeline.refresh import (
     compare,
     encode_items,
@@ -24,6 +24,7 @@ from tfx_pipeline.refresh import (
     write_catalogue,
 )
 from tfx_pipeline.run_result import RunResult
+from trainer.fingerprint import Fingerprint
 
 SPEC = DatasetSpec.model_validate(yaml.safe_load(taste_world.CONFIG)["dataset"])
 NOW = 1_700_000_000
@@ -135,7 +136,9 @@ def run(tmp_path: Path) -> RunResult:
 
 def push(paths: RunPaths, *models: str) -> None:
     for model in models:
-        (paths.serving_models / model / "1").mkdir(parents=True)
+        folder = paths.serving_models / model / "1"
+        folder.mkdir(parents=True)
+        Fingerprint({}).write(folder)
 
 
 def test_without_a_pushed_pair_nothing_can_be_refreshed(run: RunResult, tmp_path: Path) -> None:
@@ -147,7 +150,7 @@ def test_without_a_pushed_pair_nothing_can_be_refreshed(run: RunResult, tmp_path
 
 def test_a_model_pushed_by_an_older_version_is_told(run: RunResult, tmp_path: Path) -> None:
     paths = RunPaths(tmp_path / "run")
-    push(paths, *MODELS)
+    push(paths, *BUNDLES)
     with pytest.raises(CheckpointError, match="exported by an older version of Funnel"):
         refresh_index(run, paths, [items_file(tmp_path)], complete=False)
     assert os.listdir(paths.serving_models / RETRIEVAL) == ["1"]
@@ -182,7 +185,7 @@ def test_items_that_break_the_contract_are_refused(
     message: str,
 ) -> None:
     paths = RunPaths(tmp_path / "run")
-    push(paths, *MODELS)
+    push(paths, *BUNDLES)
     with pytest.raises(DataError, match=message):
         refresh_index(run, paths, [items_file(tmp_path, **changes)], complete=True)
 
@@ -191,7 +194,7 @@ def test_a_column_that_is_not_there_is_named(
     run: RunResult, tmp_path: Path, with_checkpoints: dict[str, DatasetSpec]
 ) -> None:
     paths = RunPaths(tmp_path / "run")
-    push(paths, *MODELS)
+    push(paths, *BUNDLES)
     path = tmp_path / "items.csv"
     path.write_text("video,title\nv1,one\n")
     with pytest.raises(DataError, match=r"items\.csv has no column 'tags'; it has: video, title"):
@@ -202,7 +205,7 @@ def test_models_with_other_item_features_are_no_pair(
     run: RunResult, tmp_path: Path, with_checkpoints: dict[str, DatasetSpec]
 ) -> None:
     paths = RunPaths(tmp_path / "run")
-    push(paths, *MODELS)
+    push(paths, *BUNDLES)
     items = SPEC.items.model_dump() | {"features": []}
     with_checkpoints[RANKING] = DatasetSpec.model_validate(SPEC.model_dump() | {"items": items})
     with pytest.raises(DataError, match=r"runs with different item features \(tags\)"):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tfx_pipeline.config import load_run_config
+from tfx_pipeline.config import BUNDLES, load_run_config
 from tfx_pipeline.pipeline import PipelineLocations, create_pipeline
 from tfx_pipeline.vertex_compiler import compile_for_vertex
 
@@ -16,6 +16,8 @@ IMAGE = "europe-docker.pkg.dev/project/repo/funnel:0.1.0"
 TABLES, ROOT = "gs://bucket/tables", "gs://bucket/root"
 # The data flow of docs/architecture.md. The runner makes two tasks of a resolver: blessing, then its model.
 _RESOLVER = "LatestBlessed.{}-model-resolver"
+# A push needs the blessing of both models.
+_JUDGES = ("Evaluator.retrieval", "Evaluator.ranking", "ServingValidator")
 UPSTREAM: dict[str, set[str]] = {
     "InteractionGen": set(),
     "UserStateGen": set(),
@@ -31,10 +33,14 @@ UPSTREAM: dict[str, set[str]] = {
     "BaselineEvaluator": {"InteractionGen"},
     "Evaluator.retrieval": {"UserStateGen", "Trainer.retrieval", _RESOLVER.format("retrieval")},
     "Evaluator.ranking": {"InteractionGen", "Trainer.ranking", _RESOLVER.format("ranking")},
-    "ServingValidator": {"Trainer.retrieval", "Trainer.ranking", "UserStateGen"},
     "FunnelWaterfall": {"Trainer.retrieval", "Trainer.ranking", "UserStateGen"},
-    "Pusher.retrieval": {"Trainer.retrieval", "Evaluator.retrieval", "ServingValidator"},
-    "Pusher.ranking": {"Trainer.ranking", "Evaluator.ranking", "ServingValidator"},
+    "BundleBuilder": {"Trainer.retrieval", "Trainer.ranking", "UserStateGen"},
+    "ServingValidator": {"Trainer.retrieval", "Trainer.ranking", "BundleBuilder", "UserStateGen"},
+    "Pusher.retrieval": {"Trainer.retrieval", *_JUDGES},
+    "Pusher.ranking": {"Trainer.ranking", *_JUDGES},
+    "Pusher.retrieval_exact": {"BundleBuilder", *_JUDGES},
+    "Pusher.funnel": {"BundleBuilder", *_JUDGES},
+    "Pusher.funnel_exact": {"BundleBuilder", *_JUDGES},
 }
 
 
@@ -102,7 +108,7 @@ def locations(tmp_path: Path) -> PipelineLocations:
         str(tmp_path / "root"),
         str(tmp_path / "models"),
         code_version="1",
-        released={"retrieval": "", "ranking": "7"},
+        released={**dict.fromkeys(BUNDLES, ""), "ranking": "7"},
     )
 
 

@@ -157,7 +157,7 @@ def _dtype(column: np.ndarray) -> tf.DType:
 
 def transformed(raw: Mapping[str, tf.Tensor], layer: TransformStub) -> dict[str, np.ndarray]:
     """The transformed query features and impressions of raw requests."""
-    found = raw_inputs.transform_query(layer, raw, SPEC) | raw_inputs.transform_impressions(layer, raw, SPEC)
+    found = raw_inputs.transform_request(layer, raw, SPEC)
     return {name: column.numpy() for name, column in found.items()}
 
 

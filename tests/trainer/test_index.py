@@ -49,7 +49,7 @@ def _build(num_items: int) -> CandidateIndex:
             "region": np.array([[*values, "", ""][:2] for values in regions]),
         }
     )
-    approximate = ScannIndex(vectors, 50 if num_items == LARGE else 0)
+    approximate = ScannIndex.build(vectors, 50 if num_items == LARGE else 0)
     approximate.efforts = [Effort(5, 20, 40), Effort(20, 35, 100)]
     return CandidateIndex(ExactIndex(approximate.vectors), approximate, allow_lists)
 
@@ -133,7 +133,7 @@ def test_exact_search_in_chunks_equals_exact_search_at_once(
 
 def test_recall_grows_with_effort_and_searching_everything_is_exact() -> None:
     queries = _queries()
-    index = ScannIndex(_vectors(LARGE), 50)
+    index = ScannIndex.build(_vectors(LARGE), 50)
     exact = [set(_best(query, _all_but([], LARGE), LARGE, 20)) for query in queries]
     recalls = []
     for effort in (Effort(20, 1, 20), Effort(20, 10, 60), Effort(20, 50, LARGE)):
@@ -203,7 +203,7 @@ def test_everything_excluded_gives_nothing(index: CandidateIndex) -> None:
 @pytest.mark.parametrize("k", [3, 200])
 def test_more_wanted_than_there_are_gives_all(k: int) -> None:
     vectors = _vectors(3)
-    approximate = ScannIndex(vectors, 0)
+    approximate = ScannIndex.build(vectors, 0)
     approximate.efforts = [Effort(200, 0, 3)]
     found = CandidateIndex(ExactIndex(vectors), approximate).search(
         _queries(2), tf.constant([k, 1]), Restriction(tf.zeros([2, 0], tf.int32))

@@ -71,7 +71,7 @@ def test_less_is_searched_when_less_recall_is_required(
 ) -> None:
     model = WorkModel(LARGE, 8)
     exact = ExactResults.of(ExactIndex(_vectors(LARGE)), _queries(), 20)
-    index = ScannIndex(_vectors(LARGE), 50)
+    index = ScannIndex.build(_vectors(LARGE), 50)
     work = [
         model.work(50, index_tuning._cheapest(index, model, exact, 20, recall)) for recall in (0.6, 0.9, 0.99)
     ]
@@ -81,7 +81,7 @@ def test_less_is_searched_when_less_recall_is_required(
 def test_the_cheapest_of_all_sufficient_efforts_is_taken() -> None:
     model = WorkModel(LARGE, 8)
     exact = ExactResults.of(ExactIndex(_vectors(LARGE)), _queries(), 20)
-    index = ScannIndex(_vectors(LARGE), 50)
+    index = ScannIndex.build(_vectors(LARGE), 50)
     sufficient = [
         effort
         for multiple in index_tuning._REORDERING
@@ -94,7 +94,7 @@ def test_the_cheapest_of_all_sufficient_efforts_is_taken() -> None:
 
 def test_the_sampling_error_of_recall_is_kept_as_a_margin() -> None:
     exact = ExactResults.of(ExactIndex(_vectors(LARGE)), _queries(), 20)
-    index = ScannIndex(_vectors(LARGE), 50)
+    index = ScannIndex.build(_vectors(LARGE), 50)
     effort = Effort(20, 5, 40)
     rows, _ = index.search_with(*(tf.constant(v) for v in (_queries(), 20, 5, 40)))
     by_query = [len(set(a) & set(b)) / 20 for a, b in zip(rows.numpy(), exact.rows, strict=True)]
@@ -223,7 +223,7 @@ def test_an_allow_list_without_values_is_refused() -> None:
 
 def test_recall_below_the_required_one_is_refused_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     def too_little(vectors: np.ndarray, exact: ExactResults, min_recall: float) -> ScannIndex:
-        index = ScannIndex(vectors, 50)
+        index = ScannIndex.build(vectors, 50)
         index.efforts = [Effort(20, 1, 20)]
         return index
 

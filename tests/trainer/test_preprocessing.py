@@ -408,7 +408,7 @@ def test_an_impression_after_the_request_is_of_age_0(transformed: Transformed) -
     raw = _ranking_request([transformed.rows[1]])
     raw["impression_event_time_unix_s"] = raw["event_time_unix_s"][:, tf.newaxis] + 60
     layer = transformed.output.transform_features_layer()
-    assert raw_inputs.transform_impressions(layer, raw, SPEC)["impression_ages_s"].numpy().tolist() == [[0]]
+    assert raw_inputs.transform_request(layer, raw, SPEC)["impression_ages_s"].numpy().tolist() == [[0]]
 
 
 @pytest.mark.parametrize("name", [raw.name for raw in IMPRESSIONS[1:]])
@@ -416,7 +416,7 @@ def test_impressions_that_do_not_go_together_are_refused(transformed: Transforme
     raw = _ranking_request(transformed.rows[:4])
     raw[name] = raw[name][:, :-1]
     with pytest.raises(tf.errors.InvalidArgumentError, match=f"{name} and impression_item_ids must be lists"):
-        raw_inputs.transform_impressions(transformed.output.transform_features_layer(), raw, SPEC)
+        raw_inputs.transform_request(transformed.output.transform_features_layer(), raw, SPEC)
 
 
 def _ranking_request(rows: list[Row]) -> dict[str, tf.Tensor]:
@@ -440,10 +440,7 @@ def test_a_request_to_the_ranker_is_transformed_as_training_was(transformed: Tra
     layer = transformed.output.transform_features_layer()
     raw = _ranking_request(transformed.rows[:batch])
     assert sorted(raw) == sorted(raw_inputs.ranking_signature(SPEC))
-    served = {
-        **raw_inputs.transform_query(layer, raw, SPEC),
-        **raw_inputs.transform_impressions(layer, raw, SPEC),
-    }
+    served = raw_inputs.transform_request(layer, raw, SPEC)
     query = [name for f in features.feature_space(SPEC).query for name in f.transformed_names]
     assert sorted(served) == sorted([*query, *features.impression_names(SPEC)])
     for name, value in served.items():
@@ -478,10 +475,9 @@ def test_serving_transforms_rows_as_training_did(transformed: Transformed, batch
     serialized = tf.constant([_example(row) for row in transformed.rows[:batch]])
     raw = raw_inputs.parse_interaction_examples(serialized, SPEC)
     served = {
-        **raw_inputs.transform_query(layer, raw, SPEC),
+        **raw_inputs.transform_request(layer, raw, SPEC),
         **raw_inputs.transform_candidates(layer, raw, SPEC),
         **raw_inputs.transform_cross(layer, raw["event_time_unix_s"], raw["upload_time_unix_s"], SPEC),
-        **raw_inputs.transform_impressions(layer, raw, SPEC),
         **raw_inputs.transform_counts(layer, raw["item_counts"]),
     }
     names = [n for f in space.all for n in f.transformed_names]

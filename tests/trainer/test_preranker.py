@@ -172,7 +172,7 @@ def served(made: world.World, tmp_path_factory: pytest.TempPathFactory) -> Any:
     model.item_inputs.fit(described)
     module = ServedPreRanker(model, made.ranker, made.served, made.layer, world.SPEC, world.NOW)
     path = tmp_path_factory.mktemp("preranker")
-    tf.saved_model.save(module, str(path), signatures={"pre_rank": module.signature()})
+    tf.saved_model.save(module, str(path), signatures={"pre_rank": module.signature().traced()})
     return Served(model, described, path)
 
 

@@ -15,6 +15,7 @@ import tensorflow as tf
 from schema.errors import ConfigError, IndexBuildError
 from tests.trainer import retrieval_world as world
 from trainer.config import IndexConfig, RetrievalConfig
+from trainer.fingerprint import Fingerprint
 from trainer.index_build import build_index
 from trainer.retrieval import RetrievalModel
 from trainer.retrieval_export import ServedRetrieval, export
@@ -46,7 +47,7 @@ def _served(model: RetrievalModel, config: IndexConfig) -> tuple[ServedRetrieval
 @pytest.fixture(scope="module")
 def model_dir(model: RetrievalModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("export") / "Format-Serving"
-    export(*_served(model, IndexConfig(allow_list=("genres",))), str(target))
+    export(*_served(model, IndexConfig(allow_list=("genres",))), target, Fingerprint({}))
     return target
 
 
@@ -193,12 +194,12 @@ def test_an_export_whose_ids_do_not_lead_back_to_their_items_is_refused(
         order[[3, 4]] = [4, 3]
         served.index = ServedIndex(served.index.index, world.catalogue().item_ids[order], MAX_K)
     with pytest.raises(IndexBuildError, match=r"2 of 600 items .*; item 'i3' came back as 'i[34]'"):
-        export(served, facts, str(tmp_path / "model"))
+        export(served, facts, tmp_path / "model", Fingerprint({}))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_exact_export_holds_no_operation_of_scann(model: RetrievalModel, tmp_path: Path) -> None:
-    export(*_served(model, IndexConfig(kind="exact")), str(tmp_path / "model"))
+    export(*_served(model, IndexConfig(kind="exact")), tmp_path / "model", Fingerprint({}))
     assert b"Scann" not in (tmp_path / "model" / "saved_model.pb").read_bytes()
 
 
@@ -286,11 +287,12 @@ def test_index_facts_travel_with_the_model_and_nothing_half_written_stays(model_
 
 
 def test_a_request_does_not_copy_the_vectors_of_the_index(model: RetrievalModel, model_dir: Path) -> None:
+    arrays = _arrays()
     with tf.Graph().as_default() as graph, tf.compat.v1.Session() as session:
         loaded = tf.compat.v1.saved_model.load(session, ["serve"], str(model_dir))
         signature = loaded.signature_def["serving_default"]
         fetches = [graph.get_tensor_by_name(info.name) for info in signature.outputs.values()]
-        inputs = {graph.get_tensor_by_name(signature.inputs[n].name): v for n, v in _arrays().items()}
+        inputs = {graph.get_tensor_by_name(signature.inputs[n].name): v for n, v in arrays.items()}
         trace = tf.compat.v1.RunMetadata()
         options = tf.compat.v1.RunOptions(trace_level=tf.compat.v1.RunOptions.FULL_TRACE)
         session.run(fetches, inputs)  # what marks a variable for copying does so from the first request on

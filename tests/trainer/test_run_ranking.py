@@ -172,6 +172,7 @@ class Trained:
     preranker: dict[str, Any]
     eval_rows: list[Row]
     catalogue: str
+    users: str
 
 
 def transform_graph(folder: Path, rows: list[Row]) -> Path:
@@ -192,11 +193,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("run")
     train_rows, eval_rows = interactions(600, 1, 0.6), interactions(400, 2, 0.3)
     catalogue = write(folder / "items.gz", [item(number) for number in range(NUM_ITEMS)])
+    users = write(folder / "users.gz", QUERIES)
     fn_args = SimpleNamespace(
         custom_config={
             "dataset": SPEC.model_dump_json(),
             "config": CONFIG.model_dump_json(),
             "catalogue": [catalogue],
+            "user_states": [users],
             "train_end_unix_s": TRAIN_END,
         },
         transform_output=str(transform_graph(folder, train_rows)),
@@ -209,7 +212,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     log, preranker = (
         json.loads((folder / "model_run" / name).read_text()) for name in (TRAINING_LOG, PRERANKER_LOG)
     )
-    return Trained(folder / "model", log, preranker, eval_rows, catalogue)
+    return Trained(folder / "model", log, preranker, eval_rows, catalogue, users)
 
 
 def outputs(model_dir: Path, queries: list[Row], candidates: list[str]) -> dict[str, np.ndarray]:
@@ -264,15 +267,15 @@ def test_the_pre_ranker_travels_with_the_ranker_and_its_checkpoint(trained: Trai
     assert np.all(np.diff(answer["scores"]) <= 0)
     assert trained.preranker["survival"][SURVIVAL] == 1.0  # all 12 items are fewer than what is kept
     assert trained.preranker["log"][0]["epoch"] == 1
-    refresh(trained.model_dir, [trained.catalogue], tmp_path / "again")
+    refresh(trained.model_dir, [trained.catalogue], [trained.users], tmp_path / "again")
     again = pre_ranked(tmp_path / "again", QUERIES, ITEMS, 5)
     np.testing.assert_array_equal(again["item_ids"], answer["item_ids"])
     np.testing.assert_allclose(again["scores"], answer["scores"], rtol=1e-5, atol=1e-6)
 
 
 def test_the_checkpoint_gives_back_the_ranker_with_its_calibration(trained: Trained, tmp_path: Path) -> None:
-    refresh(trained.model_dir, [trained.catalogue], tmp_path / "again")
-    refresh(tmp_path / "again", [trained.catalogue], tmp_path / "once more")
+    refresh(trained.model_dir, [trained.catalogue], [trained.users], tmp_path / "again")
+    refresh(tmp_path / "again", [trained.catalogue], [trained.users], tmp_path / "once more")
     before = outputs(trained.model_dir, QUERIES, [*ITEMS, "unknown"])
     for name in ("again", "once more"):
         for task, values in outputs(tmp_path / name, QUERIES, [*ITEMS, "unknown"]).items():
@@ -299,7 +302,8 @@ def test_another_catalogue_keeps_the_outputs_of_the_items_that_did_not_change(
         for row in QUERIES
     ]
     assert any(row["impression_item_ids"] for row in queries)
-    refresh(trained.model_dir, [write(tmp_path / "newer.gz", newer)], tmp_path / "refreshed")
+    items = [write(tmp_path / "newer.gz", newer)]
+    refresh(trained.model_dir, items, [trained.users], tmp_path / "refreshed")
     before = outputs(trained.model_dir, queries, [*ITEMS, "new"])
     after = outputs(tmp_path / "refreshed", queries, [*ITEMS, "new"])
     same = [number for number in range(NUM_ITEMS) if number not in (3, 7)]

@@ -17,6 +17,7 @@ from rich.markup import escape
 from schema.errors import FunnelError
 from tfx_pipeline.commands.common import BUILT_IN, CONSOLE, output_dir_option, say
 from tfx_pipeline.config import (
+    BUNDLES,
     MODELS,
     RunConfig,
     RunPaths,
@@ -174,7 +175,7 @@ def _print_plan(run_config: RunConfig, paths: RunPaths) -> None:
         str(paths.pipeline_root),
         str(paths.serving_models),
         code_version=__version__,
-        released=dict.fromkeys(MODELS, ""),
+        released=dict.fromkeys(BUNDLES, ""),
     )
     pipeline = create_pipeline(run_config, placeholder)
     CONSOLE.print(

@@ -10,13 +10,9 @@ from typing import Any
 import click
 from rich.markup import escape
 
-from schema.errors import FunnelError
 from tfx_pipeline.commands.common import CONSOLE, GRPC_PORT, REST_PORT, output_dir_option, say
 from tfx_pipeline.commands.pipeline import failures_explained
-from tfx_pipeline.config import (
-    MODELS,
-    RunPaths,
-)
+from tfx_pipeline.config import BUNDLES, RunPaths
 
 _ITEMS_NAMED = 5
 
@@ -36,16 +32,14 @@ def serve(port: int, rest_api_port: int, host: str, output_dir: Path) -> None:
     """
     from serving.config import format_model_config
     from serving.model_server import main as serve_models
+    from tfx_pipeline.recommend import serving_folder
     from tfx_pipeline.run_result import read_run
+    from trainer.fingerprint import Fingerprint, check_together
 
     paths = RunPaths(output_dir)
     result = read_run(output_dir)
-    bases = {model: (paths.serving_models / model).resolve() for model in MODELS}
-    for model, base in bases.items():
-        if not any(folder.name.isdigit() for folder in base.glob("*")):
-            raise FunnelError(
-                f"no {model} model was ever pushed to {base}: {result.reasons.get(model, 'it is gone')}"
-            )
+    bases = {name: (paths.serving_models / name).resolve() for name in BUNDLES}
+    check_together({name: Fingerprint.read(serving_folder(result, paths, name)) for name in BUNDLES})
     config_file = paths.serving_models / "models.config"
     config_file.write_text(format_model_config(bases), encoding="utf-8")
     sys.exit(
@@ -124,7 +118,7 @@ def _print_refresh(done: Any, total_s: float) -> None:
         say("nothing changed: no new version")
         return
     say(f"  index: recall@{done.index.k} {done.index.recall:.4f} against exact search")
-    for model in MODELS:
+    for model in BUNDLES:
         say(f"  [green]published[/green]: {model} version {done.version}")
     phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in done.seconds.items())
     say(f"done in {total_s:.0f} s: {phases}")

@@ -19,9 +19,12 @@ from schema.contract import DatasetSpec, dataset_spec_from_json
 from schema.errors import ServingError
 from serving.client import Recommendations, RecommenderClient
 from serving.process import ModelServerProcess
-from tfx_pipeline.config import RANKING, RETRIEVAL
+from serving.replay import check_golden_requests
+from tfx_pipeline.config import BUNDLES
 from tfx_pipeline.user_states import UserState, read_user_states, unknown_user_state
 from trainer import features
+from trainer.fingerprint import Fingerprint, check_together
+from trainer.golden import GoldenRequest, read_golden_requests
 
 _LOGGER = logging.getLogger(__name__)
 REASON_FILE = "reason.txt"
@@ -39,16 +42,17 @@ _SCORE_TOLERANCE = 1e-5
 def ServingValidator(
     retrieval_model: InputArtifact[Model],
     ranking_model: InputArtifact[Model],
+    retrieval_exact_model: InputArtifact[Model],
+    funnel_model: InputArtifact[Model],
+    funnel_exact_model: InputArtifact[Model],
     user_states: InputArtifact[Examples],
     blessing: OutputArtifact[InfraBlessing],
     dataset: Parameter[str],
     code_version: Parameter[str],
 ) -> None:
-    """Blesses both models together, or neither; the reason is beside the blessing in reason.txt."""
-    folders = {
-        RETRIEVAL: Path(retrieval_model.uri) / "Format-Serving",
-        RANKING: Path(ranking_model.uri) / "Format-Serving",
-    }
+    """Blesses all bundles together, or none; the reason is beside the blessing in reason.txt."""
+    models = (retrieval_model, ranking_model, retrieval_exact_model, funnel_model, funnel_exact_model)
+    folders = {name: Path(model.uri) / "Format-Serving" for name, model in zip(BUNDLES, models, strict=True)}
     spec = dataset_spec_from_json(dataset)
     states = choose_users(read_user_states([f"{user_states.uri}/Split-user_states/*.gz"], spec))
     answers: list[dict[str, object]] = []
@@ -76,10 +80,10 @@ def choose_users(states: Iterable[UserState]) -> list[UserState]:
 def validate_serving(
     folders: dict[str, Path], states: list[UserState], spec: DatasetSpec
 ) -> list[dict[str, object]]:
-    """Serves the models and asks for recommendations over gRPC and REST.
+    """Serves the bundles and asks for recommendations and golden requests over gRPC and REST.
 
     Args:
-      folders: SavedModel folder by model name.
+      folders: SavedModel folder by name of the bundle.
       states: users to ask for; a user nobody has seen is added.
       spec: the declaration.
 
@@ -87,11 +91,15 @@ def validate_serving(
       What each user got over gRPC, for the report: user_id, user_is_known, history, items.
 
     Raises:
-      ServingError: the server does not start, does not answer, answers differently over the two protocols, or
-        its answer is empty, holds an excluded item or a number that is not finite.
+      ServingError: the server does not start, does not answer, answers differently over the two protocols or
+        than the trained models did, or its answer is empty, holds an excluded item or a number that is not
+        finite.
+      BundleError: the bundles are of different runs, or one lacks its fingerprint or golden requests.
     """
     if not states:
         raise ServingError("there are no user states to ask for; the users table is empty")
+    check_together({name: Fingerprint.read(folder) for name, folder in folders.items()})
+    golden = {name: read_golden_requests(folder) for name, folder in folders.items()}
     stranger = unknown_user_state("funnel-infra-validation-stranger", states[0])
     with tempfile.TemporaryDirectory(prefix="infra-validation-") as root:
         models = {}
@@ -100,7 +108,7 @@ def validate_serving(
             models[name].mkdir()
             (models[name] / "1").symlink_to(folder.resolve(), target_is_directory=True)
         try:
-            return _ask(models, [*states, stranger], {task.name for task in spec.tasks})
+            return _ask(models, golden, [*states, stranger], {task.name for task in spec.tasks})
         except ServingError as error:
             _LOGGER.info("infra validation: %s", error)
             # A server that does not start hands back its log, which ends with the error that stopped it. What
@@ -113,13 +121,20 @@ def validate_serving(
             raise ServingError(text) from error
 
 
-def _ask(models: dict[str, Path], states: list[UserState], tasks: set[str]) -> list[dict[str, object]]:
+def _ask(
+    models: dict[str, Path],
+    golden: dict[str, list[GoldenRequest]],
+    states: list[UserState],
+    tasks: set[str],
+) -> list[dict[str, object]]:
     recommended: list[dict[str, object]] = []
     with (
         ModelServerProcess(models) as server,
         RecommenderClient(server.grpc_target, timeout_s=_TIMEOUT_S) as grpc_client,
         RecommenderClient(server.rest_target, timeout_s=_TIMEOUT_S) as rest_client,
     ):
+        for name, requests in golden.items():
+            check_golden_requests(name, requests, server.grpc_target, server.rest_target)
         for state in states:
             exclude = state.seen_item_ids[-5:]
             over_grpc, over_rest = (

@@ -1,16 +1,18 @@
-"""TFX's Pusher, made atomic: a version folder appears complete or not at all."""
+"""TFX's Pusher, made atomic, and joint: bundles of one run are pushed all or none."""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, ClassVar
 
-from tfx.components.pusher import component
 from tfx.components.pusher import executor as pusher_executor
-from tfx.dsl.components.base import executor_spec
+from tfx.components.util import model_utils
+from tfx.dsl.components.base import base_component, executor_spec
 from tfx.dsl.io import fileio
 from tfx.proto import pusher_pb2
-from tfx.utils import io_utils, proto_utils
+from tfx.types import BaseChannel, Channel, artifact_utils, standard_artifacts, standard_component_specs
+from tfx.types.component_spec import ChannelParameter
+from tfx.utils import io_utils, json_utils, proto_utils
 
 from trainer.checkpoint import CHECKPOINT_DIR
 
@@ -20,6 +22,16 @@ _STAGING = ".staging"
 _FINGERPRINT = "fingerprint.pb"
 # Only in versions that tfx_pipeline.refresh made: the fingerprint of the model that was given new items.
 REFRESHED_FINGERPRINT = "assets.extra/refreshed_fingerprint.pb"
+_PARTNER_BLESSING = "partner_blessing"
+
+
+class AtomicPusherSpec(standard_component_specs.PusherSpec):
+    """PusherSpec with a second model blessing."""
+
+    INPUTS: ClassVar[dict[str, ChannelParameter]] = {
+        **standard_component_specs.PusherSpec.INPUTS,
+        _PARTNER_BLESSING: ChannelParameter(type=standard_artifacts.ModelBlessing),
+    }
 
 
 class AtomicPusherExecutor(pusher_executor.Executor):
@@ -60,6 +72,11 @@ class AtomicPusherExecutor(pusher_executor.Executor):
             if version:
                 pushed.set_string_custom_property("pushed_destination", f"{base}/{version}")
 
+    def CheckBlessing(self, input_dict: Any) -> bool:
+        """Whether the infra validation and both models' judges agree to a push."""
+        partner = artifact_utils.get_single_instance(input_dict[_PARTNER_BLESSING])
+        return bool(model_utils.is_model_blessed(partner)) and super().CheckBlessing(input_dict)
+
     def _copy_checkpoint(self, input_dict: Any, version_dir: str) -> None:
         """Copies the checkpoint whole: TFX drops every saved_model.pb, that of the Transform graph too."""
         checkpoint = f"{self.GetModelPath(input_dict)}/{CHECKPOINT_DIR}"
@@ -95,7 +112,38 @@ def _remove(folder: str) -> None:
         fileio.rmtree(folder)
 
 
-class AtomicPusher(component.Pusher):
-    """Pusher with AtomicPusherExecutor."""
+class AtomicPusher(base_component.BaseComponent):
+    """Pushes one bundle, if both models of the run are blessed."""
 
+    SPEC_CLASS = AtomicPusherSpec
     EXECUTOR_SPEC = executor_spec.ExecutorClassSpec(AtomicPusherExecutor)
+
+    def __init__(
+        self,
+        model: BaseChannel,
+        model_blessing: BaseChannel,
+        partner_blessing: BaseChannel,
+        infra_blessing: BaseChannel,
+        push_destination: pusher_pb2.PushDestination,
+        custom_config: dict[str, Any],
+    ) -> None:
+        """Makes the component.
+
+        Args:
+          model: the bundle.
+          model_blessing: of the one model.
+          partner_blessing: of the other.
+          infra_blessing: of all bundles.
+          push_destination: folder of the versions.
+          custom_config: JSON-able; a change of it makes the component run again.
+        """
+        spec = AtomicPusherSpec(
+            model=model,
+            model_blessing=model_blessing,
+            partner_blessing=partner_blessing,
+            infra_blessing=infra_blessing,
+            push_destination=push_destination,
+            custom_config=json_utils.dumps(custom_config),
+            pushed_model=Channel(type=standard_artifacts.PushedModel),
+        )
+        super().__init__(spec=spec)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, ClassVar
 
 from tfx import types
@@ -48,9 +47,7 @@ class ModelTrainerExecutor(trainer_executor.GenericExecutor):
         spec = dataset_spec_from_json(settings["dataset"])
         states_uri = artifact_utils.get_split_uri(input_dict[_USER_STATES], _USER_STATES)
         model_dir = path_utils.serving_model_dir(artifact_utils.get_single_uri(output_dict["model"]))
-        # Only the retrieval model has an index.
-        allow_list = json.loads(settings["config"]).get("index", {}).get("allow_list", ())
-        add_warmup_requests(model_dir, settings["model_name"], [f"{states_uri}/*.gz"], spec, allow_list)
+        add_warmup_requests(model_dir, settings["model_name"], [f"{states_uri}/*.gz"], spec)
 
 
 class ModelTrainer(base_component.BaseComponent):
