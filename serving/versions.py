@@ -15,8 +15,13 @@ def find_versions(base_path: Path) -> dict[int, Path]:
     return {
         int(path.name): path
         for path in base_path.iterdir()
-        if path.name.isascii() and path.name.isdecimal() and (path / "saved_model.pb").is_file()
+        if _is_version(path.name) and (path / "saved_model.pb").is_file()
     }
+
+
+def _is_version(name: str) -> bool:
+    # Longer numbers than an int64 has digits are not even converted: nobody could ask for them.
+    return name.isascii() and name.isdecimal() and len(name) < 20 and int(name) < 2**63
 
 
 def check_has_version(config: ModelConfig) -> None:

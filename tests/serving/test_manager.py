@@ -182,6 +182,15 @@ def test_a_version_that_was_taken_away_goes_and_the_last_one_stays(world):
     assert answer(manager) == 1
 
 
+def test_only_folders_named_by_an_int64_are_versions(world):
+    world.add(1)
+    for name in ("1e3", "-2", "²", str(2**63), "9" * 200, "v2"):
+        shutil.copytree(world.base_path / "1", world.base_path / name)
+    manager = ModelManager()
+    manager.load(world.config(ALL))
+    assert list(states(manager)) == [1]
+
+
 def test_the_memory_of_a_version_is_free_once_it_is_replaced_and_its_requests_are_done(world):
     world.add(1)
     manager = ModelManager()
