@@ -12,6 +12,7 @@ import yaml
 
 from schema.contract import DatasetSpec, load_dataset_spec, parse_model, read_yaml
 from schema.errors import ConfigError
+from serving.slo import Slo
 from trainer import features
 from trainer.allow_list_inputs import check_attributes
 from trainer.config import RankingConfig, RetrievalConfig
@@ -83,6 +84,8 @@ class RunConfig(_Config):
       simulated: settings of the simulator, for dataset `simulated` only.
       gates: what the models must reach to be blessed; a model without gates is never blessed.
       slices: raw user features, or `surface`, by whose values the Evaluator also reports.
+      slo: load that the candidate models must hold on the machine of the run, or they are not pushed; off by
+        default.
     """
 
     dataset: Annotated[DatasetSpec, pydantic.BeforeValidator(_dataset)]
@@ -93,6 +96,7 @@ class RunConfig(_Config):
     ranking: RankingConfig = RankingConfig()
     gates: tuple[Gate, ...] = ()
     slices: tuple[str, ...] = ()
+    slo: Slo | None = None
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> RunConfig:

@@ -177,6 +177,7 @@ def create_pipeline(
         **{f"{name}_model": bundle for name, bundle in bundles.items()},
         user_states=user_states.outputs["examples"],
         dataset=dataset,
+        slo=config.slo.model_dump_json() if config.slo else "",
         code_version=locations.code_version,
     )
     nodes += [builder, infra]

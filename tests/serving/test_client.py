@@ -12,6 +12,7 @@ import pytest
 
 from schema.errors import ConfigError, ServingError
 from serving import client as client_module
+from serving import transport
 from serving.client import (
     LAYOUTS,
     BadRequestError,
@@ -25,6 +26,7 @@ from serving.client import (
 )
 from serving.transport import InputSpec, Prediction, Signatures
 from tests.serving import models
+from trainer import fingerprint
 
 QUERY = {
     "user_id": "known7",
@@ -118,6 +120,12 @@ def test_models_of_different_runs_are_told_once_and_still_answer(target, caplog)
             answer = client.recommend(QUERY, k=1, num_candidates=2)
             assert answer.mismatch == "catalogue" and len(answer.items) == 1
     assert caplog.text.count("models of different runs answer together") == 1
+
+
+def test_the_client_asks_for_the_parts_that_bundles_have():
+    parts = (fingerprint.TRANSFORM, fingerprint.CATALOGUE, fingerprint.TOWERS)
+    assert (*parts, fingerprint.INDEX, fingerprint.RANKER) == client_module._PARTS
+    assert transport.FINGERPRINT_SIGNATURE == fingerprint.FINGERPRINT
 
 
 def test_a_client_without_a_layout_is_refused():

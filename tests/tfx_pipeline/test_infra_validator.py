@@ -1,6 +1,7 @@
 """What would be pushed is asked real questions first; whatever is wrong with the answers is told in words."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import tensorflow as tf
 from schema.contract import DatasetSpec, load_dataset_spec
 from schema.errors import BundleError, ServingError
 from serving.client import Recommendation, Recommendations
+from serving.slo import Slo
 from tests.serving import models
+from tfx_pipeline import slo_gate
 from tfx_pipeline.components import infra_validator
 from tfx_pipeline.components.infra_validator import _check, _check_equal, choose_users, validate_serving
 from tfx_pipeline.user_states import UserState
@@ -144,6 +147,22 @@ def test_sound_models_answer_for_every_user_and_a_stranger(
     answers = validate_serving(folders, [state(), state("known-u2", ())], spec)
     assert [given["user_is_known"] for given in answers] == [True, True, False]
     assert [given["history"] for given in answers] == [["item0"], [], []]
+
+
+def test_sound_models_that_miss_the_objective_are_not_blessed(
+    folders: dict[str, Path], spec: DatasetSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(infra_validator, "_K", models.MAX_K)
+    monkeypatch.setattr(slo_gate, "_K", 2)
+    monkeypatch.setattr(slo_gate, "_NUM_CANDIDATES", models.MAX_K)
+    # An answer in a microsecond: no server holds that.
+    slo = Slo(rate_per_s=400, duration_s=0.5, p99_ms=0.001, error_budget=0.5)
+    measured = tmp_path / "load.json"
+    with pytest.raises(ServingError, match=r"^the objective \(slo\) is missed: p99 .* limit is 0.001 ms$"):
+        validate_serving(
+            folders, [state()], spec, lambda client: slo_gate.check_slo(slo, client, [state()], measured)
+        )
+    assert json.loads(measured.read_text())["result"]["num_requests"] > 100
 
 
 def test_bundles_of_different_runs_are_not_blessed_and_both_are_named(

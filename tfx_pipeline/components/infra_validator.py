@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tfx.dsl.component.experimental.annotations import InputArtifact, OutputArtifact, Parameter
@@ -20,7 +20,9 @@ from schema.errors import ServingError
 from serving.client import Recommendations, RecommenderClient
 from serving.process import ModelServerProcess
 from serving.replay import check_golden_requests
+from serving.slo import Slo
 from tfx_pipeline.config import BUNDLES
+from tfx_pipeline.slo_gate import check_slo
 from tfx_pipeline.user_states import UserState, read_user_states, unknown_user_state
 from trainer import features
 from trainer.fingerprint import Fingerprint, check_together
@@ -29,6 +31,8 @@ from trainer.golden import GoldenRequest, read_golden_requests
 _LOGGER = logging.getLogger(__name__)
 REASON_FILE = "reason.txt"
 RECOMMENDATIONS_FILE = "recommendations.json"
+# What was measured under the load of the run's objective, if it has one.
+LOAD_FILE = "loadtest.json"
 _NUM_KNOWN_USERS = 3
 _USERS_LOOKED_AT = 1_000
 _READABLE_HISTORY = 5
@@ -48,21 +52,29 @@ def ServingValidator(
     user_states: InputArtifact[Examples],
     blessing: OutputArtifact[InfraBlessing],
     dataset: Parameter[str],
+    slo: Parameter[str],
     code_version: Parameter[str],
 ) -> None:
     """Blesses all bundles together, or none; the reason is beside the blessing in reason.txt."""
     models = (retrieval_model, ranking_model, retrieval_exact_model, funnel_model, funnel_exact_model)
     folders = {name: Path(model.uri) / "Format-Serving" for name, model in zip(BUNDLES, models, strict=True)}
     spec = dataset_spec_from_json(dataset)
-    states = choose_users(read_user_states([f"{user_states.uri}/Split-user_states/*.gz"], spec))
+    users = read_user_states([f"{user_states.uri}/Split-user_states/*.gz"], spec)
+    first_users = list(itertools.islice(users, _USERS_LOOKED_AT))
+    os.makedirs(blessing.uri, exist_ok=True)
+
+    def put_load(client: RecommenderClient) -> None:
+        if slo:
+            objective = Slo.model_validate_json(slo)
+            check_slo(objective, client, first_users, Path(blessing.uri) / LOAD_FILE)
+
     answers: list[dict[str, object]] = []
     try:
-        answers = validate_serving(folders, states, spec)
+        answers = validate_serving(folders, choose_users(first_users), spec, put_load)
         reason = ""
     except ServingError as error:
         reason = str(error)
         _LOGGER.error("infra validation failed, nothing will be pushed: %s", reason)
-    os.makedirs(blessing.uri, exist_ok=True)
     (Path(blessing.uri) / REASON_FILE).write_text(reason, encoding="utf-8")
     (Path(blessing.uri) / RECOMMENDATIONS_FILE).write_text(json.dumps(answers, indent=1), encoding="utf-8")
     (Path(blessing.uri) / ("INFRA_NOT_BLESSED" if reason else "INFRA_BLESSED")).touch()
@@ -78,7 +90,10 @@ def choose_users(states: Iterable[UserState]) -> list[UserState]:
 
 
 def validate_serving(
-    folders: dict[str, Path], states: list[UserState], spec: DatasetSpec
+    folders: dict[str, Path],
+    states: list[UserState],
+    spec: DatasetSpec,
+    then: Callable[[RecommenderClient], None] | None = None,
 ) -> list[dict[str, object]]:
     """Serves the bundles and asks for recommendations and golden requests over gRPC and REST.
 
@@ -86,6 +101,7 @@ def validate_serving(
       folders: SavedModel folder by name of the bundle.
       states: users to ask for; a user nobody has seen is added.
       spec: the declaration.
+      then: called with a client of the server once all answers are in order; may raise ServingError.
 
     Returns:
       What each user got over gRPC, for the report: user_id, user_is_known, history, items.
@@ -108,7 +124,7 @@ def validate_serving(
             models[name].mkdir()
             (models[name] / "1").symlink_to(folder.resolve(), target_is_directory=True)
         try:
-            return _ask(models, golden, [*states, stranger], {task.name for task in spec.tasks})
+            return _ask(models, golden, [*states, stranger], {task.name for task in spec.tasks}, then)
         except ServingError as error:
             _LOGGER.info("infra validation: %s", error)
             # A server that does not start hands back its log, which ends with the error that stopped it. What
@@ -126,6 +142,7 @@ def _ask(
     golden: dict[str, list[GoldenRequest]],
     states: list[UserState],
     tasks: set[str],
+    then: Callable[[RecommenderClient], None] | None,
 ) -> list[dict[str, object]]:
     recommended: list[dict[str, object]] = []
     with (
@@ -152,6 +169,8 @@ def _ask(
                     "items": [dataclasses.asdict(item) for item in over_grpc.items],
                 }
             )
+        if then is not None:
+            then(grpc_client)
     return recommended
 
 

@@ -1,0 +1,59 @@
+"""Candidate models must hold the load of the run's objective before they are pushed."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from schema.errors import ConfigError, ServingError
+from serving.slo import Slo
+from tfx_pipeline.config import BUNDLES, load_run_config
+from tfx_pipeline.pipeline import PipelineLocations, create_pipeline
+from tfx_pipeline.slo_gate import check_slo
+from tfx_pipeline.user_states import UserState
+
+SLO = Slo(rate_per_s=400, duration_s=0.5, p99_ms=10_000, error_budget=0.1)
+STATES = [UserState(f"u{i}", {"user_id": f"u{i}"}, (f"seen{i}",), b"") for i in range(3)]
+
+
+class Client:
+    def __init__(self, fail_every):
+        self.fail_every = fail_every
+        self.asked = []
+
+    def recommend(self, query, k, exclude_item_ids, num_candidates):
+        self.asked.append((query["user_id"], exclude_item_ids))
+        if len(self.asked) % self.fail_every == 0:
+            raise ServingError("no")
+        return SimpleNamespace(stage_seconds={"funnel": 0.001})
+
+
+def test_a_met_objective_is_written_down(tmp_path: Path) -> None:
+    client = Client(fail_every=100_000)
+    check_slo(SLO, client, STATES, tmp_path / "load.json")
+    written = json.loads((tmp_path / "load.json").read_text())
+    assert written["slo"] == SLO.model_dump()
+    assert written["result"]["num_requests"] == len(client.asked) > 100
+    assert set(client.asked) == {(f"u{i}", (f"seen{i}",)) for i in range(3)}
+
+
+def test_a_missed_objective_is_a_reason_and_is_written_down_too(tmp_path: Path) -> None:
+    with pytest.raises(ServingError, match=r"slo.* is missed: .*the budget is 10.00%"):
+        check_slo(SLO, Client(fail_every=4), STATES, tmp_path / "load.json")
+    assert json.loads((tmp_path / "load.json").read_text())["result"]["error_share"] > 0.2
+
+
+def test_no_objective_is_the_default_and_one_reaches_the_component() -> None:
+    setting = "slo={rate_per_s: 20, duration_s: 20, p99_ms: 500, error_budget: 0.001}"
+
+    def given(*overrides):
+        locations = PipelineLocations("t", 0, "p", "s", "v", dict.fromkeys(BUNDLES, ""))
+        pipeline = create_pipeline(load_run_config("simulated", overrides), locations)
+        (node,) = [node for node in pipeline.components if node.id == "ServingValidator"]
+        return node.exec_properties["slo"]
+
+    assert given() == ""
+    assert Slo.model_validate_json(given(setting)).p99_ms == 500
+    with pytest.raises(ConfigError, match="slo"):
+        load_run_config("simulated", ["slo.rate_per_s=20"])

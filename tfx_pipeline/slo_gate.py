@@ -1,0 +1,46 @@
+"""The load that candidate models must hold before they are pushed."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from schema.errors import ServingError
+from serving.client import RecommenderClient
+from serving.loadtest import LoadRequest, ask_for_recommendations, measure, slo_misses
+from serving.slo import Slo
+from tfx_pipeline.user_states import UserState
+
+_LOGGER = logging.getLogger(__name__)
+_K: Final = 20
+_NUM_CANDIDATES: Final = 100
+_MAX_IN_FLIGHT: Final = 128
+_SEED: Final = 1
+
+
+def check_slo(slo: Slo, client: RecommenderClient, states: Sequence[UserState], result_file: Path) -> None:
+    """Puts the load of an objective on a server that has answered before.
+
+    Args:
+      slo: the objective.
+      client: of the server.
+      states: users to ask for; what they have seen is excluded.
+      result_file: gets what was measured, as JSON.
+
+    Raises:
+      ServingError: the objective is missed; the text says by how much.
+    """
+    requests = [LoadRequest(state.request, state.seen_item_ids) for state in states]
+    ask = ask_for_recommendations(client, requests, _K, _NUM_CANDIDATES, _SEED)
+    result, _ = measure(ask, slo.rate_per_s, slo.duration_s, _SEED, _MAX_IN_FLIGHT)
+    result_file.write_text(
+        json.dumps({"slo": slo.model_dump(), "result": result.as_json()}, indent=1), encoding="utf-8"
+    )
+    for warning in result.warnings:
+        _LOGGER.warning("load of the objective: %s", warning)
+    misses = slo_misses(slo, result)
+    if misses:
+        raise ServingError(f"the objective (slo) is missed: {'; '.join(misses)}")
