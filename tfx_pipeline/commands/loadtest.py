@@ -58,7 +58,7 @@ _NUM_WARM_UP_REQUESTS: Final = 5
     type=click.IntRange(min=1),
     default=100,
     show_default=True,
-    help="Items to retrieve and rank, where that takes two calls.",
+    help="Items to retrieve and rank.",
 )
 @click.option(
     "--layout",
