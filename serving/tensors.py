@@ -15,6 +15,7 @@ from serving.status import invalid_argument
 # A tensor proto may declare a large shape and hold one value; the shape alone must not exhaust the memory.
 _MAX_TENSOR_ELEMENTS: Final = 2**27
 _MAX_REPEATED_ELEMENTS: Final = 2**20
+_MAX_RANK: Final = 32  # what a NumPy array can have
 
 # The field that holds one value per element, for the types where element and value are the same number.
 _VALUE_FIELDS: Final[dict[int, tuple[np.dtype[Any], str]]] = {
@@ -38,26 +39,30 @@ def decode_tensor(name: str, proto: tensor_pb2.TensorProto) -> npt.NDArray[Any]:
       proto: values in a typed field (`float_val`, ...; one value may stand for all) or in `tensor_content`.
 
     Raises:
-      RequestError: INVALID_ARGUMENT when the proto contradicts itself, declares more than 2**27 elements, or
-        more than 2**20 by repeating one value.
+      RequestError: INVALID_ARGUMENT when the proto contradicts itself, declares more than 2**27 elements,
+        more than 2**20 by repeating one value, or more than 32 dimensions.
     """
     shape = [dim.size for dim in proto.tensor_shape.dim]
     if proto.tensor_shape.unknown_rank or any(size < 0 for size in shape):
         raise invalid_argument(f"input {name!r}: a tensor needs a known shape, got {shape}")
+    if len(shape) > _MAX_RANK:
+        raise invalid_argument(
+            f"input {name!r}: a tensor has at most {_MAX_RANK} dimensions, got {len(shape)}"
+        )
     num_elements = math.prod(shape)
-    if num_elements > _MAX_TENSOR_ELEMENTS:
+    # Without the zeros as well: NumPy refuses [0, 2**60], too.
+    if math.prod(filter(None, shape)) > _MAX_TENSOR_ELEMENTS:
         raise invalid_argument(f"input {name!r}: shape {shape} has more than {_MAX_TENSOR_ELEMENTS} elements")
     # tf.make_ndarray knows every type and the protos that repeat their last value, and takes five times as
     # long: a request of a recommender has a dozen tensors with one value per element.
-    dtype, field = _VALUE_FIELDS.get(proto.dtype, (None, ""))
-    if dtype is not None:
-        values = getattr(proto, field)
-        if len(values) == num_elements and not proto.tensor_content:
+    if not proto.tensor_content:
+        dtype, field = _VALUE_FIELDS.get(proto.dtype, (None, ""))
+        if dtype is not None and len(values := getattr(proto, field)) == num_elements:
             return np.fromiter(values, dtype, num_elements).reshape(shape)
-        if num_elements > _MAX_REPEATED_ELEMENTS and not proto.tensor_content:
+        if num_elements > _MAX_REPEATED_ELEMENTS:
             raise invalid_argument(
-                f"input {name!r}: {len(values)} values for the {num_elements} elements of shape {shape}; "
-                f"above {_MAX_REPEATED_ELEMENTS} elements every value must be given"
+                f"input {name!r}: shape {shape} has more than {_MAX_REPEATED_ELEMENTS} elements, so every value "
+                f"must be given; of types such as int8 and half, in tensor_content"
             )
     try:
         return tf.make_ndarray(proto)

@@ -26,7 +26,12 @@ from serving.config import ModelConfig
 from serving.manager import ModelManager
 from serving.rest import RestSettings, create_runner
 
-FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(
+    max_examples=60,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 PREDICT = "/v1/models/echo:predict"
 METHODS = ("Predict", "Classify", "Regress", "MultiInference", "GetModelMetadata")
 
@@ -360,7 +365,8 @@ tensors = st.builds(
     dtype=st.integers(0, 30),
     tensor_shape=st.builds(
         lambda sizes, unknown: {"dim": [{"size": size} for size in sizes], "unknown_rank": unknown},
-        st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(0, 4), max_size=4),
+        st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(0, 4), max_size=4)
+        | st.lists(st.just(1), min_size=30, max_size=70),
         st.booleans(),
     ),
     tensor_content=st.binary(max_size=32),
@@ -393,7 +399,9 @@ def test_a_tensor_that_claims_gigabytes_is_refused_without_them(channel, server,
     proto = request.inputs["x"]
     proto.dtype = dtype.as_datatype_enum
     proto.string_val.append(b"x")
-    for sizes in ([2**27], [2**31], [2**62, 2**62], [2**20, 2**10]):
+    proto.scomplex_val.extend([1.0, 0.0])
+    proto.half_val.append(1)
+    for sizes in ([2**27], [2**31], [2**62, 2**62], [2**20, 2**10], [0, 2**60], [1] * 33):
         del proto.tensor_shape.dim[:]
         for size in sizes:
             proto.tensor_shape.dim.add(size=size)
