@@ -65,8 +65,8 @@ __all__ = [
 _LOGGER = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
 _READY_POLL_S: Final = 0.1
-# Parts of which bundles tell a hash, as in trainer.fingerprint. The trainer is not imported here: it insists on
-# being imported before TensorFlow, which a user of the client need not know.
+# Parts of which bundles tell a hash, as in trainer.fingerprint. The trainer is not imported here: it insists
+# on being imported before TensorFlow, which a user of the client need not know.
 _PARTS: Final = ("transform", "catalogue", "towers", "index", "ranker")
 # What the server says of a model.
 _AVAILABLE: Final = "is available"
