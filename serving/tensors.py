@@ -61,8 +61,8 @@ def decode_tensor(name: str, proto: tensor_pb2.TensorProto) -> npt.NDArray[Any]:
             return np.fromiter(values, dtype, num_elements).reshape(shape)
         if num_elements > _MAX_REPEATED_ELEMENTS:
             raise invalid_argument(
-                f"input {name!r}: shape {shape} has more than {_MAX_REPEATED_ELEMENTS} elements, so every value "
-                f"must be given; of types such as int8 and half, in tensor_content"
+                f"input {name!r}: shape {shape} has more than {_MAX_REPEATED_ELEMENTS} elements, so every "
+                f"value must be given; of types such as int8 and half, in tensor_content"
             )
     try:
         return tf.make_ndarray(proto)

@@ -190,7 +190,7 @@ def test_one_value_stands_for_all_elements_of_a_tensor_but_not_for_millions(stub
     proto.tensor_shape.dim.add(size=3)
     assert tf.make_ndarray(stub.Predict(request, timeout=30).outputs["y"]).tolist() == [1.5] * 3
     proto.tensor_shape.dim[0].size = 2**21
-    fails(stub.Predict, request, "INVALID_ARGUMENT", "every value")
+    fails(stub.Predict, request, "INVALID_ARGUMENT", "must be given")
 
 
 def test_metadata_needs_the_field_signature_def(stub):
