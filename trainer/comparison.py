@@ -1,24 +1,31 @@
 """What a candidate is worth: its metrics with intervals, against rivals, on the whole split and by slice.
 
-The rivals are the last blessed model and the baselines. This module holds the facts and their JSON form;
-`trainer.retrieval_comparison` and `trainer.ranking_comparison` work them out.
+The rivals are the last blessed model and the baselines. The facts and their JSON form; how a slice is summed
+up. What is measured is the business of `trainer.retrieval_comparison` and `trainer.ranking_comparison`.
+
+Letters: U = users of a slice.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pydantic
 
 from schema.errors import DataError
+from trainer import metrics
+from trainer.uncertainty import MIN_USERS, PairedDifference, UserSums, intervals, paired_differences
 
 COMPARISON_FILE = "comparison.json"
 PREDICTIONS_FILE = "predictions.parquet"
 CANDIDATE = "candidate"
 LAST_BLESSED = "last_blessed"
+# Below this, a slice is told to be small: an interval is wide, and its neighbours are many.
+FEW_USERS = 30
 
 # Feature and value of each condition, sorted as declared; () is the whole split.
 SliceKey = tuple[tuple[str, str], ...]
@@ -134,6 +141,129 @@ class Comparison:
     def whole(self) -> SliceResult:
         """The whole split."""
         return self.slices[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class BootstrapSettings:
+    """How intervals are made.
+
+    Attributes:
+      confidence: of two-sided intervals.
+      num_resamples: draws of users.
+    """
+
+    confidence: float = 0.95
+    num_resamples: int = 1_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One metric on one slice, for every model.
+
+    Attributes:
+      count: what it is taken over, see `MetricResult.count`.
+      candidate: the candidate's, as sums over U users, or as a plain number where users have no share in it.
+      rivals: rival -> the same.
+      why_undefined: what to say where the candidate's value is NaN.
+    """
+
+    count: int
+    candidate: UserSums | float
+    rivals: Mapping[str, UserSums | float]
+    why_undefined: str
+
+
+def slice_result(
+    key: SliceKey,
+    num_users: int,
+    num_rows: int,
+    measured: Mapping[str, Measured],
+    settings: BootstrapSettings,
+) -> SliceResult:
+    """The results of a slice; all models meet the same draws of its users.
+
+    Args:
+      key, num_users, num_rows: of the slice.
+      measured: metric key -> the metric; all are over the same U users in the same order.
+      settings: of the intervals.
+    """
+    ours = {name: m.candidate for name, m in measured.items() if isinstance(m.candidate, UserSums)}
+    own = intervals(ours, confidence=settings.confidence, num_resamples=settings.num_resamples)
+    # One call for all rivals: drawing the users is what takes time.
+    pairs = {
+        (name, rival): (m.candidate, theirs)
+        for name, m in measured.items()
+        for rival, theirs in m.rivals.items()
+        if isinstance(m.candidate, UserSums) and isinstance(theirs, UserSums)
+    }
+    labels = {pair: str(number) for number, pair in enumerate(pairs)}
+    differences = paired_differences(
+        {labels[pair]: first for pair, (first, _) in pairs.items()},
+        {labels[pair]: second for pair, (_, second) in pairs.items()},
+        confidence=settings.confidence,
+        num_resamples=settings.num_resamples,
+    )
+    results = []
+    for name, m in measured.items():
+        value, interval = _value(m.candidate), own.get(name)
+        low, high = (interval.low, interval.high) if interval else (math.nan, math.nan)
+        note = ""
+        if math.isnan(value):
+            note = m.why_undefined
+        elif interval and math.isnan(low):
+            note = f"{interval.num_users} users, of {MIN_USERS} that an interval takes"
+        against = {
+            rival: _against(value, _value(theirs), differences.get(labels.get((name, rival), "")))
+            for rival, theirs in m.rivals.items()
+        }
+        results.append(
+            MetricResult(name, m.count, defined(value), defined(low), defined(high), note, against)
+        )
+    note = f"{num_users} users are too few to tell" if num_users < FEW_USERS else ""
+    return SliceResult(key, num_users, num_rows, note, tuple(results))
+
+
+def worst_first(slices: Sequence[SliceResult], headline: str) -> list[SliceResult]:
+    """The whole split, then the slices from the worst to the best.
+
+    The worst is the one whose headline fell most against the last blessed model; where there is none, the one
+    with the smallest headline. Slices of few users, or without a value, come last.
+
+    Args:
+      slices: the whole split first.
+      headline: key of a metric that is better when higher.
+    """
+
+    def order(result: SliceResult) -> tuple[bool, float]:
+        metric = result.metric(headline)
+        value = None
+        if metric is not None:
+            change = metric.against.get(LAST_BLESSED)
+            value = metric.value if change is None else change.difference
+        return bool(result.note) or value is None, math.inf if value is None else value
+
+    return [slices[0], *sorted(slices[1:], key=order)]
+
+
+def defined(value: float) -> float | None:
+    """None for what is not a finite number, as JSON has it."""
+    return float(value) if math.isfinite(value) else None
+
+
+def is_lower_better(key: str) -> bool:
+    """Whether smaller values of the metric with this key are better."""
+    return key.rpartition("/")[2] in metrics.LOWER_IS_BETTER
+
+
+def _against(ours: float, theirs: float, paired: PairedDifference | None) -> Against:
+    if paired is None:
+        return Against(defined(theirs), defined(ours - theirs), None, None, None)
+    found = (paired.value, paired.low, paired.high, paired.p_value)
+    return Against(defined(theirs), *map(defined, found))
+
+
+def _value(metric: UserSums | float) -> float:
+    return metric.value if isinstance(metric, UserSums) else metric
 
 
 def slice_name(key: SliceKey) -> str:
