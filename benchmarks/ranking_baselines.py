@@ -21,6 +21,7 @@ from trainer import metrics
 from trainer.features import ITEM_ID
 from trainer.ranking_baselines import (
     LinearFeatures,
+    PredictLinear,
     boosted_trees,
     linear_features,
     logistic_regression,
@@ -121,19 +122,19 @@ def _on_rows(model: FittedModel) -> Predict:
     return lambda features, rows: model(features.take(rows))
 
 
+def _on_linear_rows(encode: LinearFeatures, model: PredictLinear) -> Predict:
+    return lambda features, rows: model(encode(features.take(rows)))
+
+
 def fit_logistic_regression(
     data: RankingData, task: TaskSpec, parameters: Parameters, seed: int
 ) -> dict[History, Predict]:
     """Logistic regression with ridge; `C` is the inverse of its weight."""
     rows = data.rows(task, "train")
-    model = logistic_regression(
-        _linear(data),
-        data.any_features.take(rows),
-        data.labels(task, rows),
-        parameters["C"],
-        _LBFGS_ITERATIONS,
-    )
-    return dict.fromkeys(data.features, _on_rows(model))
+    encode = _linear(data)
+    train = encode(data.any_features.take(rows))
+    model = logistic_regression(train, data.labels(task, rows), parameters["C"], _LBFGS_ITERATIONS)
+    return dict.fromkeys(data.features, _on_linear_rows(encode, model))
 
 
 def fit_ridge_regression(
@@ -141,14 +142,11 @@ def fit_ridge_regression(
 ) -> dict[History, Predict]:
     """Linear regression with ridge `alpha`; of log(1 + s) for watch times, which are skewed."""
     rows = data.rows(task, "train")
-    model = ridge_regression(
-        _linear(data),
-        data.any_features.take(rows),
-        data.labels(task, rows),
-        parameters["alpha"],
-        task.label == WATCH_TIME,
-    )
-    return dict.fromkeys(data.features, _on_rows(model))
+    encode = _linear(data)
+    train = encode(data.any_features.take(rows))
+    is_time = task.label == WATCH_TIME
+    model = ridge_regression(train, data.labels(task, rows), parameters["alpha"], is_time)
+    return dict.fromkeys(data.features, _on_linear_rows(encode, model))
 
 
 def fit_trees(objective: str) -> Callable[[RankingData, TaskSpec, Parameters, int], dict[History, Predict]]:

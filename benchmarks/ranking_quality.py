@@ -189,7 +189,7 @@ def _model(run_dir: Path, tables: RankingTables, seed: int | None) -> Iterator[P
     if seed is None:
         yield None
     else:
-        with retrained_ranker(run_dir, tables, {"seed": seed}) as model_dir:
+        with retrained_ranker(run_dir, tables.spec, {"seed": seed}) as model_dir:
             yield model_dir
 
 

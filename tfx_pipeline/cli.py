@@ -13,6 +13,7 @@ from rich.markup import escape
 from schema.errors import ConfigError, FunnelError
 from tfx_pipeline.commands import (
     demo,
+    evaluate,
     leakage,
     loadtest,
     off_policy,
@@ -76,6 +77,7 @@ for command in (
     serve.refresh_index,
     loadtest.loadtest,
     report.report,
+    evaluate.evaluate,
     leakage.lint_leakage,
     waterfall.waterfall,
     score.score_weights,

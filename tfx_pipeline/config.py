@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,9 +14,11 @@ import yaml
 from schema.contract import DatasetSpec, load_dataset_spec, parse_model, read_yaml
 from schema.errors import ConfigError
 from serving.slo import Slo
-from trainer import features
+from trainer import features, ranking_comparison, retrieval_comparison
 from trainer.allow_list_inputs import check_attributes
+from trainer.baselines import RANKING_BASELINES, RETRIEVAL_BASELINES
 from trainer.config import RankingConfig, RetrievalConfig
+from trainer.slices import dimensions
 
 BUILT_IN_CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_OUTPUT_DIR = Path("runs/default")
@@ -42,20 +45,69 @@ class Gate(_Config):
       min: smallest value allowed.
       max: largest value allowed.
       max_drop: by how much the metric may be worse than that of the last blessed model (lower, or higher for
-        log_loss, ece and mae), absolute; ignored when there is no blessed model yet. Retraining the same data
+        log_loss, ece and mae), absolute. The bad end of the interval of the difference must be within it, see
+        `ValidationConfig.confidence`; ignored when there is no blessed model yet. Retraining the same data
         with another seed moves recall by about 0.01: a smaller value rejects at random.
+      beats: baselines that the metric must be better than.
+      by: how: `interval`, the whole interval of the difference is on the good side; or `value`, the metric
+        itself is.
     """
 
     metric: str
     min: float | None = None
     max: float | None = None
     max_drop: float | None = pydantic.Field(default=None, ge=0)
+    beats: tuple[str, ...] = ()
+    by: Literal["interval", "value"] = "interval"
 
     @pydantic.model_validator(mode="after")
     def _some_condition(self) -> Gate:
-        if self.min is None and self.max is None and self.max_drop is None:
-            raise ValueError(f"gate on {self.metric!r} sets no condition; give min, max or max_drop")
+        if self.min is None and self.max is None and self.max_drop is None and not self.beats:
+            raise ValueError(f"gate on {self.metric!r} sets no condition; give min, max, max_drop or beats")
         return self
+
+
+class DriftConfig(_Config):
+    """How far the data of train may be from those of eval, and from those of the last run.
+
+    Attributes:
+      max_share_change: for categorical features, the largest change of the share of one value, 0 to 1.
+      max_divergence: for numbers and labels, the Jensen-Shannon divergence of TFDV's histograms, 0 to 1.
+      ignored: features that are not compared.
+    """
+
+    max_share_change: float = pydantic.Field(default=0.15, gt=0, le=1)
+    max_divergence: float = pydantic.Field(default=0.2, gt=0, le=1)
+    ignored: tuple[str, ...] = ()
+
+
+class ValidationConfig(_Config):
+    """What a model must meet besides `gates`; null switches a condition off.
+
+    Attributes:
+      confidence: of all two-sided intervals; max_drop and beats hold at (1 + confidence) / 2, one-sided.
+      num_resamples: draws of the bootstrap over users.
+      min_index_recall: share of the exact results that the index finds.
+      min_index_slice_recall: the same among head, tail and new items, each by itself.
+      max_relative_ece: largest calibration error of a binary task, as a share of the mean of its label.
+      drift: null does not compare the data.
+    """
+
+    confidence: float = pydantic.Field(default=0.95, gt=0, lt=1)
+    num_resamples: int = pydantic.Field(default=1_000, ge=100)
+    min_index_recall: float | None = pydantic.Field(default=0.95, ge=0, le=1)
+    min_index_slice_recall: float | None = pydantic.Field(default=0.9, ge=0, le=1)
+    max_relative_ece: float | None = pydantic.Field(default=0.5, gt=0)
+    drift: DriftConfig | None = DriftConfig()
+
+
+def _slice(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Slice = Annotated[
+    tuple[str, ...], pydantic.BeforeValidator(_slice), pydantic.Field(min_length=1, max_length=2)
+]
 
 
 class ExamplesConfig(_Config):
@@ -83,7 +135,9 @@ class RunConfig(_Config):
       data_dir: folder of the source files; built-in datasets need none.
       simulated: settings of the simulator, for dataset `simulated` only.
       gates: what the models must reach to be blessed; a model without gates is never blessed.
-      slices: raw user features, or `surface`, by whose values the Evaluator also reports.
+      validation: what they must meet besides; see docs/evaluation.md.
+      slices: what models are also judged by, besides what always is (`trainer.slices.dimensions`): a name, or
+        the cross of two, of declared features of one value, `surface`, and built-in dimensions.
       slo: load that the candidate models must hold on the machine of the run, or they are not pushed; off by
         default.
     """
@@ -95,16 +149,18 @@ class RunConfig(_Config):
     retrieval: RetrievalConfig = RetrievalConfig()
     ranking: RankingConfig = RankingConfig()
     gates: tuple[Gate, ...] = ()
-    slices: tuple[str, ...] = ()
+    validation: ValidationConfig = ValidationConfig()
+    slices: tuple[Slice, ...] = ()
     slo: Slo | None = None
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> RunConfig:
+        known_metrics = {
+            RETRIEVAL: (retrieval_comparison.metric_keys(CUTOFFS), RETRIEVAL_BASELINES),
+            RANKING: (ranking_comparison.metric_keys(self.dataset.tasks), RANKING_BASELINES),
+        }
         for gate in self.gates:
-            if not gate.metric.startswith(tuple(f"{model}/" for model in MODELS)):
-                raise ValueError(
-                    f"gates: {gate.metric!r} is of neither model; keys start with retrieval/ or ranking/"
-                )
+            _check_gate(gate, known_metrics)
         for model in MODELS:
             if not any(gate.metric.startswith(f"{model}/") for gate in self.gates):
                 raise ValueError(
@@ -115,14 +171,10 @@ class RunConfig(_Config):
                 f"retrieval.max_k is {self.retrieval.max_k}, but the model is judged on lists of "
                 f"{max(CUTOFFS)}: give {max(CUTOFFS)} or more"
             )
-        declared = {feature.name for feature in self.dataset.users.features}
-        declared |= {"surface"} & self.dataset.interactions.columns.keys()
-        for name in self.slices:
-            if name not in declared:
-                raise ValueError(
-                    f"slices: {name!r} is no user feature or surface; "
-                    f"declared: {', '.join(sorted(declared)) or 'none'}"
-                )
+        try:
+            dimensions(self.dataset, self.slices)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
         space = features.feature_space(self.dataset)
         read = {f.name for f in (*space.query, *space.candidate)} - {features.USER_ID, features.ITEM_ID}
         for name in self.retrieval.ignored_features:
@@ -138,6 +190,24 @@ class RunConfig(_Config):
             # pydantic takes only a ValueError as a finding of its own, to be told with the others.
             raise ValueError(str(error)) from error
         return self
+
+
+def _check_gate(gate: Gate, known: Mapping[str, tuple[Sequence[str], Sequence[str]]]) -> None:
+    """Checks what a gate names against the metrics and the baselines of each model."""
+    model = gate.metric.partition("/")[0]
+    if model not in known:
+        raise ValueError(
+            f"gates: {gate.metric!r} is of neither model; keys start with retrieval/ or ranking/"
+        )
+    keys, baselines = known[model]
+    if gate.metric not in keys:
+        nearest = difflib.get_close_matches(gate.metric, keys, n=1, cutoff=0)[0]
+        raise ValueError(f"gates: unknown metric {gate.metric!r}; the nearest one is {nearest!r}")
+    for baseline in gate.beats:
+        if baseline not in baselines:
+            raise ValueError(
+                f"gates: {gate.metric!r} is to beat {baseline!r}; baselines are: {', '.join(baselines)}"
+            )
 
 
 def _check_ranking(config: RankingConfig, space: features.FeatureSpace) -> None:

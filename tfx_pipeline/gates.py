@@ -1,17 +1,33 @@
-"""Whether a model may be released: every condition, its verdict and its reason, in one place."""
+"""Whether a model may be released: every condition, its verdict and its reason, in one place.
+
+`judge` turns what the components found (`Evidence`) into verdicts. A new gate is a function that yields
+`GateResult`s, and a line in `judge`; docs/evaluation.md lists them all.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import enum
 import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pydantic
 
-from schema.errors import DataError
+from schema.contract import TaskKind, TaskSpec
+from schema.errors import ConfigError, DataError
+from tfx_pipeline.config import RANKING, RETRIEVAL, Gate, ValidationConfig
+from trainer.comparison import LAST_BLESSED, Comparison, MetricResult, is_lower_better
+from trainer.metrics import metric_key
 
 GATES_FILE = "gates.json"
+# The Evaluator and the comparison compute the same metrics from the same examples, apart from each other.
+AGREEMENT_TOLERANCE = 1e-6
+# A head whose predictions vary less than this share of its labels says the same of everybody.
+_MIN_STD_SHARE = 0.01
+_POPULARITY = "popularity"
 
 
 class Verdict(str, enum.Enum):
@@ -28,8 +44,9 @@ class GateResult:
 
     Attributes:
       kind: what sort of condition, see `docs/evaluation.md`: value, no_worse, must_beat, index, collapse,
-        calibration, agreement, serving, latency, anomalies, drift.
+        calibration, agreement, serving, anomalies, drift.
       name: unique among the gates of a model, for instance `retrieval/recall_at_100 at least 0.05`.
+      metric: key of the metric that is judged; "" where it is something else.
       verdict: NOT_APPLIED does not stop a model.
       value: what was judged; None where there is no one number, or it is not defined.
       limit: the condition in words, for instance `at least 0.05`.
@@ -42,6 +59,7 @@ class GateResult:
     value: float | None
     limit: str
     reason: str
+    metric: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +77,278 @@ class Validation:
     blessed: bool
     reason: str
     gates: tuple[GateResult, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What is known of a candidate; None where a component found nothing out.
+
+    Attributes:
+      comparison: with the last blessed model and the baselines.
+      evaluator: metric key -> the Evaluator's value on the whole split.
+      index_recall: of the index against exact search, by slice of items, "" being all; retrieval only.
+      serving_reason: why infra validation failed; "" when it passed.
+      anomalies: split -> what ExampleValidator found in it, a sentence each.
+      drift: comparison of data (`train_to_eval`, `last_run`) -> (feature, distance, limit), the farthest for
+        its limit first.
+      drift_absent: comparison of data that was not made -> why.
+    """
+
+    comparison: Comparison
+    evaluator: Mapping[str, float | None]
+    index_recall: Mapping[str, float | None] | None
+    serving_reason: str
+    anomalies: Mapping[str, Sequence[str]]
+    drift: Mapping[str, Sequence[tuple[str, float, float]]]
+    drift_absent: Mapping[str, str]
+
+
+def judge(
+    evidence: Evidence, gates: Iterable[Gate], config: ValidationConfig, tasks: Sequence[TaskSpec]
+) -> Validation:
+    """Applies every gate to one model.
+
+    Args:
+      evidence: what is known of it.
+      gates: of the configuration; those of the other model are left out.
+      config: the conditions besides.
+      tasks: of the ranker.
+
+    Raises:
+      ConfigError: a gate names a metric or a baseline that the comparison does not have.
+    """
+    model = evidence.comparison.model
+    results = [
+        result
+        for gate in gates
+        if gate.metric.startswith(f"{model}/")
+        for result in _metric_gates(gate, evidence.comparison)
+    ]
+    results.append(_agreement(evidence))
+    results += _collapse(evidence.comparison, tasks)
+    if model == RETRIEVAL:
+        results += _index(evidence.index_recall, config)
+    else:
+        results += _calibration(evidence.comparison, config, tasks)
+    results.append(_serving(evidence.serving_reason))
+    results.append(_anomalies(evidence.anomalies))
+    if config.drift is not None:
+        results += _drift(evidence.drift, evidence.drift_absent)
+    return validation(model, tuple(results))
+
+
+def _metric_gates(gate: Gate, comparison: Comparison) -> Iterator[GateResult]:
+    """The conditions of one gate of the configuration."""
+    metric = _find(gate.metric, comparison)
+    value = metric.value
+    shown = f"{gate.metric} is undefined: {metric.note}" if value is None else f"{gate.metric} {value:.4f}"
+    for bound, words, sign in ((gate.min, "at least", 1.0), (gate.max, "at most", -1.0)):
+        if bound is not None:
+            limit = f"{words} {bound:g}"
+            passed = value is not None and sign * value >= sign * bound
+            reason = f"{shown}, required: {limit}"
+            yield _result("value", f"{gate.metric} {limit}", passed, value, limit, reason, gate.metric)
+    if gate.max_drop is not None:
+        yield _no_worse(gate.metric, gate.max_drop, metric, comparison)
+    for baseline in gate.beats:
+        yield _beats(gate, baseline, metric, comparison)
+
+
+def _find(key: str, comparison: Comparison) -> MetricResult:
+    metric = comparison.whole.metric(key)
+    if metric is None:
+        known = [m.key for m in comparison.whole.metrics]
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0) or ["none"]
+        raise ConfigError(f"gate on unknown metric {key!r}; the nearest one is {nearest[0]!r}")
+    return metric
+
+
+def _no_worse(key: str, max_drop: float, metric: MetricResult, comparison: Comparison) -> GateResult:
+    """Non-inferiority: the bad end of the interval of the difference is within max_drop."""
+    side = 1.0 if is_lower_better(key) else -1.0
+    limit = f"no more than {max_drop:g} worse than the last blessed model"
+    name = f"{key} {limit}"
+    if LAST_BLESSED in comparison.absent:
+        why = comparison.absent[LAST_BLESSED]
+        return _not_applied("no_worse", name, limit, f"{key} is compared with nothing: {why}", key)
+    change = metric.against.get(LAST_BLESSED)
+    if change is None or change.difference is None:
+        return _result("no_worse", name, False, None, limit, f"{key} has no change: {metric.note}", key)
+    worst = change.high if side > 0 else change.low
+    if worst is None:
+        # Too few users for an interval: the difference itself has to do, and the sentence says so.
+        passed, end = side * change.difference <= max_drop, "too few users for an interval"
+    else:
+        one_sided = (1 + comparison.confidence) / 2
+        passed, end = side * worst <= max_drop, f"{worst:+.4f} at {100 * one_sided:g} % confidence"
+    reason = f"{key} changed by {change.difference:+.4f} ({end}), required: {limit}"
+    return _result("no_worse", name, passed, change.difference, limit, reason, key)
+
+
+def _beats(gate: Gate, baseline: str, metric: MetricResult, comparison: Comparison) -> GateResult:
+    """The metric is better than that of a baseline, surely or by its value."""
+    rivals = [rival.name for rival in comparison.rivals if rival.name != LAST_BLESSED]
+    if baseline not in rivals:
+        raise ConfigError(
+            f"gate on {gate.metric!r}: no baseline {baseline!r}; those are: {', '.join(rivals) or 'none'}"
+        )
+    limit = f"better than {baseline}"
+    name = f"{gate.metric} {limit}"
+    against = metric.against.get(baseline)
+    if against is None:
+        raise ConfigError(f"gate on {gate.metric!r}: {baseline} does not predict this task")
+    if against.difference is None or against.value is None or metric.value is None:
+        reason = f"{gate.metric} is not compared with {baseline}: {metric.note}"
+        return _result("must_beat", name, False, None, limit, reason, gate.metric)
+    bound: float | None = against.difference
+    if gate.by == "interval":
+        bound = against.high if is_lower_better(gate.metric) else against.low
+    passed = bound is not None and (bound < 0 if is_lower_better(gate.metric) else bound > 0)
+    interval = "" if against.low is None else f", {against.low:+.4f} to {against.high:+.4f}"
+    reason = (
+        f"{gate.metric} {metric.value:.4f} against {against.value:.4f} of {baseline} "
+        f"({against.difference:+.4f}{interval}), required: {limit} by its {gate.by}"
+    )
+    return _result("must_beat", name, passed, against.difference, limit, reason, gate.metric)
+
+
+def _agreement(evidence: Evidence) -> GateResult:
+    """TFMA and the comparison, which judge apart from each other, say the same."""
+    limit = f"at most {AGREEMENT_TOLERANCE:g} apart"
+    name = f"evaluations {limit}"
+    apart: dict[str, float] = {}
+    for metric in evidence.comparison.whole.metrics:
+        if metric.key in evidence.evaluator:
+            theirs = evidence.evaluator[metric.key]
+            if (theirs is None) != (metric.value is None):
+                apart[metric.key] = math.inf
+            elif theirs is not None and metric.value is not None:
+                apart[metric.key] = abs(theirs - metric.value)
+    if not apart:
+        reason = "the Evaluator and the comparison have no metric in common"
+        return _result("agreement", name, False, None, limit, reason)
+    worst = max(apart, key=lambda key: apart[key])
+    gap = apart[worst]
+    reason = f"the Evaluator and the comparison are {gap:.2g} apart on {worst}, required: {limit}"
+    return _result(
+        "agreement", name, gap <= AGREEMENT_TOLERANCE, gap if math.isfinite(gap) else None, limit, reason
+    )
+
+
+def _collapse(comparison: Comparison, tasks: Sequence[TaskSpec]) -> Iterator[GateResult]:
+    """The model says different things of different users and items."""
+    if comparison.model == RETRIEVAL:
+        key = next(m.key for m in comparison.whole.metrics if "/distinct_items_at_" in m.key)
+        metric = _find(key, comparison)
+        one_list = metric.against[_POPULARITY].value or 0.0
+        limit = f"more than {one_list:g}, one list for everybody less what each has seen"
+        value = metric.value or 0.0
+        reason = f"{key} {value:g}, required: {limit}"
+        yield _result("collapse", f"{key} against one list", value > one_list, value, limit, reason)
+        return
+    for task in tasks:
+        spread = comparison.facts.get(f"{task.name}/prediction_std")
+        of_labels = comparison.facts.get(f"{task.name}/label_std")
+        limit = f"at least {_MIN_STD_SHARE:.0%} of that of the labels"
+        name = f"spread of {task.name} {limit}"
+        if not of_labels or spread is None:
+            yield _not_applied("collapse", name, limit, f"the labels of {task.name} do not vary")
+            continue
+        reason = (
+            f"predictions of {task.name} have a standard deviation of {spread:.4g}, labels of "
+            f"{of_labels:.4g}, required: {limit}"
+        )
+        yield _result("collapse", name, spread >= _MIN_STD_SHARE * of_labels, spread, limit, reason)
+
+
+def _index(recall: Mapping[str, float | None] | None, config: ValidationConfig) -> Iterator[GateResult]:
+    """The index finds what exact search finds, in all and among head, tail and new items."""
+    if recall is None:
+        if config.min_index_recall is not None:
+            reason = "the export says nothing of its index"
+            yield _result(
+                "index", "index recall", False, None, f"at least {config.min_index_recall:g}", reason
+            )
+        return
+    for part, value in recall.items():
+        bound = config.min_index_slice_recall if part else config.min_index_recall
+        if bound is None:
+            continue
+        words, limit = f"index recall of {part} items" if part else "index recall", f"at least {bound:g}"
+        name = f"{words} {limit}"
+        if value is None:
+            yield _not_applied("index", name, limit, f"{words}: no exact result is among them")
+        else:
+            yield _result(
+                "index", name, value >= bound, value, limit, f"{words} {value:.4f}, required: {limit}"
+            )
+
+
+def _calibration(
+    comparison: Comparison, config: ValidationConfig, tasks: Sequence[TaskSpec]
+) -> Iterator[GateResult]:
+    """Probabilities are what they say: the calibration error is small for the rate of the label."""
+    if config.max_relative_ece is None:
+        return
+    for task in tasks:
+        if task.kind is not TaskKind.BINARY:
+            continue
+        limit = f"at most {config.max_relative_ece:g} of the mean of the label"
+        name = f"ece of {task.name} {limit}"
+        metric = _find(metric_key(RANKING, "ece", task=task.name), comparison)
+        rate = comparison.facts.get(f"{task.name}/mean_label")
+        if metric.value is None or not rate:
+            yield _not_applied("calibration", name, limit, f"{task.name} has no positive to compare with")
+            continue
+        share = metric.value / rate
+        reason = (
+            f"ece of {task.name} {metric.value:.4f} is {share:.3g} of the mean label {rate:.4f}, "
+            f"required: {limit}"
+        )
+        yield _result("calibration", name, share <= config.max_relative_ece, share, limit, reason)
+
+
+def _serving(reason: str) -> GateResult:
+    """Golden requests are answered as in training, and in the time of the objective: `infra_validator`."""
+    said = f"infra validation: {reason}" if reason else "a server with both models answers as it should"
+    return _result("serving", "infra validation", not reason, None, "passes", said)
+
+
+def _anomalies(anomalies: Mapping[str, Sequence[str]]) -> GateResult:
+    """Every split meets the schema."""
+    found = [f"{split}: {text}" for split, texts in anomalies.items() for text in texts]
+    reason = f"data anomalies: {'; '.join(found)}" if found else "no split has an anomaly"
+    return _result("anomalies", "data anomalies", not found, float(len(found)), "none", reason)
+
+
+def _drift(
+    drift: Mapping[str, Sequence[tuple[str, float, float]]], absent: Mapping[str, str]
+) -> Iterator[GateResult]:
+    """The data stayed near: train to eval, and this run's train to the last run's."""
+    words = {"train_to_eval": "from train to eval", "last_run": "from the last run's train"}
+    for name, reason in absent.items():
+        yield _not_applied("drift", f"drift {words[name]}", "within the limits", reason)
+    for name, measured in drift.items():
+        title = f"drift {words[name]}"
+        far = [(f, d, limit) for f, d, limit in measured if d > limit]
+        if not measured:
+            yield _not_applied("drift", title, "within the limits", "no feature is compared")
+            continue
+        shown = far or measured[:1]
+        moved = "; ".join(f"{feature} moved by {d:.3f} of {limit:g} allowed" for feature, d, limit in shown)
+        reason = f"{title}: {moved}" if far else f"{title}: the farthest, {moved}"
+        yield _result("drift", title, not far, measured[0][1], "within the limits", reason)
+
+
+def _result(
+    kind: str, name: str, passed: bool, value: float | None, limit: str, reason: str, metric: str = ""
+) -> GateResult:
+    verdict = Verdict.PASSED if passed else Verdict.FAILED
+    return GateResult(kind, name, verdict, value, limit, reason, metric)
+
+
+def _not_applied(kind: str, name: str, limit: str, reason: str, metric: str = "") -> GateResult:
+    return GateResult(kind, name, Verdict.NOT_APPLIED, None, limit, reason, metric)
 
 
 def validation(model: str, gates: tuple[GateResult, ...]) -> Validation:

@@ -10,7 +10,6 @@ from ml_metadata.proto import metadata_store_pb2
 
 from schema.errors import DataError
 from tfx_pipeline.config import MODELS
-from tfx_pipeline.tfma_metrics import GateFailure, read_gate_failures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +19,7 @@ class Outcome:
     Attributes:
       user_states_uri: Examples artifact.
       report_uri: Report artifact.
-      blessed: per model, whether the Evaluator blessed it.
+      blessed: per model, whether it met every gate.
       pushed: per model, the version that was pushed, or None.
       reasons: per model that was not pushed, why.
     """
@@ -39,19 +38,14 @@ def read_outcome(metadata_path: Path) -> Outcome:
       DataError: the database holds no finished run.
     """
     outputs = _newest_outputs(metadata_path)
-    infra = outputs["ServingValidator", "blessing"]
-    infra_reason = infra.custom_properties["reason"].string_value
     blessed, pushed, reasons = {}, {}, {}
     for model in MODELS:
-        blessing = outputs[f"Evaluator.{model}", "blessing"]
+        blessing = outputs[f"ModelValidator.{model}", "blessing"]
         blessed[model] = blessing.custom_properties["blessed"].int_value == 1
         version = outputs[f"Pusher.{model}", "pushed_model"].custom_properties["pushed_version"].string_value
         pushed[model] = version or None
         if not blessed[model]:
-            failures = read_gate_failures(outputs[f"Evaluator.{model}", "evaluation"].uri)
-            reasons[model] = "; ".join(_gate_failure(failure) for failure in failures)
-        elif infra_reason:
-            reasons[model] = f"infra validation: {infra_reason}"
+            reasons[model] = blessing.custom_properties["reason"].string_value
     for model in MODELS:
         refused = [other for other in MODELS if not blessed[other]]
         if blessed[model] and refused and model not in reasons:
@@ -85,12 +79,6 @@ def _newest_outputs(metadata_path: Path) -> dict[tuple[str, str], metadata_store
     return _outputs(store, max(runs, key=lambda run: run.id))
 
 
-def _gate_failure(failure: GateFailure) -> str:
-    metric = "/".join(filter(None, (failure.output, failure.metric)))
-    value = f"changed by {failure.value:+.4f}" if failure.is_change else f"{failure.value:.4f}"
-    return f"{metric} {value}, required: {failure.limit}"
-
-
 def _outputs(
     store: mlmd.MetadataStore, run: metadata_store_pb2.Context
 ) -> dict[tuple[str, str], metadata_store_pb2.Artifact]:
@@ -103,12 +91,11 @@ def _outputs(
                 node_types[execution.id] = context.name.split(".", 1)[1]
         executions[execution.id] = execution
     found = {}
+    # What a resolver looked up is an internal output.
+    made = (metadata_store_pb2.Event.OUTPUT, metadata_store_pb2.Event.INTERNAL_OUTPUT)
     finished = (metadata_store_pb2.Execution.COMPLETE, metadata_store_pb2.Execution.CACHED)
     for event in store.get_events_by_execution_ids(list(executions)):
-        if (
-            event.type == metadata_store_pb2.Event.OUTPUT
-            and executions[event.execution_id].last_known_state in finished
-        ):
+        if event.type in made and executions[event.execution_id].last_known_state in finished:
             key = next(step.key for step in event.path.steps if step.WhichOneof("value") == "key")
             (artifact,) = store.get_artifacts_by_id([event.artifact_id])
             found[node_types[event.execution_id], key] = artifact

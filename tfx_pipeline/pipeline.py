@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 
 # Not tfx.v1: it also imports the Google Cloud extensions, a third of TFX's import time.
@@ -11,26 +10,34 @@ from tfx.components import Evaluator, ExampleValidator, StatisticsGen, Transform
 from tfx.components.schema_gen.import_schema_gen.component import ImportSchemaGen
 from tfx.dsl.components.base.base_node import BaseNode
 from tfx.dsl.components.common.resolver import Resolver, ResolverStrategy
+from tfx.dsl.input_resolution.strategies.latest_artifact_strategy import LatestArtifactStrategy
 from tfx.dsl.input_resolution.strategies.latest_blessed_model_strategy import LatestBlessedModelStrategy
 from tfx.orchestration import metadata
 from tfx.orchestration.pipeline import Pipeline
 from tfx.proto import pusher_pb2, transform_pb2
 from tfx.types import BaseChannel, Channel
-from tfx.types.standard_artifacts import Model, ModelBlessing
+from tfx.types.standard_artifacts import ExampleStatistics, Model, ModelBlessing
 
-from tfx_pipeline.components.baseline_evaluator import BaselineEvaluator
+from schema.contract import FeatureKind
 from tfx_pipeline.components.blessed_resolver import (
+    CURRENT,
+    STATISTICS,
     LatestBlessedModelOfOtherExamplesStrategy,
     LatestOtherBlessedModelStrategy,
+    LatestOtherStatisticsStrategy,
 )
 from tfx_pipeline.components.bundle_builder import BundleBuilder
+from tfx_pipeline.components.drift_validator import DriftValidator
 from tfx_pipeline.components.example_gen import ExampleKind, contract_example_gen
 from tfx_pipeline.components.funnel_waterfall import FunnelWaterfall
 from tfx_pipeline.components.infra_validator import ServingValidator
+from tfx_pipeline.components.model_comparison import ModelComparison, settings_json
+from tfx_pipeline.components.model_validator import ModelValidator
 from tfx_pipeline.components.pusher import AtomicPusher
 from tfx_pipeline.components.report_writer import ReportWriter
 from tfx_pipeline.components.trainer import ModelTrainer
-from tfx_pipeline.config import BUNDLES, CUTOFFS, MODELS, RANKING, RETRIEVAL, Gate, RunConfig
+from tfx_pipeline.config import BUNDLES, CUTOFFS, MODELS, RANKING, RETRIEVAL, DriftConfig, RunConfig
+from tfx_pipeline.evaluation import evaluation_settings
 from tfx_pipeline.tfma_metrics import ranking_eval_config, retrieval_eval_config
 from trainer import features
 
@@ -110,26 +117,28 @@ def create_pipeline(
             "code_version": locations.code_version,
         },
     )
-    baselines = BaselineEvaluator(
-        examples=examples,
-        tables_dir=locations.tables_dir,
+    last_statistics = _last_statistics(statistics, local=metadata_path is not None)
+    drift = DriftValidator(
+        statistics=statistics.outputs["statistics"],
+        last_statistics=last_statistics.outputs[STATISTICS],
+        schema=schema.outputs["schema"],
         dataset=dataset,
-        cutoffs=json.dumps(CUTOFFS),
+        config=(config.validation.drift or DriftConfig()).model_dump_json(),
         code_version=locations.code_version,
     )
     nodes: list[BaseNode] = [
-        interactions, user_states, catalogue, statistics, schema, validator, transform, baselines,
+        interactions, user_states, catalogue, statistics, schema, validator, transform,
+        last_statistics, drift,
     ]  # fmt: skip
 
-    trainers, evaluators = {}, {}
+    trainers, evaluators, comparisons = {}, {}, {}
     eval_configs = {
         RETRIEVAL: retrieval_eval_config(
             features.TEST_ITEMS,
             CUTOFFS,
             [*_slices(config), [features.USER_TYPE]],
-            _gates(config, RETRIEVAL),
         ),
-        RANKING: ranking_eval_config(spec.tasks, _slices(config), _gates(config, RANKING)),
+        RANKING: ranking_eval_config(spec.tasks, _slices(config)),
     }
     judged_on = {RETRIEVAL: user_states.outputs["examples"], RANKING: examples}
     judged_splits = {RETRIEVAL: list(ExampleKind.USER_STATES.splits), RANKING: ["test"]}
@@ -159,10 +168,19 @@ def create_pipeline(
             examples=judged_on[model],
             example_splits=judged_splits[model],
             model=trainers[model].outputs["model"],
-            baseline_model=resolver.outputs["model"],
             eval_config=eval_configs[model],
         ).with_id(f"Evaluator.{model}")
-        nodes += [trainers[model], resolver, evaluators[model]]
+        comparisons[model] = ModelComparison(
+            model=trainers[model].outputs["model"],
+            last_blessed=resolver.outputs["model"],
+            examples=judged_on[model],
+            model_name=model,
+            tables_dir=locations.tables_dir,
+            dataset=dataset,
+            settings=settings_json(evaluation_settings(config)),
+            code_version=locations.code_version,
+        ).with_id(f"Comparison.{model}")
+        nodes += [trainers[model], resolver, evaluators[model], comparisons[model]]
 
     builder = BundleBuilder(
         retrieval_model=trainers[RETRIEVAL].outputs["model"],
@@ -191,12 +209,26 @@ def create_pipeline(
         code_version=locations.code_version,
     )
     nodes.append(waterfall)
-    pushers = {}
+    gates = config.model_dump_json(include={"dataset", "gates", "validation"})
+    validators, pushers = {}, {}
+    for model in MODELS:
+        validators[model] = ModelValidator(
+            model=trainers[model].outputs["model"],
+            comparison=comparisons[model].outputs["comparison"],
+            evaluation=evaluators[model].outputs["evaluation"],
+            infra_blessing=infra.outputs["blessing"],
+            anomalies=validator.outputs["anomalies"],
+            drift=drift.outputs["drift_facts"],
+            model_name=model,
+            gates=gates,
+            code_version=locations.code_version,
+        ).with_id(f"ModelValidator.{model}")
+        nodes.append(validators[model])
     for name, bundle in bundles.items():
         pushers[name] = AtomicPusher(
             model=bundle,
-            model_blessing=evaluators[RETRIEVAL].outputs["blessing"],
-            partner_blessing=evaluators[RANKING].outputs["blessing"],
+            model_blessing=validators[RETRIEVAL].outputs["blessing"],
+            partner_blessing=validators[RANKING].outputs["blessing"],
             infra_blessing=infra.outputs["blessing"],
             custom_config={"released": locations.released[name]},
             push_destination=pusher_pb2.PushDestination(
@@ -210,15 +242,15 @@ def create_pipeline(
         ReportWriter(
             statistics=statistics.outputs["statistics"],
             anomalies=validator.outputs["anomalies"],
-            baselines=baselines.outputs["baselines"],
+            retrieval_comparison=comparisons[RETRIEVAL].outputs["comparison"],
+            ranking_comparison=comparisons[RANKING].outputs["comparison"],
+            drift=drift.outputs["drift_facts"],
             retrieval_model=trainers[RETRIEVAL].outputs["model"],
             ranking_model=trainers[RANKING].outputs["model"],
             retrieval_run=trainers[RETRIEVAL].outputs["model_run"],
             ranking_run=trainers[RANKING].outputs["model_run"],
-            retrieval_evaluation=evaluators[RETRIEVAL].outputs["evaluation"],
-            ranking_evaluation=evaluators[RANKING].outputs["evaluation"],
-            retrieval_blessing=evaluators[RETRIEVAL].outputs["blessing"],
-            ranking_blessing=evaluators[RANKING].outputs["blessing"],
+            retrieval_blessing=validators[RETRIEVAL].outputs["blessing"],
+            ranking_blessing=validators[RANKING].outputs["blessing"],
             infra_blessing=infra.outputs["blessing"],
             retrieval_pushed=pushers[RETRIEVAL].outputs["pushed_model"],
             ranking_pushed=pushers[RANKING].outputs["pushed_model"],
@@ -262,13 +294,24 @@ def _base_model(model: str, examples: BaseChannel, local: bool) -> BaseNode:
 def _blessed_models(model: str) -> dict[str, BaseChannel]:
     return {
         "model": Channel(type=Model, producer_component_id=f"Trainer.{model}"),
-        "model_blessing": Channel(type=ModelBlessing, producer_component_id=f"Evaluator.{model}"),
+        "model_blessing": Channel(type=ModelBlessing, producer_component_id=f"ModelValidator.{model}"),
     }
 
 
+def _last_statistics(statistics: BaseNode, local: bool) -> BaseNode:
+    """Statistics of the last run. Vertex AI knows only TFX's own strategies."""
+    channels: dict[str, BaseChannel] = {
+        STATISTICS: Channel(type=ExampleStatistics, producer_component_id=statistics.id)
+    }
+    strategy: type[ResolverStrategy] = LatestArtifactStrategy
+    if local:
+        strategy = LatestOtherStatisticsStrategy
+        channels[CURRENT] = statistics.outputs["statistics"]
+    return Resolver(strategy_class=strategy, **channels).with_id("LastStatistics")
+
+
 def _slices(config: RunConfig) -> list[list[str]]:
-    return [[name] for name in config.slices]
-
-
-def _gates(config: RunConfig, model: str) -> list[Gate]:
-    return [gate for gate in config.gates if gate.metric.startswith(f"{model}/")]
+    """What the Evaluator slices by: the comparison has the other dimensions."""
+    categorical = {f.name for f in config.dataset.users.features if f.kind is FeatureKind.CATEGORICAL}
+    names = categorical | {features.SURFACE}
+    return [[names_of[0]] for names_of in config.slices if len(names_of) == 1 and names_of[0] in names]

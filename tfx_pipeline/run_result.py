@@ -38,7 +38,7 @@ class RunResult:
       config_json: the resolved RunConfig.
       tables_dir: contract tables of the run.
       user_states: file pattern of the user-state examples.
-      blessed: per model, whether the Evaluator blessed it.
+      blessed: per model, whether it met every gate.
       pushed: per model, the pushed version, or None when it was not pushed.
       reasons: per model that was not pushed, why, in one line.
       report: path of the report.

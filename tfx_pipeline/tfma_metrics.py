@@ -1,17 +1,15 @@
-"""The metrics of `trainer.metrics` as TFMA metrics, and the evaluation configs and gates built from them.
+"""The metrics of `trainer.metrics` as TFMA metrics, and the evaluation configs built from them.
 
-The Evaluator computes what `trainer.metrics` defines, by calling it: figures of models, gates and baselines
+The Evaluator computes what `trainer.metrics` defines, by calling it: figures of models and baselines
 are comparable. Metrics are called `<metric>_at_<k>` (retrieval) or `<metric>`, under an output named
 as the task (ranking); counts, called `num_...`, say how much was judged.
 """
 
 import array
 import dataclasses
-import difflib
 import hashlib
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import apache_beam as beam
@@ -23,7 +21,6 @@ from tensorflow_model_analysis.metrics import metric_util
 
 from schema.contract import TaskKind, TaskSpec
 from schema.errors import ConfigError, DataError
-from tfx_pipeline.config import Gate
 from trainer import features, metrics
 
 SIGNATURE = "serving_examples"
@@ -56,17 +53,6 @@ class MetricValue:
     metric: str
     output: str
     value: float
-
-
-@dataclasses.dataclass(frozen=True)
-class GateFailure:
-    """A gate that was not met: metric and output as in `MetricValue`; value is the change if `is_change`."""
-
-    metric: str
-    output: str
-    value: float
-    is_change: bool
-    limit: str
 
 
 class RetrievalMetrics(tfma.metrics.Metric):
@@ -103,31 +89,27 @@ def retrieval_eval_config(
     label_key: str,
     ks: Sequence[int],
     slices: Sequence[Sequence[str]] = (),
-    gates: Sequence[Gate] = (),
 ) -> tfma.EvalConfig:
     """Evaluation of the retrieval model's `serving_examples` on user-state examples.
 
-    The one model spec has no name: TFX (`tfma.utils.update_eval_config_with_defaults`) makes `candidate` and
-    `baseline` of it when there is a blessed model, and drops the conditions on change when there is none.
-    A config without gates blesses nothing.
+    It has no thresholds, so that the Evaluator blesses nothing: that is for `tfx_pipeline.gates`. The one
+    model spec has no name: `tfma.utils.update_eval_config_with_defaults` makes `candidate` and `baseline` of
+    it when there are two models.
 
     Args:
       label_key: feature with the held-out positives; examples without any are left out.
       ks: cut-offs, each at most the length of the exported lists.
       slices: combinations of features to split by; the whole split always comes first.
-      gates: keys start with `retrieval/`.
 
     Returns:
       The config, to be given to an Evaluator.
 
     Raises:
-      ConfigError: a k is below 1, or a gate names a metric that is not computed here.
+      ConfigError: no k, or one below 1; no task.
     """
     if not ks or min(ks) < 1:
         raise ConfigError(f"cut-offs are {list(ks)}; expected at least one, each 1 or more.")
-    names = _retrieval_metric_names(ks)
     spec = tfma.MetricsSpec(metrics=[_metric_config(RetrievalMetrics, ks=list(ks))])
-    _add_gates(gates, {metrics.metric_key("retrieval", name): (spec, name) for name in names})
     model = tfma.ModelSpec(label_key=label_key, prediction_key=ITEM_IDS_OUTPUT)
     return _eval_config(model, [spec], slices)
 
@@ -135,26 +117,23 @@ def retrieval_eval_config(
 def ranking_eval_config(
     tasks: Sequence[TaskSpec],
     slices: Sequence[Sequence[str]] = (),
-    gates: Sequence[Gate] = (),
 ) -> tfma.EvalConfig:
     """Evaluation of the ranking model's `serving_examples` on interaction examples, one output per task.
 
     Args:
       tasks: examples without a task's label are left out for that task.
-      slices, gates: as `retrieval_eval_config`; keys start with `ranking/<task>/`.
+      slices: as `retrieval_eval_config`.
 
     Returns, Raises: as `retrieval_eval_config`.
     """
     if not tasks:
         raise ConfigError("no task to evaluate; declare at least one under `tasks`.")
-    specs: list[tfma.MetricsSpec] = []
-    targets: dict[str, tuple[tfma.MetricsSpec, str]] = {}
-    for task in tasks:
-        config = _metric_config(RankingMetrics, kind=task.kind.value)
-        specs.append(tfma.MetricsSpec(metrics=[config], output_names=[task.name]))
-        for name in metrics.RANKING_METRICS[task.kind]:
-            targets[metrics.metric_key("ranking", name, task=task.name)] = (specs[-1], name)
-    _add_gates(gates, targets)
+    specs = [
+        tfma.MetricsSpec(
+            metrics=[_metric_config(RankingMetrics, kind=task.kind.value)], output_names=[task.name]
+        )
+        for task in tasks
+    ]
     return _eval_config(tfma.ModelSpec(label_keys={task.name: task.label for task in tasks}), specs, slices)
 
 
@@ -178,32 +157,6 @@ def read_metrics(eval_result_dir: str, model_name: str = tfma.CANDIDATE_KEY) -> 
     return sorted(result, key=lambda value: (len(value.slice), str(value.slice), value.output, value.metric))
 
 
-def read_gate_failures(eval_result_dir: str) -> list[GateFailure]:
-    """Reads which gates a model did not meet; empty when it met all.
-
-    Args:
-      eval_result_dir: URI of the evaluation artifact of a config with gates.
-    """
-    failures = []
-    for record in tfma.load_validation_result(eval_result_dir).metric_validations_per_slice:
-        for failure in record.failures:
-            threshold, key = failure.metric_threshold, failure.metric_key
-            value = failure.metric_value.double_value.value if failure.HasField("metric_value") else math.nan
-            if threshold.HasField("change_threshold"):
-                bound = threshold.change_threshold.absolute.value
-                side = "at most" if key.name in metrics.LOWER_IS_BETTER else "at least"
-                limit = f"change against the last blessed model {side} {bound:+g}"
-            else:
-                bounds = threshold.value_threshold
-                limit = " and ".join(
-                    f"{side} {getattr(bounds, field).value:g}"
-                    for field, side in (("lower_bound", "at least"), ("upper_bound", "at most"))
-                    if bounds.HasField(field)
-                )
-            failures.append(GateFailure(key.name, key.output_name, value, key.is_diff, limit))
-    return sorted(failures, key=lambda failure: (failure.output, failure.metric, failure.is_change))
-
-
 def _metric_config(cls: type[tfma.metrics.Metric], **config: Any) -> tfma.MetricConfig:
     return tfma.MetricConfig(class_name=cls.__name__, module=cls.__module__, config=json.dumps(config))
 
@@ -222,31 +175,6 @@ def _eval_config(
     return config
 
 
-def _add_gates(gates: Iterable[Gate], targets: Mapping[str, tuple[tfma.MetricsSpec, str]]) -> None:
-    """Writes each gate into the metrics spec that computes its metric, for the whole split only."""
-    for gate in gates:
-        if gate.metric not in targets:
-            nearest = difflib.get_close_matches(gate.metric, targets, n=1, cutoff=0) or ["none"]
-            raise ConfigError(f"gate on unknown metric {gate.metric!r}; the nearest one is {nearest[0]!r}.")
-        spec, name = targets[gate.metric]
-        threshold = tfma.MetricThreshold()
-        if gate.min is not None:
-            threshold.value_threshold.lower_bound.value = gate.min
-        if gate.max is not None:
-            threshold.value_threshold.upper_bound.value = gate.max
-        if gate.max_drop is not None:
-            lower_is_better = name in metrics.LOWER_IS_BETTER
-            threshold.change_threshold.absolute.value = gate.max_drop if lower_is_better else -gate.max_drop
-            threshold.change_threshold.direction = (
-                tfma.MetricDirection.LOWER_IS_BETTER
-                if lower_is_better
-                else tfma.MetricDirection.HIGHER_IS_BETTER
-            )
-        spec.per_slice_thresholds[name].thresholds.add(
-            slicing_specs=[tfma.SlicingSpec()], threshold=threshold
-        )
-
-
 def _slice_key(record: Any) -> Iterator[tuple[str, Any]]:
     for key in record.slice_key.single_slice_keys:
         yield key.column, getattr(key, key.WhichOneof("kind"))
@@ -257,7 +185,6 @@ def _plain(value: Any) -> str | int | float:
 
 
 def _keys(names: Iterable[str], model_name: str, output_name: str = "") -> list[tfma.metrics.MetricKey]:
-    # Gates stand in the metrics spec by name, where TFMA looks for keys that leave example weights open.
     return [
         tfma.metrics.MetricKey(name, model_name=model_name, output_name=output_name, example_weighted=None)
         for name in names

@@ -1,4 +1,6 @@
-"""What a model has to beat: popularity for retrieval, training means for ranking.
+"""The simplest baselines, popularity and item means, and the names of all.
+
+The others are in `trainer.retrieval_baselines` and `trainer.ranking_baselines`.
 
 Letters: U = users, I = items of the catalogue, n = rows.
 """
@@ -8,18 +10,19 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from schema.contract import TaskKind
 from schema.errors import ConfigError, DataError, ShapeError
-from trainer import metrics
 from trainer.metrics import FloatArray, IntArray
+
+POPULARITY, RECENT_POPULARITY, NEWEST, RANDOM = "popularity", "recent_popularity", "newest", "random"
+ITEM_KNN, IALS = "item_knn", "ials"
+RETRIEVAL_BASELINES = (POPULARITY, RECENT_POPULARITY, ITEM_KNN, IALS, NEWEST, RANDOM)
+GLOBAL_MEAN, GLOBAL_MEDIAN, ITEM_MEAN = "global_mean", "global_median", "item_mean"
+LOGISTIC_REGRESSION, RIDGE_REGRESSION, LIGHTGBM = "logistic_regression", "ridge_regression", "lightgbm"
+RANKING_BASELINES = (GLOBAL_MEAN, GLOBAL_MEDIAN, ITEM_MEAN, LOGISTIC_REGRESSION, RIDGE_REGRESSION, LIGHTGBM)
 
 SECONDS_PER_DAY = 86_400
 # Bounds the memory of a chunk of users times items to some tens of megabytes.
 _CELLS_PER_CHUNK = 8_000_000
-_RECALL, _COLD_ITEM_RECALL, _DISTINCT_ITEMS = (
-    metrics.metric_key("retrieval", name) + "_at_{}"
-    for name in ("recall", "cold_item_recall", "distinct_items")
-)
 
 
 def popularity(item_codes: IntArray, num_items: int) -> FloatArray:
@@ -98,87 +101,6 @@ def recommend(item_scores: FloatArray, seen: Sequence[IntArray], k: int) -> IntA
     return result
 
 
-def evaluate_retrieval_baselines(
-    *,
-    train_item_ids: Sequence[str],
-    train_event_time_unix_s: npt.ArrayLike,
-    catalogue_item_ids: Sequence[str],
-    seen_item_ids: Sequence[Sequence[str]],
-    positive_item_ids: Sequence[Sequence[str]],
-    cold_positive_item_ids: Sequence[Sequence[str]],
-    ks: Sequence[int],
-    upload_time_unix_s: npt.ArrayLike | None = None,
-    window_days: float = 7.0,
-) -> dict[str, dict[str, float]]:
-    """Judges the simple rankings on the users that the retrieval model is judged on.
-
-    Popularity finds no cold item but by its place in the catalogue, among the items that nobody chose: cold
-    items are measured against the newest items and a random order.
-
-    Args:
-      train_item_ids: [n], the item of each training positive; items outside the catalogue are ignored.
-      train_event_time_unix_s: int [n], seconds.
-      catalogue_item_ids: [I], distinct; what can be recommended.
-      seen_item_ids: for each of U users, the items never to recommend (the user's training positives).
-      positive_item_ids: for each of the same users, the held-out positives; users without any are not
-        counted, positives outside the catalogue count as missed.
-      cold_positive_item_ids: for each of the same users, those of the positives that had no interaction in
-        training; cold_item_recall counts these alone, and users without any are not counted in it.
-      ks: cut-offs, each 1 or more; users with fewer unseen items get a short list.
-      upload_time_unix_s: int [I], seconds, negative where unknown; None when the dataset has none.
-      window_days: length of the window of recent popularity, in days.
-
-    Returns:
-      `popularity`, `recent_popularity`, `newest` (by upload time, where there is one) and `random` (what a
-      random order finds on average; recall only), each metric key -> macro mean over users, for instance
-      {"popularity": {"retrieval/recall_at_100": 0.219, ...}, ...}.
-
-    Raises:
-      ShapeError: arrays that belong together differ in length.
-      DataError: the catalogue is empty, repeats an id, or holds no training item.
-      ConfigError: no k, a k below 1, or window_days not above 0.
-    """
-    times = np.asarray(train_event_time_unix_s, dtype=np.int64)
-    if times.shape != (len(train_item_ids),):
-        raise ShapeError(f"{len(train_item_ids)} training items but event times of shape {times.shape}.")
-    if not len(seen_item_ids) == len(positive_item_ids) == len(cold_positive_item_ids):
-        raise ShapeError(
-            f"seen items of {len(seen_item_ids)} users, positives of {len(positive_item_ids)}, cold ones of "
-            f"{len(cold_positive_item_ids)}; expected one list of each per user, in the same order."
-        )
-    if not ks:
-        raise ConfigError("no cut-off given; expected at least one k.")
-    code_of = {item_id: code for code, item_id in enumerate(catalogue_item_ids)}
-    num_items = len(code_of)
-    if not num_items or num_items != len(catalogue_item_ids):
-        raise DataError(
-            f"catalogue of {len(catalogue_item_ids)} rows holds {num_items} distinct items; "
-            "expected at least one, each once."
-        )
-
-    item_codes = _encode(train_item_ids, code_of)
-    known = item_codes < num_items
-    if not known.any():
-        raise DataError(
-            f"none of the {len(item_codes)} training items is in the catalogue of {num_items}; "
-            "check that both use the same ids, as strings."
-        )
-    item_codes, times = item_codes[known], times[known]
-    seen = [_encode(ids, code_of) for ids in seen_item_ids]
-    positives = [_encode(ids, code_of).tolist() for ids in positive_item_ids]
-    cold = [_encode(ids, code_of).tolist() for ids in cold_positive_item_ids]
-    scores = {
-        "popularity": popularity(item_codes, num_items),
-        "recent_popularity": recent_popularity(item_codes, times, num_items, window_days),
-    }
-    if upload_time_unix_s is not None:
-        scores["newest"] = np.asarray(upload_time_unix_s, dtype=np.float64)
-    judged = {
-        name: _judge(recommend(values, seen, max(ks)), positives, cold, ks) for name, values in scores.items()
-    }
-    return {**judged, "random": _expected_recall(seen, positives, cold, num_items, ks)}
-
-
 def item_mean(
     train_item_ids: Sequence[str],
     train_labels: npt.ArrayLike,
@@ -221,98 +143,6 @@ def item_mean(
     weights = counts + prior_weight
     np.divide(sums + prior_weight * labels.mean(), weights, out=means, where=weights > 0)
     return means[eval_codes]
-
-
-def evaluate_ranking_baselines(
-    *,
-    task: str,
-    kind: TaskKind,
-    train_item_ids: Sequence[str],
-    train_labels: npt.ArrayLike,
-    eval_item_ids: Sequence[str],
-    eval_labels: npt.ArrayLike,
-    eval_user_ids: Sequence[str],
-    prior_weight: float = 20.0,
-) -> dict[str, dict[str, float]]:
-    """Judges the global mean and the item mean on the rows that the ranking model is judged on.
-
-    Tasks that are not binary get the global median as well: it is the best constant for the absolute error,
-    and the long tail of watch times puts it far below the mean.
-
-    Args:
-      task: its name, part of the metric keys.
-      kind: what the task predicts.
-      train_item_ids, train_labels: [n]; rows with a NaN label are left out.
-      eval_item_ids, eval_labels, eval_user_ids: [m]; rows with a NaN label are left out.
-      prior_weight: as in `item_mean`.
-
-    Returns:
-      `global_mean`, `item_mean` and, unless binary, `global_median`, each metric key -> value, for instance
-      {"item_mean": {"ranking/click/auc": 0.667, ...}, ...}.
-
-    Raises:
-      ShapeError, DataError, ConfigError: from `item_mean` and `metrics.ranking_metrics`.
-    """
-    y_train, y_eval = np.asarray(train_labels, dtype=np.float64), np.asarray(eval_labels, dtype=np.float64)
-    train_items, eval_items = np.asarray(train_item_ids), np.asarray(eval_item_ids)
-    users = np.asarray(eval_user_ids)
-    if train_items.shape != y_train.shape or not eval_items.shape == users.shape == y_eval.shape:
-        raise ShapeError(
-            f"training items {train_items.shape} and labels {y_train.shape}, evaluation items "
-            f"{eval_items.shape}, labels {y_eval.shape} and users {users.shape} must agree in length."
-        )
-    has_train, has_eval = ~np.isnan(y_train), ~np.isnan(y_eval)
-    by_item = item_mean(
-        train_items[has_train].tolist(), y_train[has_train], eval_items[has_eval].tolist(), prior_weight
-    )
-    predictions = {"global_mean": np.full(len(by_item), y_train[has_train].mean()), "item_mean": by_item}
-    if kind is not TaskKind.BINARY:
-        predictions["global_median"] = np.full(len(by_item), np.median(y_train[has_train]))
-    return {
-        name: {
-            metrics.metric_key("ranking", metric, task=task): value
-            for metric, value in metrics.ranking_metrics(
-                kind, y_eval[has_eval], values, users[has_eval]
-            ).items()
-        }
-        for name, values in predictions.items()
-    }
-
-
-def _judge(
-    ranked: IntArray, positives: Sequence[Sequence[int]], cold: Sequence[Sequence[int]], ks: Sequence[int]
-) -> dict[str, float]:
-    hits, num_positives = metrics.match_positives(ranked, positives)
-    values = metrics.retrieval_metrics(hits, num_positives, ks)
-    result = {
-        metrics.metric_key("retrieval", name): metrics.macro_mean(value) for name, value in values.items()
-    }
-    cold_hits, num_cold = metrics.match_positives(ranked, cold)
-    for k in ks:
-        result[_COLD_ITEM_RECALL.format(k)] = metrics.macro_mean(metrics.recall_at_k(cold_hits, num_cold, k))
-        result[_DISTINCT_ITEMS.format(k)] = float(metrics.distinct_items_at_k(ranked, k))
-    return result
-
-
-def _expected_recall(
-    seen: Sequence[IntArray],
-    positives: Sequence[Sequence[int]],
-    cold: Sequence[Sequence[int]],
-    num_items: int,
-    ks: Sequence[int],
-) -> dict[str, float]:
-    """Mean recall of all orders: a positive in the catalogue is found with chance k / unseen items."""
-    unseen = num_items - np.array([np.count_nonzero(np.unique(codes) < num_items) for codes in seen])
-    result = {}
-    for key, wanted in ((_RECALL, positives), (_COLD_ITEM_RECALL, cold)):
-        distinct = [set(codes) for codes in wanted]
-        findable = np.array([sum(code < num_items for code in codes) for codes in distinct], dtype=np.float64)
-        counts = np.array([len(codes) for codes in distinct])
-        share = np.full(len(counts), np.nan)
-        np.divide(findable, counts, out=share, where=counts > 0)
-        for k in ks:
-            result[key.format(k)] = metrics.macro_mean(share * np.minimum(1.0, k / np.maximum(unseen, 1)))
-    return result
 
 
 def _encode(ids: Sequence[str], code_of: dict[str, int]) -> IntArray:

@@ -1,4 +1,4 @@
-"""Simple ranking models, fitted by existing libraries on what the ranker knows.
+"""Simple ranking models on what the ranker knows: what it is always compared with.
 
 The linear models are those of scikit-learn, the trees those of LightGBM. They read the features of
 `trainer.ranking_features`.
@@ -8,6 +8,7 @@ Letters: m = rows, F = features.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,15 +16,35 @@ import lightgbm
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-from schema.contract import DatasetSpec
-from trainer.features import HOUR_OF_DAY, SURFACE, USER_ID
-from trainer.ranking_features import FeatureMatrix, FloatArray, Kind
+from schema.contract import WATCH_TIME, DatasetSpec, TaskKind, TaskSpec
+from trainer.baselines import (
+    GLOBAL_MEAN,
+    GLOBAL_MEDIAN,
+    ITEM_MEAN,
+    LIGHTGBM,
+    LOGISTIC_REGRESSION,
+    RIDGE_REGRESSION,
+    item_mean,
+)
+from trainer.features import HOUR_OF_DAY, ITEM_ID, SURFACE, USER_ID
+from trainer.ranking_features import (
+    FeatureMatrix,
+    FloatArray,
+    History,
+    IntArray,
+    Kind,
+    RankingTables,
+    ranking_features,
+)
 
 # Features of m rows to predictions in the unit of the label, float64 [m].
 Predict = Callable[[FeatureMatrix], FloatArray]
+# The same from rows of `LinearFeatures`.
+PredictLinear = Callable[[sp.csr_matrix], FloatArray]
 
 # Rows of the train split below which a value of a category, or a pair of two, is left out of linear models.
 MIN_ROWS = 5
@@ -43,6 +64,107 @@ TREE_SETTINGS: Mapping[str, Any] = {
     "deterministic": True,
     "verbose": -1,
 }
+
+
+# Rows that the pipeline fits on, so that a minute does for all models and tasks.
+MAX_TRAIN_ROWS = 60_000
+_MAX_EVAL_ROWS = 20_000
+# Of the values that `benchmarks.ranking_baselines` searches, those that do well on KuaiRand.
+_INVERSE_RIDGE, _RIDGE = 0.01, 100.0
+_MAX_ITERATIONS = 50
+# One thread: two that wait for each other on a busy machine take ten times the processor time of one.
+_PIPELINE_TREES: Mapping[str, Any] = {
+    "learning_rate": 0.1,
+    "num_leaves": 31,
+    "min_data_in_leaf": 100,
+    "max_bin": 63,
+    "num_threads": 1,
+    "force_row_wise": True,
+}
+_MAX_TREES, _PATIENCE_TREES = 300, 10
+
+
+def baseline_predictions(
+    tables: RankingTables, asked: IntArray, seed: int = 0
+) -> tuple[dict[str, dict[str, FloatArray]], dict[str, str]]:
+    """What each baseline predicts for some rows after training, with all that happened before each event.
+
+    `item_mean` and the constants are of the train split alone. The others have the ranker's information, see
+    `ranking_features`: rows to predict know the outcomes of earlier events of any split, as the ranker's do.
+
+    Args:
+      tables: of the dataset.
+      asked: int64 [m], places of the interactions to predict.
+      seed: of the choice of rows to fit on, and of the trees.
+
+    Returns:
+      Baseline -> task -> float64 [m]; and how each was made. A task without a label in training has none.
+    """
+    generator = np.random.default_rng(seed)
+    train = np.flatnonzero(tables.of_split("train"))
+    fitted_on = _some(train, MAX_TRAIN_ROWS, generator)
+    judged_on = _some(np.flatnonzero(tables.of_split("eval")), _MAX_EVAL_ROWS, generator)
+    every = ranking_features(tables, History.ONLINE, np.concatenate([fitted_on, judged_on, asked]))
+    places = np.split(np.arange(len(every.values)), np.cumsum([len(fitted_on), len(judged_on)]))
+    on_train, on_eval, on_asked = (every.take(p) for p in places)
+    encode = linear_features(on_train, tables.spec)
+    linear_train, linear_asked = encode(on_train), encode(on_asked)
+    item_ids = tables.interactions[ITEM_ID].to_numpy()
+    predictions: dict[str, dict[str, FloatArray]] = {}
+    for task in tables.spec.tasks:
+        labels = tables.labels(task.label)
+        known = train[~np.isnan(labels[train])]
+        has_train, has_eval = ~np.isnan(labels[fitted_on]), ~np.isnan(labels[judged_on])
+        if not has_train.any() or not has_eval.any():
+            continue
+        mean = np.full(len(asked), labels[known].mean())
+        found = {
+            GLOBAL_MEAN: mean,
+            ITEM_MEAN: item_mean(item_ids[known].tolist(), labels[known], item_ids[asked].tolist()),
+        }
+        targets, is_time = labels[fitted_on][has_train], task.label == WATCH_TIME
+        if task.kind is not TaskKind.BINARY:
+            found[GLOBAL_MEDIAN] = np.full(len(asked), np.median(labels[known]))
+            model = ridge_regression(linear_train[has_train], targets, _RIDGE, is_time, _MAX_ITERATIONS)
+            found[RIDGE_REGRESSION] = model(linear_asked)
+        elif len(np.unique(targets)) == 2:
+            model = logistic_regression(linear_train[has_train], targets, _INVERSE_RIDGE, _MAX_ITERATIONS)
+            found[LOGISTIC_REGRESSION] = model(linear_asked)
+        judged = {"eval": (on_eval.take(has_eval), labels[judged_on][has_eval])}
+        settings = _tree_settings(task, seed)
+        trees = boosted_trees(
+            on_train.take(has_train), targets, judged, settings, _MAX_TREES, _PATIENCE_TREES
+        )
+        found[LIGHTGBM] = trees["eval"](on_asked)
+        for name, values in found.items():
+            predictions.setdefault(name, {})[task.name] = values
+    rows = f"on {len(fitted_on):,} of {len(train):,} train rows"
+    notes = {
+        GLOBAL_MEAN: "mean of the train split",
+        GLOBAL_MEDIAN: "median of the train split",
+        ITEM_MEAN: "smoothed train mean of the item",
+        LOGISTIC_REGRESSION: f"scikit-learn, {rows}",
+        RIDGE_REGRESSION: f"scikit-learn, {rows}",
+        LIGHTGBM: f"at most {_MAX_TREES} trees, {rows}",
+    }
+    order = [name for name in notes if name in predictions]
+    return {name: predictions[name] for name in order}, {name: notes[name] for name in order}
+
+
+def _some(rows: IntArray, limit: int, generator: np.random.Generator) -> IntArray:
+    return rows if len(rows) <= limit else np.sort(generator.choice(rows, limit, replace=False))
+
+
+def _tree_settings(task: TaskSpec, seed: int) -> dict[str, Any]:
+    binary = task.kind is TaskKind.BINARY
+    # The absolute error is what these tasks are judged by, with the order.
+    objective = "binary" if binary else "regression_l1"
+    return {
+        **_PIPELINE_TREES,
+        "objective": objective,
+        "metric": "binary_logloss" if binary else "l1",
+        "seed": seed,
+    }
 
 
 class LinearFeatures:
@@ -111,43 +233,44 @@ def linear_features(train: FeatureMatrix, spec: DatasetSpec) -> LinearFeatures:
 
 
 def logistic_regression(
-    encode: LinearFeatures,
-    train: FeatureMatrix,
-    labels: FloatArray,
-    inverse_ridge: float,
-    max_iterations: int,
-) -> Predict:
+    train: sp.csr_matrix, labels: FloatArray, inverse_ridge: float, max_iterations: int
+) -> PredictLinear:
     """Logistic regression with ridge.
 
     Args:
-      encode: from rows of the train split.
-      train: m rows to learn from.
+      train: m rows of `LinearFeatures` to learn from.
       labels: [m], 0 or 1.
       inverse_ridge: scikit-learn's C.
       max_iterations: of L-BFGS.
     """
     model = LogisticRegression(C=inverse_ridge, max_iter=max_iterations)
-    model.fit(encode(train), labels)
-    return lambda features: model.predict_proba(encode(features))[:, 1]
+    with warnings.catch_warnings():
+        # To stop before convergence is what max_iterations is for.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(train, labels)
+    return lambda rows: model.predict_proba(rows)[:, 1]
 
 
 def ridge_regression(
-    encode: LinearFeatures, train: FeatureMatrix, labels: FloatArray, ridge: float, is_time: bool
-) -> Predict:
+    train: sp.csr_matrix, labels: FloatArray, ridge: float, is_time: bool, max_iterations: int | None = None
+) -> PredictLinear:
     """Linear regression with ridge, within the range of the labels.
 
     Args:
-      encode, train: as `logistic_regression`.
+      train: m rows of `LinearFeatures` to learn from.
       labels: [m].
       ridge: scikit-learn's alpha.
       is_time: whether log(1 + label) is learnt: watch times are skewed.
+      max_iterations: of conjugate gradients; None until they converge.
     """
-    model = Ridge(alpha=ridge, solver="sparse_cg")
-    model.fit(encode(train), np.log1p(labels) if is_time else labels)
+    model = Ridge(alpha=ridge, solver="sparse_cg", max_iter=max_iterations)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(train, np.log1p(labels) if is_time else labels)
     low, high = labels.min(), labels.max()
 
-    def predict(features: FeatureMatrix) -> FloatArray:
-        found = model.predict(encode(features)).astype(np.float64)
+    def predict(rows: sp.csr_matrix) -> FloatArray:
+        found = model.predict(rows).astype(np.float64)
         return np.clip(np.expm1(found) if is_time else found, low, high)
 
     return predict

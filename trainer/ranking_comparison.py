@@ -92,6 +92,15 @@ def compare_ranking(
     )
 
 
+def metric_keys(tasks: Sequence[TaskSpec]) -> list[str]:
+    """Keys of every metric that `compare_ranking` measures."""
+    return [
+        metrics.metric_key(STAGE, name, task=task.name)
+        for task in tasks
+        for name in metrics.RANKING_METRICS[task.kind]
+    ]
+
+
 def headline_metric(tasks: Sequence[TaskSpec]) -> str:
     """AUC of the first binary task; XAUC of the first task where none is binary."""
     binary = [task for task in tasks if task.kind is TaskKind.BINARY]

@@ -95,6 +95,13 @@ def compare_retrieval(
     )
 
 
+def metric_keys(ks: Sequence[int]) -> list[str]:
+    """Keys of every metric that `compare_retrieval` measures."""
+    names = [f"{name}_at_{k}" for k in ks for name in metrics.RETRIEVAL_METRICS]
+    names += [f"cold_item_recall_at_{k}" for k in ks]
+    return [metrics.metric_key(STAGE, name) for name in (*names, f"distinct_items_at_{min(ks)}")]
+
+
 def positive_ranks(lists: IntArray, user: IntArray, item: IntArray) -> IntArray:
     """Where each positive stands in its user's list: 1 is the first place, 0 is nowhere.
 

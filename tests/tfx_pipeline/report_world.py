@@ -229,8 +229,6 @@ def make_sources(tmp_path):
         tables_dir=tables,
         statistics_uri=str(tmp_path / "statistics"),
         anomalies_uri=str(tmp_path / "anomalies"),
-        retrieval_evaluation_uri=str(tmp_path / "retrieval_evaluation"),
-        ranking_evaluation_uri=str(tmp_path / "ranking_evaluation"),
         retrieval_blessed=True,
         ranking_blessed=False,
         infra_blessed=True,
@@ -267,9 +265,9 @@ def with_everything(facts):
     return dataclasses.replace(facts, timings=TIMINGS, machine={"Cores": "2"}, scores=SCORES)
 
 
-def evaluations(model, folder):
+def evaluations(model):
     return EVALUATIONS[model]
 
 
-def no_evaluations(model, folder):
-    raise DataError(f"no metrics in {folder}")
+def no_evaluations(model):
+    raise DataError(f"no metrics of the {model} model")

@@ -47,12 +47,12 @@ dataset:
     - {name: like, label: like, kind: binary, loss_weight: 0.5, score_weight: 2.0}
     - {name: watch_time, label: watch_time_s, kind: watch_time, loss_weight: 0.1, score_weight: 0.02}
   split: {fractions: [0.8, 0.1, 0.1]}
-slices: [surface]
+slices: [surface, [surface, country]]
 retrieval: {batch_size: 128, learning_rate: 0.05, max_epochs: 8, hidden_layers: [32], embedding_dim: 16}
 ranking: {batch_size: 128, learning_rate: 0.005, max_epochs: 4, experts: {hidden_layers: [32]}}
 gates:
-  - {metric: retrieval/recall_at_50, min: 0.4, max_drop: 0.05}
-  - {metric: ranking/click/auc, min: 0.7, max_drop: 0.02}
+  - {metric: retrieval/recall_at_50, min: 0.4, max_drop: 0.05, beats: [popularity, recent_popularity]}
+  - {metric: ranking/click/auc, min: 0.7, max_drop: 0.02, beats: [item_mean]}
 """
 
 

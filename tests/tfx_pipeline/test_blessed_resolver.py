@@ -8,7 +8,10 @@ from ml_metadata.metadata_store import metadata_store
 from ml_metadata.proto import metadata_store_pb2 as pb
 from tfx.types import standard_artifacts
 
-from tfx_pipeline.components.blessed_resolver import LatestBlessedModelOfOtherExamplesStrategy
+from tfx_pipeline.components.blessed_resolver import (
+    LatestBlessedModelOfOtherExamplesStrategy,
+    LatestOtherStatisticsStrategy,
+)
 
 
 class Runs:
@@ -93,3 +96,23 @@ def test_a_model_that_was_reused_counts_as_trained_on_its_examples(runs: Runs) -
     model = runs.train(examples)
     runs.train(examples, model=model)
     assert runs.base_for(examples) == []
+
+
+@pytest.mark.parametrize(
+    ("known", "current", "expected"),
+    [
+        pytest.param([7], 7, [], id="first-run"),
+        pytest.param([3, 7], 7, [3], id="second-run"),
+        pytest.param([3, 7, 9], 7, [9], id="older-data-again"),
+    ],
+)
+def test_statistics_of_the_last_run_are_those_of_other_examples(
+    known: list[int], current: int, expected: list[int]
+) -> None:
+    """A repeated run meets its own statistics, from which nothing drifted."""
+    statistics = [_artifact(standard_artifacts.ExampleStatistics(), number) for number in known]
+    mine = [artifact for artifact in statistics if artifact.id == current]
+    inputs = {"statistics": statistics, "current": mine}
+    resolved = LatestOtherStatisticsStrategy().resolve_artifacts(None, inputs)
+    assert resolved is not None and resolved["current"] == mine
+    assert [artifact.id for artifact in resolved["statistics"]] == expected

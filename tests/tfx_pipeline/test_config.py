@@ -94,7 +94,7 @@ def test_the_last_of_two_overrides_wins() -> None:
         ("ranking.seed", "'section.key=value' was expected"),
         ("=3", "'section.key=value' was expected"),
         ("ranking.hidden_layers=[8", "not valid YAML"),
-        ("slices=[surfaces]", "'surfaces' is no user feature or surface; declared: account_age_days"),
+        ("slices=[surfaces]", "'surfaces' is no dimension of simulated; those are: user_type"),
         # Lists shorter than the largest cut-off would turn recall@100 into something else.
         ("retrieval.max_k=99", "judged on lists of 100"),
         ("ranking.ignored_features=[hour]", "ranking.ignored_features: 'hour' is no feature for this place"),
@@ -144,6 +144,9 @@ def test_a_model_without_a_gate_is_an_error(write: Write, missing: str) -> None:
         ({"metric": "retreival/recall_at_10", "min": 0.1}, "'retreival/recall_at_10' is of neither model"),
         ({"metric": "ranking/click/auc", "max_drop": -0.1}, "gates.2.max_drop"),
         ({"metric": "ranking/click/auc", "minimum": 0.1}, "gates.2.minimum: unknown key"),
+        ({"metric": "retrieval/recal_at_10", "min": 0.1}, "the nearest one is 'retrieval/recall_at_10'"),
+        ({"metric": "ranking/click/mae", "max": 1}, "unknown metric 'ranking/click/mae'"),
+        ({"metric": "ranking/click/auc", "beats": ["ials"]}, "to beat 'ials'; baselines are: global_mean"),
     ],
 )
 def test_a_gate_that_would_judge_nothing_is_an_error(
@@ -157,9 +160,12 @@ def test_a_gate_that_would_judge_nothing_is_an_error(
 
 def test_slices_take_the_surface_only_where_it_is_mapped(write: Write) -> None:
     dataset = yaml.safe_load(taste_world.CONFIG)["dataset"]
-    assert load_run_config(write(slices=["surface", "country"])).slices == ("surface", "country")
+    crossed = load_run_config(write(slices=["surface", ["country", "activity_decile"]]))
+    assert crossed.slices == (("surface",), ("country", "activity_decile"))
+    with pytest.raises(ConfigError, match="at most 2 items"):
+        load_run_config(write(slices=[["surface", "country", "age"]]))
     del dataset["interactions"]["columns"]["surface"]
-    with pytest.raises(ConfigError, match="'surface' is no user feature or surface; declared: age, country"):
+    with pytest.raises(ConfigError, match="'surface' is no dimension of taste-world; those are: user_type"):
         load_run_config(write(dataset=dataset))
 
 

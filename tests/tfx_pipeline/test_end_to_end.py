@@ -25,10 +25,13 @@ from serving.warmup import WARMUP_FILE
 from tests.tfx_pipeline import taste_world
 from tfx_pipeline.cli import main
 from tfx_pipeline.config import MODELS, RunPaths
+from tfx_pipeline.gates import Verdict, read_validation
 from tfx_pipeline.outcome import read_artifact_uris
 from tfx_pipeline.recommend import titles, user_state
 from tfx_pipeline.run_result import RunResult, read_run
 from tfx_pipeline.user_states import padded, query_arrays, ranking_arrays
+from trainer import metrics
+from trainer.comparison import PREDICTIONS_FILE, read_comparison
 from trainer.waterfall import read_waterfall
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
@@ -158,14 +161,53 @@ def test_the_waterfall_of_the_run_and_that_of_the_command_are_the_same(fresh: Ru
     assert f"{found.whole.shown / found.whole.num_positives:.1%}" in result.output
 
 
+def test_every_gate_of_a_fresh_run_is_told_with_its_verdict_and_reason(fresh: Run, paths: RunPaths) -> None:
+    artifacts = read_artifact_uris(paths.metadata)
+    for model in MODELS:
+        found = read_validation(Path(artifacts[f"ModelValidator.{model}", "blessing"]))
+        assert (found.blessed, found.reason) == (True, "")
+        by_kind = {gate.kind: gate.verdict for gate in found.gates}
+        # There is nothing to compare with in a first run, and all else was judged.
+        assert by_kind.pop("no_worse") is Verdict.NOT_APPLIED
+        assert set(by_kind.values()) == {Verdict.PASSED}
+        assert {"value", "must_beat", "agreement", "collapse", "serving", "anomalies", "drift"} <= set(
+            by_kind
+        )
+
+
+def test_the_numbers_of_a_comparison_can_be_worked_out_from_its_tables(fresh: Run, paths: RunPaths) -> None:
+    artifacts = read_artifact_uris(paths.metadata)
+    folders = {model: Path(artifacts[f"Comparison.{model}", "comparison"]) for model in MODELS}
+    comparisons = {model: read_comparison(folder) for model, folder in folders.items()}
+    tables = {model: pl.read_parquet(folder / PREDICTIONS_FILE) for model, folder in folders.items()}
+
+    recall = comparisons["retrieval"].whole.metric("retrieval/recall_at_50")
+    assert recall is not None and recall.low < recall.value < recall.high
+    for name, value in (("candidate", recall.value), ("ials", recall.against["ials"].value)):
+        found = pl.col(name).is_between(1, 50).cast(pl.Float64)
+        by_user = tables["retrieval"].group_by("user_id").agg(found.mean())
+        assert by_user[name].mean() == pytest.approx(value)
+    auc = comparisons["ranking"].whole.metric("ranking/click/auc")
+    assert auc is not None
+    rows = tables["ranking"]
+    for name, value in (("candidate", auc.value), ("lightgbm", auc.against["lightgbm"].value)):
+        assert metrics.auc(rows["label_click"].to_numpy(), rows[f"{name}/click"].to_numpy()) == pytest.approx(
+            value
+        )
+    assert comparisons["ranking"].absent == {"last_blessed": "no model was blessed before"}
+    slices = {part.slice for part in comparisons["ranking"].slices}
+    assert {(), (("surface", "home"),), (("user_type", "cold"),), (("item_popularity", "tail"),)} <= slices
+    assert any(len(key) == 2 for key in slices)
+
+
 def test_an_identical_run_reuses_all_that_takes_time(fresh: Run, again: Run) -> None:
     assert (again.exit_code, again.errors) == (0, "")
     everything = {timing.component for timing in fresh.result.timings}
-    assert len(everything) == 18
     looked_up_again = {f"{kind}.{model}" for kind in ("LatestBlessed", "Pusher") for model in MODELS}
+    looked_up_again.add("LastStatistics")
     assert everything - again.reused == {*looked_up_again, "ReportWriter"}
     assert re.search(r"Trainer\.retrieval +reused from cache", again.output)
-    assert f"{len(again.reused)} of 18 components reused from cache" in again.output
+    assert f"{len(again.reused)} of {len(everything)} components reused from cache" in again.output
     # A model is not judged against itself.
     assert again.metrics["model"] == fresh.metrics["model"]
     assert not again.metrics["last_blessed"]

@@ -1,19 +1,27 @@
 """Each gate catches what it is there for, and says so in one line."""
 
+import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from schema.errors import DataError
+from schema.contract import TaskKind, TaskSpec
+from schema.errors import ConfigError, DataError
+from tfx_pipeline.config import Gate, ValidationConfig
 from tfx_pipeline.gates import (
     GATES_FILE,
+    Evidence,
     GateResult,
     Verdict,
+    judge,
     read_validation,
     validation,
     write_validation,
 )
+from trainer.comparison import Against, Comparison, MetricResult, Rival, SliceResult
 
 
 def gate(verdict: Verdict, name: str = "one") -> GateResult:
@@ -46,3 +54,307 @@ def test_a_validation_survives_its_file(tmp_path: Path) -> None:
 def test_a_folder_without_gates_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"there is no {tmp_path}"):
         read_validation(tmp_path)
+
+
+RECALL, DISTINCT, AUC, ECE = (
+    "retrieval/recall_at_100",
+    "retrieval/distinct_items_at_10",
+    "ranking/click/auc",
+    "ranking/click/ece",
+)
+TASKS = (TaskSpec(name="click", label="click", kind=TaskKind.BINARY),)
+RETRIEVAL_GATES = (
+    Gate(metric=RECALL, min=0.2, max_drop=0.02, beats=("popularity",)),
+    Gate(metric=DISTINCT, min=30),
+)
+RANKING_GATES = (
+    Gate(metric=AUC, min=0.6, max_drop=0.01, beats=("item_mean",)),
+    Gate(metric=ECE, max=0.1),
+)
+
+
+def metric(key: str, value: float | None, **against: Against) -> MetricResult:
+    note = "no user with a positive" if value is None else ""
+    return MetricResult(key, 500, value, None, None, note, against)
+
+
+def change(value: float, difference: float, half_width: float = 0.005) -> Against:
+    return Against(value, difference, difference - half_width, difference + half_width, 0.5)
+
+
+def comparison(model: str, metrics: tuple[MetricResult, ...], **changes: Any) -> Comparison:
+    whole = SliceResult((), 500, 500, "", metrics)
+    baseline = {"retrieval": "popularity", "ranking": "item_mean"}[model]
+    rivals = (Rival("last_blessed", ""), Rival(baseline, ""))
+    facts = {"click/prediction_std": 0.2, "click/label_std": 0.5, "click/mean_label": 0.4}
+    found = Comparison(model, metrics[0].key, 0.95, 1_000, rivals, {}, (whole,), facts)
+    return dataclasses.replace(found, **changes)
+
+
+def retrieval_metrics(**replaced: MetricResult) -> tuple[MetricResult, ...]:
+    metrics = {
+        "recall": metric(RECALL, 0.3, last_blessed=change(0.305, -0.005), popularity=change(0.2, 0.1)),
+        "distinct": metric(DISTINCT, 200.0, popularity=Against(14.0, 186.0, None, None, None)),
+    }
+    return tuple((metrics | replaced).values())
+
+
+def ranking_metrics(**replaced: MetricResult) -> tuple[MetricResult, ...]:
+    metrics = {
+        "auc": metric(AUC, 0.7, last_blessed=change(0.7, 0.0), item_mean=change(0.6, 0.1)),
+        "ece": metric(ECE, 0.02, last_blessed=change(0.02, 0.0)),
+    }
+    return tuple((metrics | replaced).values())
+
+
+HEALTHY = {
+    "retrieval": Evidence(
+        comparison("retrieval", retrieval_metrics()),
+        evaluator={RECALL: 0.3, DISTINCT: 200.0},
+        index_recall={"": 0.99, "head": 1.0, "tail": 0.98, "new": None},
+        serving_reason="",
+        anomalies={"train": [], "eval": []},
+        drift={"train_to_eval": [("country", 0.03, 0.1)], "last_run": [("country", 0.02, 0.1)]},
+        drift_absent={},
+    ),
+    "ranking": Evidence(
+        comparison("ranking", ranking_metrics()),
+        evaluator={AUC: 0.7, ECE: 0.02},
+        index_recall=None,
+        serving_reason="",
+        anomalies={"train": []},
+        drift={"train_to_eval": [("country", 0.03, 0.1)]},
+        drift_absent={"last_run": "there was no run on other data before"},
+    ),
+}
+GATES = (*RETRIEVAL_GATES, *RANKING_GATES)
+CONFIG = ValidationConfig()
+
+
+def judged(evidence: Evidence, config: ValidationConfig | None = None) -> Mapping[str, GateResult]:
+    """Results by name."""
+    return {result.name: result for result in judge(evidence, GATES, config or CONFIG, TASKS).gates}
+
+
+@pytest.mark.parametrize("model", ["retrieval", "ranking"])
+def test_a_healthy_model_is_blessed_by_gates_of_its_own(model: str) -> None:
+    result = judge(HEALTHY[model], GATES, CONFIG, TASKS)
+    assert (result.blessed, result.reason) == (True, "")
+    assert len({gate.name for gate in result.gates}) == len(result.gates)
+    other = "ranking" if model == "retrieval" else "retrieval"
+    assert not any(gate.metric.startswith(other) for gate in result.gates)
+    kinds = {"value", "no_worse", "must_beat", "agreement", "collapse", "serving", "anomalies", "drift"}
+    kinds |= {"index"} if model == "retrieval" else {"calibration"}
+    assert {gate.kind for gate in result.gates} == kinds
+
+
+def with_metrics(model: str, **replaced: MetricResult) -> Evidence:
+    """The healthy model with other metrics, of which the Evaluator says the same."""
+    metrics = (retrieval_metrics if model == "retrieval" else ranking_metrics)(**replaced)
+    evaluator = {found.key: found.value for found in metrics}
+    healthy = HEALTHY[model]
+    return dataclasses.replace(
+        healthy, comparison=comparison(model, metrics, facts=healthy.comparison.facts), evaluator=evaluator
+    )
+
+
+def with_facts(**facts: float | None) -> Evidence:
+    healthy = HEALTHY["ranking"]
+    named = {name.replace("click_", "click/"): value for name, value in facts.items()}
+    changed = dataclasses.replace(healthy.comparison, facts={**healthy.comparison.facts, **named})
+    return dataclasses.replace(healthy, comparison=changed)
+
+
+def with_evidence(model: str, **changes: Any) -> Evidence:
+    return dataclasses.replace(HEALTHY[model], **changes)
+
+
+SABOTAGES = [
+    pytest.param(
+        with_metrics(
+            "retrieval",
+            recall=metric(RECALL, 0.1, last_blessed=change(0.1, 0.0), popularity=change(0.0, 0.1)),
+        ),
+        "value",
+        "retrieval/recall_at_100 0.1000, required: at least 0.2",
+        id="weak-model",
+    ),
+    pytest.param(
+        with_metrics("ranking", ece=metric(ECE, 0.15)),
+        "value",
+        "ranking/click/ece 0.1500, required: at most 0.1",
+        id="error-above-its-ceiling",
+    ),
+    pytest.param(
+        with_metrics(
+            "retrieval",
+            recall=metric(RECALL, None, popularity=Against(None, None, None, None, None)),
+        ),
+        "value",
+        "retrieval/recall_at_100 is undefined: no user with a positive, required: at least 0.2",
+        id="metric-that-is-not-a-number",
+    ),
+    pytest.param(
+        # The difference itself is within .02; the end of its interval is not.
+        with_metrics(
+            "retrieval",
+            recall=metric(RECALL, 0.3, last_blessed=change(0.318, -0.018), popularity=change(0.2, 0.1)),
+        ),
+        "no_worse",
+        "retrieval/recall_at_100 changed by -0.0180 (-0.0230 at 97.5 % confidence), "
+        "required: no more than 0.02 worse than the last blessed model",
+        id="worse-than-blessed",
+    ),
+    pytest.param(
+        # Better, but not surely.
+        with_metrics(
+            "ranking",
+            auc=metric(AUC, 0.7, last_blessed=change(0.7, 0.0), item_mean=change(0.697, 0.003)),
+        ),
+        "must_beat",
+        "ranking/click/auc 0.7000 against 0.6970 of item_mean (+0.0030, -0.0020 to +0.0080), "
+        "required: better than item_mean by its interval",
+        id="no-better-than-a-baseline",
+    ),
+    pytest.param(
+        with_evidence("ranking", evaluator={AUC: 0.7 + 2e-6, ECE: 0.02}),
+        "agreement",
+        "the Evaluator and the comparison are 2e-06 apart on ranking/click/auc, "
+        "required: at most 1e-06 apart",
+        id="evaluations-disagree",
+    ),
+    pytest.param(
+        with_evidence("ranking", evaluator={AUC: None, ECE: 0.02}),
+        "agreement",
+        "the Evaluator and the comparison are inf apart on ranking/click/auc, required: at most 1e-06 apart",
+        id="evaluator-found-no-value",
+    ),
+    pytest.param(
+        with_metrics(
+            "retrieval", distinct=metric(DISTINCT, 40.0, popularity=Against(40.0, 0.0, None, None, None))
+        ),
+        "collapse",
+        "retrieval/distinct_items_at_10 40, required: more than 40, "
+        "one list for everybody less what each has seen",
+        id="collapsed-towers",
+    ),
+    pytest.param(
+        with_facts(click_prediction_std=0.0),
+        "collapse",
+        "predictions of click have a standard deviation of 0, labels of 0.5, "
+        "required: at least 1% of that of the labels",
+        id="collapsed-head",
+    ),
+    pytest.param(
+        with_evidence("retrieval", index_recall={"": 0.9, "head": 0.95, "tail": 0.95}),
+        "index",
+        "index recall 0.9000, required: at least 0.95",
+        id="shuffled-index",
+    ),
+    pytest.param(
+        with_evidence("retrieval", index_recall={"": 0.98, "head": 1.0, "new": 0.4}),
+        "index",
+        "index recall of new items 0.4000, required: at least 0.9",
+        id="index-that-loses-new-items",
+    ),
+    pytest.param(
+        with_evidence("retrieval", index_recall=None),
+        "index",
+        "the export says nothing of its index",
+        id="no-index-facts",
+    ),
+    pytest.param(
+        with_facts(click_mean_label=0.03),
+        "calibration",
+        "ece of click 0.0200 is 0.667 of the mean label 0.0300, "
+        "required: at most 0.5 of the mean of the label",
+        id="miscalibrated-head",
+    ),
+    pytest.param(
+        with_evidence("ranking", serving_reason="a golden request of ranking is answered otherwise"),
+        "serving",
+        "infra validation: a golden request of ranking is answered otherwise",
+        id="training-serving-skew",
+    ),
+    pytest.param(
+        with_evidence("ranking", anomalies={"train": [], "eval": ["device: Column dropped"]}),
+        "anomalies",
+        "data anomalies: eval: device: Column dropped",
+        id="dropped-feature",
+    ),
+    pytest.param(
+        with_evidence("ranking", drift={"train_to_eval": [("country", 0.4, 0.1), ("device", 0.05, 0.1)]}),
+        "drift",
+        "drift from train to eval: country moved by 0.400 of 0.1 allowed",
+        id="eval-unlike-train",
+    ),
+    pytest.param(
+        with_evidence("ranking", drift={"last_run": [("click", 0.3, 0.2)]}),
+        "drift",
+        "drift from the last run's train: click moved by 0.300 of 0.2 allowed",
+        id="data-unlike-the-last-run",
+    ),
+]
+
+
+@pytest.mark.parametrize(("evidence", "kind", "reason"), SABOTAGES)
+def test_each_sabotage_fails_its_own_gate_alone_and_the_reason_is_one_line(
+    evidence: Evidence, kind: str, reason: str
+) -> None:
+    result = judge(evidence, GATES, CONFIG, TASKS)
+    failed = [gate for gate in result.gates if gate.verdict is Verdict.FAILED]
+    assert not result.blessed
+    assert reason in result.reason and "\n" not in result.reason
+    assert [gate.kind for gate in failed if gate.reason == reason] == [kind]
+    # A metric that is not defined fails whatever is asked of it.
+    if "undefined" not in reason:
+        assert [gate.kind for gate in failed] == [kind]
+
+
+def test_lower_is_better_for_errors_in_every_comparison() -> None:
+    worse = with_metrics("ranking", ece=metric(ECE, 0.02, last_blessed=change(0.008, 0.012)))
+    better = with_metrics("ranking", ece=metric(ECE, 0.02, last_blessed=change(0.032, -0.012)))
+    gates = (Gate(metric=ECE, max_drop=0.01),)
+    for evidence, verdict in ((worse, Verdict.FAILED), (better, Verdict.PASSED)):
+        (found,) = (g for g in judge(evidence, gates, CONFIG, TASKS).gates if g.kind == "no_worse")
+        assert found.verdict is verdict
+
+
+def test_by_value_a_baseline_is_beaten_without_certainty() -> None:
+    close = with_metrics("ranking", auc=metric(AUC, 0.7, item_mean=change(0.697, 0.003)))
+    for by, verdict in (("value", Verdict.PASSED), ("interval", Verdict.FAILED)):
+        gates = (Gate.model_validate({"metric": AUC, "beats": ["item_mean"], "by": by}),)
+        (found,) = (g for g in judge(close, gates, CONFIG, TASKS).gates if g.kind == "must_beat")
+        assert found.verdict is verdict
+
+
+def test_without_a_blessed_model_or_positives_there_is_nothing_to_apply() -> None:
+    first = dataclasses.replace(
+        HEALTHY["retrieval"].comparison, absent={"last_blessed": "no model was blessed before"}
+    )
+    found = judged(with_evidence("retrieval", comparison=first))
+    name = "retrieval/recall_at_100 no more than 0.02 worse than the last blessed model"
+    assert found[name].verdict is Verdict.NOT_APPLIED
+    assert found[name].reason.endswith("is compared with nothing: no model was blessed before")
+    assert found["index recall of new items at least 0.9"].verdict is Verdict.NOT_APPLIED
+    no_clicks = judged(with_facts(click_mean_label=0.0, click_label_std=0.0))
+    assert no_clicks["ece of click at most 0.5 of the mean of the label"].verdict is Verdict.NOT_APPLIED
+    assert no_clicks["spread of click at least 1% of that of the labels"].verdict is Verdict.NOT_APPLIED
+
+
+def test_conditions_that_are_switched_off_are_not_there() -> None:
+    off = ValidationConfig(
+        min_index_recall=None, min_index_slice_recall=None, max_relative_ece=None, drift=None
+    )
+    kinds = {gate.kind for model in HEALTHY for gate in judged(HEALTHY[model], off).values()}
+    assert kinds == {"value", "no_worse", "must_beat", "agreement", "collapse", "serving", "anomalies"}
+
+
+def test_a_gate_on_what_the_comparison_lacks_is_a_mistake_of_the_configuration() -> None:
+    for gate, text in (
+        (Gate(metric="ranking/click/auk", min=0.1), "nearest one is 'ranking/click/auc'"),
+        (Gate(metric=AUC, beats=("lightgbm",)), "no baseline 'lightgbm'; those are: item_mean"),
+        (Gate(metric=ECE, beats=("item_mean",)), "item_mean does not predict this task"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            judge(HEALTHY["ranking"], (gate,), CONFIG, TASKS)

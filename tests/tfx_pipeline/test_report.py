@@ -259,7 +259,7 @@ def test_report_of_a_run_with_every_piece_missing_says_so_in_every_section(sourc
     assert "No earlier run" in page.text("changes")
     assert "No gate can be shown" in page.text("gates")
     assert "Nothing was released." in text
-    assert "The evaluation cannot be read: no metrics in" in page.text("verdict")
+    assert "The evaluation cannot be read: no metrics of" in page.text("verdict")
     assert set(values["facts"]["missing"]) == {
         "config",
         "summary",

@@ -17,7 +17,9 @@ TABLES, ROOT = "gs://bucket/tables", "gs://bucket/root"
 # The data flow of docs/architecture.md. The runner makes two tasks of a resolver: blessing, then its model.
 _RESOLVER = "LatestBlessed.{}-model-resolver"
 # A push needs the blessing of both models.
-_JUDGES = ("Evaluator.retrieval", "Evaluator.ranking", "ServingValidator")
+_BLESSED = ("ModelValidator.retrieval", "ModelValidator.ranking", "ServingValidator")
+_EVIDENCE = ("ServingValidator", "ExampleValidator", "DriftValidator")
+_JUDGES = ("Trainer", "Comparison", "Evaluator")
 UPSTREAM: dict[str, set[str]] = {
     "InteractionGen": set(),
     "UserStateGen": set(),
@@ -30,17 +32,22 @@ UPSTREAM: dict[str, set[str]] = {
     "StatisticsGen": {"InteractionGen"},
     "ExampleValidator": {"StatisticsGen", "ImportSchemaGen"},
     "Transform": {"InteractionGen", "ImportSchemaGen"},
-    "BaselineEvaluator": {"InteractionGen"},
-    "Evaluator.retrieval": {"UserStateGen", "Trainer.retrieval", _RESOLVER.format("retrieval")},
-    "Evaluator.ranking": {"InteractionGen", "Trainer.ranking", _RESOLVER.format("ranking")},
+    "LastStatistics": set(),
+    "DriftValidator": {"StatisticsGen", "ImportSchemaGen", "LastStatistics"},
+    "Evaluator.retrieval": {"UserStateGen", "Trainer.retrieval"},
+    "Evaluator.ranking": {"InteractionGen", "Trainer.ranking"},
+    "Comparison.retrieval": {"UserStateGen", "Trainer.retrieval", _RESOLVER.format("retrieval")},
+    "Comparison.ranking": {"InteractionGen", "Trainer.ranking", _RESOLVER.format("ranking")},
+    "ModelValidator.retrieval": {*_EVIDENCE, *(f"{kind}.retrieval" for kind in _JUDGES)},
+    "ModelValidator.ranking": {*_EVIDENCE, *(f"{kind}.ranking" for kind in _JUDGES)},
     "FunnelWaterfall": {"Trainer.retrieval", "Trainer.ranking", "UserStateGen"},
     "BundleBuilder": {"Trainer.retrieval", "Trainer.ranking", "UserStateGen"},
     "ServingValidator": {"Trainer.retrieval", "Trainer.ranking", "BundleBuilder", "UserStateGen"},
-    "Pusher.retrieval": {"Trainer.retrieval", *_JUDGES},
-    "Pusher.ranking": {"Trainer.ranking", *_JUDGES},
-    "Pusher.retrieval_exact": {"BundleBuilder", *_JUDGES},
-    "Pusher.funnel": {"BundleBuilder", *_JUDGES},
-    "Pusher.funnel_exact": {"BundleBuilder", *_JUDGES},
+    "Pusher.retrieval": {"Trainer.retrieval", *_BLESSED},
+    "Pusher.ranking": {"Trainer.ranking", *_BLESSED},
+    "Pusher.retrieval_exact": {"BundleBuilder", *_BLESSED},
+    "Pusher.funnel": {"BundleBuilder", *_BLESSED},
+    "Pusher.funnel_exact": {"BundleBuilder", *_BLESSED},
 }
 
 
@@ -77,8 +84,8 @@ def test_every_component_is_a_task_with_its_inputs(compiled: dict[str, Any]) -> 
         for name, task in tasks.items()
     }
     # The report reads from all that judge.
-    judges = {"StatisticsGen", "ExampleValidator", "BaselineEvaluator", "ServingValidator"}
-    kinds = ("Trainer", "Evaluator", "Pusher")
+    judges = {"StatisticsGen", "ExampleValidator", "DriftValidator", "ServingValidator"}
+    kinds = ("Trainer", "Comparison", "ModelValidator", "Pusher")
     judges |= {f"{kind}.{model}" for kind in kinds for model in ("retrieval", "ranking")}
     sources = {node for nodes in UPSTREAM.values() for node in nodes if node.endswith("blessing-resolver")}
     assert wired == UPSTREAM | {"ReportWriter": judges} | {node: set() for node in sources}
@@ -88,8 +95,8 @@ def test_components_run_in_the_given_image(compiled: dict[str, Any]) -> None:
     executors = compiled["pipelineSpec"]["deploymentSpec"]["executors"]
     images = {executor["container"]["image"] for executor in executors.values() if "container" in executor}
     assert images == {IMAGE}
-    # All but the two resolvers, and the report.
-    assert sum("container" in executor for executor in executors.values()) == len(UPSTREAM) - 2 + 1
+    # All but the three resolvers, and the report.
+    assert sum("container" in executor for executor in executors.values()) == len(UPSTREAM) - 3 + 1
 
 
 def test_cloud_addresses_reach_the_components_unchanged(compiled: dict[str, Any]) -> None:

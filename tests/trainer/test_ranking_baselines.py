@@ -1,12 +1,14 @@
-"""What linear models read; the fits themselves are tested with their tuning, in tests/benchmarks."""
+"""What linear models read, and the baselines of the pipeline; tests/benchmarks has those of the fits."""
 
+import dataclasses
 import math
 
 import numpy as np
+import polars as pl
 import scipy.sparse as sp
 
 from tests.trainer.ranking_tables import SPEC, log
-from trainer import ranking_baselines
+from trainer import metrics, ranking_baselines
 from trainer.ranking_baselines import LinearFeatures, linear_features
 from trainer.ranking_features import FeatureMatrix, History, Kind, ranking_features
 
@@ -61,3 +63,43 @@ def test_linear_models_pair_the_surface_with_items_and_hours_not_with_users():
     added = linear_features(train, SPEC)(train).shape[1] - LinearFeatures(train, [])(train).shape[1]
     # Two surfaces with 12 items, 4 creators and one without, 2 first tags and none, and 24 hours.
     assert added == 2 * (12 + 5 + 3 + 24)
+
+
+def test_baselines_of_the_pipeline_know_more_the_more_they_are_told() -> None:
+    tables = log(4_000, seed=2)
+    asked = np.flatnonzero(tables.of_split("test"))
+    predictions, notes = ranking_baselines.baseline_predictions(tables, asked)
+    assert list(predictions) == list(notes)
+    assert set(predictions["ridge_regression"]) == set(predictions["global_median"]) == {"watch"}
+    assert set(predictions["logistic_regression"]) == {"click"}
+    clicks = tables.labels("click")[asked]
+    auc = {name: metrics.auc(clicks, of["click"]) for name, of in predictions.items() if "click" in of}
+    assert auc["global_mean"] == 0.5
+    assert auc["item_mean"] + 0.02 < min(auc["logistic_regression"], auc["lightgbm"])
+    assert "of 2,6" in notes["lightgbm"] and "train rows" in notes["lightgbm"]
+
+
+def test_baselines_of_the_pipeline_are_the_same_again_and_fitted_on_train_alone() -> None:
+    tables = log(1_500, seed=3)
+    asked = np.flatnonzero(tables.of_split("test"))
+    first, _ = ranking_baselines.baseline_predictions(tables, asked)
+    again, _ = ranking_baselines.baseline_predictions(tables, asked)
+    # The very last event: no other row of the test split may know it.
+    latest = int(np.argmax(tables.interactions["event_time_unix_s"].to_numpy()))
+    click = tables.interactions["click"].to_numpy().copy()
+    click[latest] = 1 - click[latest]
+    changed = dataclasses.replace(tables, interactions=tables.interactions.with_columns(click=click))
+    other, _ = ranking_baselines.baseline_predictions(changed, asked)
+    for name in first:
+        for task in first[name]:
+            np.testing.assert_array_equal(first[name][task], again[name][task])
+            np.testing.assert_array_equal(first[name][task], other[name][task])
+
+
+def test_a_task_without_labels_in_training_has_no_baseline() -> None:
+    tables = log(1_500, seed=3)
+    in_train = pl.col("split") == "train"
+    events = tables.interactions.with_columns(click=pl.when(~in_train).then("click"))
+    changed = dataclasses.replace(tables, interactions=events)
+    predictions, _ = ranking_baselines.baseline_predictions(changed, np.flatnonzero(changed.of_split("test")))
+    assert {task for of in predictions.values() for task in of} == {"watch"}

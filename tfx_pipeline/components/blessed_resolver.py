@@ -1,4 +1,4 @@
-"""Finds the model that a candidate is compared with, and the one that a warm start begins from."""
+"""Finds what of earlier runs this one needs: the last blessed model, a model to begin from, statistics."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from tfx.dsl.input_resolution.strategies.latest_blessed_model_strategy import La
 _CANDIDATE = "candidate"
 _MODEL = "model"
 _EXAMPLES = "examples"
+STATISTICS = "statistics"
+CURRENT = "current"
 
 
 class _LatestBlessedModelWithout(ResolverStrategy):
@@ -67,6 +69,18 @@ class LatestBlessedModelOfOtherExamplesStrategy(_LatestBlessedModelWithout):
     def related(self, store: Any, model_id: int) -> set[int]:
         """What the model was trained on."""
         return _trained_on(store, model_id)
+
+
+class LatestOtherStatisticsStrategy(ResolverStrategy):
+    """The latest statistics other than the input `current`: those of the last run on other examples."""
+
+    def resolve_artifacts(self, store: Any, input_dict: dict[str, list[Any]]) -> dict[str, list[Any]] | None:
+        """Resolves the input `statistics` to at most one artifact; `current` passes through."""
+        current = input_dict[CURRENT]
+        ids = {artifact.id for artifact in current}
+        others = [artifact for artifact in input_dict[STATISTICS] if artifact.id not in ids]
+        latest = max(others, key=lambda artifact: artifact.id, default=None)
+        return {STATISTICS: [] if latest is None else [latest], CURRENT: current}
 
 
 def _trained_on(store: Any, model_id: int) -> set[int]:

@@ -24,8 +24,6 @@ from tfx_pipeline.report.data_facts import read_anomalies, read_statistics
 from tfx_pipeline.report.facts import (
     Evaluation,
     ExampleAnswer,
-    Figure,
-    GateFailure,
     GateResult,
     IndexFacts,
     ModelFacts,
@@ -33,7 +31,7 @@ from tfx_pipeline.report.facts import (
     first_line,
     overall,
 )
-from trainer.metrics import LOWER_IS_BETTER, metric_key
+from trainer.metrics import LOWER_IS_BETTER
 
 _TRAINING_LOG = "training_log.json"
 _INDEX_FACTS = Path("Format-Serving") / "assets.extra" / "index.json"
@@ -52,8 +50,6 @@ _PACKAGES = (
 _COLD_USER_BASELINES = "retrieval_cold_users"
 
 _BOUNDS = {"min": "at least", "max": "at most"}
-# How a limit on the change begins in the words of tfx_pipeline.tfma_metrics.
-_CHANGE_LIMIT = "change against the last blessed model "
 
 _T = TypeVar("_T")
 _PathLike = str | Path
@@ -66,11 +62,10 @@ class ReportSources:
     Attributes:
       tables_dir: contract tables with summary.json.
       statistics_uri, anomalies_uri: artifacts with one folder per split.
-      retrieval_evaluation_uri, ranking_evaluation_uri: what the Evaluators wrote.
-      retrieval_blessed, ranking_blessed: the Evaluators' verdicts.
+      retrieval_blessed, ranking_blessed: the verdicts of the gates.
       infra_blessed, infra_reason: the verdict of infra validation, and why when it is negative.
       pushed: model -> pushed version, None when it was not pushed.
-      baselines_path: JSON, see `tfx_pipeline.components.baseline_evaluator.BaselineMetrics`.
+      baselines_path: JSON, see `tfx_pipeline.report.judgement.write_baselines`.
       retrieval_run_uri, ranking_run_uri: folders with training_log.json.
       retrieval_model_uri: the Trainer's model artifact, which holds the facts of the index.
       recommendations_path: JSON list of example answers, see `ExampleAnswer`; item ids instead of titles.
@@ -81,8 +76,6 @@ class ReportSources:
     tables_dir: _PathLike
     statistics_uri: _PathLike
     anomalies_uri: _PathLike
-    retrieval_evaluation_uri: _PathLike
-    ranking_evaluation_uri: _PathLike
     retrieval_blessed: bool
     ranking_blessed: bool
     infra_blessed: bool
@@ -98,14 +91,12 @@ class ReportSources:
     code_version: str
 
 
-def collect(
-    sources: ReportSources, read_evaluation: Callable[[str, Path], Evaluation] | None = None
-) -> RunFacts:
+def collect(sources: ReportSources, read_evaluation: Callable[[str], Evaluation]) -> RunFacts:
     """Reads all sources.
 
     Args:
       sources: where they are.
-      read_evaluation: (model name, folder) -> evaluation; by default what TFMA wrote there is read.
+      read_evaluation: reads the evaluation of a model, by its name.
 
     Returns:
       The facts; what could not be read is told in `missing`.
@@ -117,12 +108,10 @@ def collect(
     )
     baselines = reader.read("baselines", partial(_read_baselines, Path(sources.baselines_path)), {})
     runs = {RETRIEVAL: sources.retrieval_run_uri, RANKING: sources.ranking_run_uri}
-    evaluations = {RETRIEVAL: sources.retrieval_evaluation_uri, RANKING: sources.ranking_evaluation_uri}
     blessed = {RETRIEVAL: sources.retrieval_blessed, RANKING: sources.ranking_blessed}
     models = {}
     for name in MODELS:
-        read = partial(read_evaluation or _read_evaluation, name, Path(evaluations[name]))
-        evaluation = reader.read(f"{name}_evaluation", read, Evaluation())
+        evaluation = reader.read(f"{name}_evaluation", partial(read_evaluation, name), Evaluation())
         log_file = Path(runs[name]) / _TRAINING_LOG
         models[name] = ModelFacts(
             blessed=blessed[name],
@@ -232,46 +221,6 @@ def _read_titles(path: Path, examples: Iterable[ExampleAnswer]) -> dict[str, str
     return {item_id: title for item_id, title in table.collect().sort("item_id").iter_rows() if title}
 
 
-def _read_evaluation(model: str, folder: Path) -> Evaluation:
-    # Brings TFMA, Beam and TensorFlow: too slow to import before it is needed.
-    import tensorflow as tf
-    import tensorflow_model_analysis as tfma
-
-    from tfx_pipeline.tfma_metrics import MetricValue, read_gate_failures, read_metrics
-
-    def figures(values: list[MetricValue]) -> tuple[Figure, ...]:
-        return tuple(
-            Figure(
-                slice=", ".join(f"{feature} = {value}" for feature, value in figure.slice),
-                key=metric_key(model, figure.metric, task=figure.output or None),
-                value=_defined(figure.value),
-            )
-            for figure in values
-        )
-
-    try:
-        candidate = figures(read_metrics(str(folder)))
-        if not candidate:
-            raise DataError(f"no metrics in {folder}")
-        last_blessed = figures(read_metrics(str(folder), tfma.BASELINE_KEY))
-        failures = read_gate_failures(str(folder))
-    except tf.errors.OpError as error:
-        raise DataError(f"the evaluation in {folder} is broken: {error.message}") from error
-    return Evaluation(
-        candidate,
-        last_blessed,
-        tuple(
-            GateFailure(
-                metric_key(model, failure.metric, task=failure.output or None),
-                _defined(failure.value),
-                failure.is_change,
-                failure.limit,
-            )
-            for failure in failures
-        ),
-    )
-
-
 def _gate_results(model: str, config: Mapping[str, Any], evaluation: Evaluation) -> tuple[GateResult, ...]:
     """The outcome of every condition of the configured gates, then failures that none of them explains."""
     values, previous = overall(evaluation.candidate), overall(evaluation.last_blessed)
@@ -300,10 +249,7 @@ def _gate_results(model: str, config: Mapping[str, Any], evaluation: Evaluation)
                     passed if previous else None,
                 )
             )
-    results += [
-        GateResult(f.key, f.limit.removeprefix(_CHANGE_LIMIT), f.value, f.is_change, False)
-        for f in failures.values()
-    ]
+    results += [GateResult(f.key, f.limit, f.value, f.is_change, False) for f in failures.values()]
     return tuple(results)
 
 

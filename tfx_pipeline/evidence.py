@@ -1,0 +1,96 @@
+"""Reads what the components found out about a model, as the gates want it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+from tensorflow_metadata.proto.v0 import anomalies_pb2
+
+from tfx_pipeline.components.infra_validator import REASON_FILE
+from tfx_pipeline.config import RETRIEVAL
+from tfx_pipeline.drift import read_drift
+from tfx_pipeline.gates import Evidence
+from tfx_pipeline.tfma_metrics import read_metrics
+from trainer.comparison import read_comparison
+from trainer.metrics import metric_key
+
+INDEX_FACTS = Path("assets.extra") / "index.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class EvidenceSources:
+    """Folders of the artifacts.
+
+    Attributes:
+      comparison: of ModelComparison.
+      evaluation: URI of the Evaluator's evaluation.
+      model: exported SavedModel of the candidate.
+      infra_blessing: of ServingValidator.
+      anomalies: of ExampleValidator, one folder per split.
+      drift: of DriftValidator.
+    """
+
+    comparison: Path
+    evaluation: str
+    model: Path
+    infra_blessing: Path
+    anomalies: Path
+    drift: Path
+
+
+def read_evidence(model: str, sources: EvidenceSources) -> Evidence:
+    """Reads everything.
+
+    Args:
+      model: `retrieval` or `ranking`.
+      sources: where it is.
+
+    Raises:
+      DataError: comparison or drift are absent or broken.
+    """
+    drift = read_drift(sources.drift)
+    return Evidence(
+        comparison=read_comparison(sources.comparison),
+        evaluator=_evaluator(model, sources.evaluation),
+        index_recall=_index_recall(sources.model) if model == RETRIEVAL else None,
+        serving_reason=(sources.infra_blessing / REASON_FILE).read_text(encoding="utf-8").strip(),
+        anomalies={
+            split.name.removeprefix("Split-"): _anomalies(split)
+            for split in sorted(sources.anomalies.glob("Split-*"))
+        },
+        drift={
+            name: [(found.feature, found.distance, found.limit) for found in features]
+            for name, features in drift.found.items()
+        },
+        drift_absent=drift.absent,
+    )
+
+
+def _evaluator(model: str, evaluation: str) -> dict[str, float | None]:
+    return {
+        metric_key(model, figure.metric, task=figure.output or None): (
+            figure.value if math.isfinite(figure.value) else None
+        )
+        for figure in read_metrics(evaluation)
+        if not figure.slice
+    }
+
+
+def _index_recall(model: Path) -> dict[str, float | None] | None:
+    path = model / INDEX_FACTS
+    if not path.is_file():
+        return None
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    return {"": facts["recall"], **facts["recall_by_slice"]}
+
+
+def _anomalies(split: Path) -> list[str]:
+    found = anomalies_pb2.Anomalies()
+    found.ParseFromString((split / "SchemaDiff.pb").read_bytes())
+    texts = [f"{name}: {info.short_description}" for name, info in sorted(found.anomaly_info.items())]
+    if found.HasField("dataset_anomaly_info"):
+        texts.append(found.dataset_anomaly_info.short_description)
+    return texts
