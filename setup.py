@@ -30,6 +30,7 @@ LIBRARIES = [
     "jinja2>=3.1,<4",
     "lightgbm>=4.5,<5",
     "matplotlib>=3.10,<4",
+    "orjson>=3.11,<4",
     "packaging>=23",
     "polars>=2.0,<3",
     "prometheus-client>=0.26,<1",

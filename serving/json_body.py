@@ -8,6 +8,8 @@ import json
 import math
 from typing import Any, Final
 
+import orjson
+
 from serving.status import invalid_argument
 
 _MAX_SHOWN_CHARS: Final = 100
@@ -76,6 +78,11 @@ def encode_text(place: str, value: str) -> bytes:
 def encode_error(message: str) -> bytes:
     """Encodes `{"error": message}`."""
     return dump({"error": message})
+
+
+def dump_arrays(value: object) -> bytes:
+    """Writes JSON that may hold NumPy arrays of finite numbers."""
+    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def dump(value: object) -> bytes:

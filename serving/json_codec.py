@@ -12,6 +12,7 @@ import numpy.typing as npt
 from serving.json_body import (
     decode_base64,
     dump,
+    dump_arrays,
     encode_base64,
     encode_text,
     is_base64,
@@ -80,9 +81,12 @@ def encode_predict_response(outputs: Mapping[str, npt.NDArray[Any]], request_for
       RequestError: INVALID_ARGUMENT, when row format is asked for and outputs differ in their first
         dimension, or an output has no JSON form.
     """
+    # orjson writes arrays fifteen times as fast as json writes lists, but null for what is not finite.
+    is_finite = all(array.dtype.kind != "f" or np.isfinite(array).all() for array in outputs.values())
+    encode, write = (_encode_finite, dump_arrays) if is_finite else (_encode_array, dump)
     if request_format == "column":
-        values = {name: _encode_array(name, array) for name, array in outputs.items()}
-        return dump({"outputs": next(iter(values.values())) if len(values) == 1 else values})
+        values = {name: encode(name, array) for name, array in outputs.items()}
+        return write({"outputs": next(iter(values.values())) if len(values) == 1 else values})
     sizes = {name: array.shape[:1] for name, array in outputs.items()}
     if len(set(sizes.values())) != 1 or () in sizes.values():
         raise invalid_argument(
@@ -90,10 +94,10 @@ def encode_predict_response(outputs: Mapping[str, npt.NDArray[Any]], request_for
             + ", ".join(f"{name} {list(array.shape)}" for name, array in outputs.items())
             + "; ask in column format ('inputs')"
         )
-    values = {name: _encode_array(name, array) for name, array in outputs.items()}
+    values = {name: encode(name, array) for name, array in outputs.items()}
     if len(values) == 1:
-        return dump({"predictions": next(iter(values.values()))})
-    return dump(
+        return write({"predictions": next(iter(values.values()))})
+    return write(
         {"predictions": [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]}
     )
 
@@ -204,6 +208,12 @@ def _wrong_type(name: str, leaf: object, dtype: np.dtype[Any]) -> Any:
         f"a number that {dtype} holds exactly" if dtype.kind in "iu" else f"a number in {dtype}'s range",
     )
     raise invalid_argument(f"input {name!r} takes {expected}, got {show(leaf)}")
+
+
+def _encode_finite(name: str, array: npt.NDArray[Any]) -> Any:
+    if array.dtype.kind not in "biuf" or array.dtype == np.float16:
+        return _encode_array(name, array)
+    return np.ascontiguousarray(array) if array.ndim else array[()]
 
 
 def _encode_array(name: str, array: npt.NDArray[Any]) -> Any:

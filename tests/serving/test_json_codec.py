@@ -74,7 +74,7 @@ def test_nan_and_infinities_are_bare_tokens_both_ways():
 
 def test_float32_is_written_with_the_digits_that_float32_needs():
     array = np.array([0.2, 1.0, 16777216.0, 1e-7], np.float32)
-    assert encode_predict_response({"x": array}, "row") == b'{"predictions":[0.2,1.0,16777216.0,1e-07]}'
+    assert encode_predict_response({"x": array}, "row") == b'{"predictions":[0.2,1.0,16777216.0,1e-7]}'
 
 
 @given(st_numpy.arrays(np.float32, st_numpy.array_shapes(max_dims=3, max_side=4)))
@@ -176,3 +176,33 @@ def test_rows_need_outputs_with_one_first_dimension(second_size):
 def test_output_that_is_not_text_is_refused_with_the_way_out():
     with pytest.raises(RequestError, match="_bytes"):
         encode_predict_response({"x": np.array([b"\xff"], object)}, "row")
+
+
+@pytest.mark.parametrize("request_format", ["row", "column"])
+def test_one_value_that_is_not_finite_changes_no_other_value(request_format):
+    finite = {
+        "floats": np.array([[0.2, 1e-7], [3.4028235e38, -0.0]], np.float32),
+        "doubles": np.array([1e22, 5e-324]),
+        "halves": np.array([0.1, 65504], np.float16),
+        "integers": np.array([2**63 - 1, -(2**63)]),
+        "unsigned": np.array([2**64 - 1, 0], np.uint64),
+        "flags": np.array([True, False]),
+        "texts": np.array([["é".encode()], [b'"']], object),
+        "turned": np.arange(4, dtype=np.float32).reshape(2, 2).T,
+    }
+    fast = json.loads(encode_predict_response(finite, request_format))
+    slow = json.loads(
+        encode_predict_response({**finite, "infinite": np.array([np.nan, np.inf])}, request_format)
+    )
+    rows = slow["predictions"] if request_format == "row" else [slow["outputs"]]
+    for row in rows:
+        del row["infinite"]
+    assert fast == slow
+    assert np.array_equal(np.array(_column(fast, "floats"), np.float32), finite["floats"])
+    assert _column(fast, "integers") == [2**63 - 1, -(2**63)]
+
+
+def _column(answer, name):
+    if "outputs" in answer:
+        return answer["outputs"][name]
+    return [row[name] for row in answer["predictions"]]
