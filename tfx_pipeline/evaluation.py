@@ -19,7 +19,7 @@ import polars as pl
 import scann  # noqa: F401  registers the operations of the index
 import tensorflow as tf
 
-from schema.contract import DatasetSpec
+from schema.contract import DatasetSpec, FeatureKind
 from schema.errors import DataError, ServingError
 from schema.point_in_time import VALID_FROM, join_as_of
 from schema.tables import INTERACTIONS, ITEMS, USERS, read_summary
@@ -35,7 +35,7 @@ from trainer.comparison import (
     write_comparison,
 )
 from trainer.input_pipeline import expand
-from trainer.metrics import IntArray
+from trainer.metrics import CatalogueFacts, IntArray
 from trainer.ranking_baselines import baseline_predictions
 from trainer.ranking_comparison import JudgedRows, compare_ranking, predictions_table
 from trainer.ranking_features import RankingTables
@@ -56,6 +56,8 @@ NO_BLESSED_MODEL = "no model was blessed before"
 _SIGNATURE = "serving_examples"
 _USERS_PER_CALL = 512
 _ROWS_PER_CALL = 4_096
+# Values of an attribute that the diversity of lists is measured by, the most frequent.
+_MAX_ATTRIBUTES = 256
 # Users of the eval split that the settings of baselines are chosen on.
 _MAX_TUNING_USERS = 2_000
 _IS_COLD = "is_cold"
@@ -151,7 +153,13 @@ def judge_retrieval(
 
     by = dimensions(spec, settings.slices)
     positives = _positives(users, tables, code_of, by)
-    judged = JudgedLists(users[features.USER_ID].to_list(), positives, lists)
+    judged = JudgedLists(
+        users[features.USER_ID].to_list(),
+        positives,
+        lists,
+        _catalogue_facts(tables, catalogue),
+        tables.train_end_unix_s,
+    )
     comparison = compare_retrieval(judged, settings.cutoffs, by, notes, absent, settings.bootstrap)
     item_ids = list(code_of)
     return Judgement(
@@ -369,6 +377,28 @@ def _train_positives(tables: RankingTables, catalogue: pl.Series) -> TrainPositi
         int(users.max(initial=-1)) + 1,
         len(catalogue),
     )
+
+
+def _catalogue_facts(tables: RankingTables, catalogue: pl.Series) -> CatalogueFacts:
+    """Who chose each item in training, when it came, and the values of its multi-categorical features."""
+    spec = tables.spec
+    items = tables.items.unique(features.ITEM_ID, keep="first", maintain_order=True)
+    train = _train_positives(tables, catalogue).matrix()
+    uploads = None
+    if features.UPLOAD_TIME in items.columns:
+        uploads = items[features.UPLOAD_TIME].cast(pl.Float64).fill_null(np.nan).to_numpy()
+    named = [f.name for f in spec.items.features if f.kind is FeatureKind.MULTI_CATEGORICAL]
+    attributes = None
+    if named:
+        # The first of them says what items are about; more would weigh the longest.
+        flat = items.select(pl.int_range(pl.len()).alias("row"), named[0]).explode(named[0]).drop_nulls()
+        common = flat[named[0]].value_counts(sort=True).head(_MAX_ATTRIBUTES)[named[0]]
+        flat = flat.filter(pl.col(named[0]).is_in(common.implode()))
+        values = flat[named[0]].rank("dense").cast(pl.Int64).to_numpy() - 1
+        attributes = np.zeros((len(items), int(values.max(initial=-1)) + 1), np.bool_)
+        attributes[flat["row"].to_numpy(), values] = True
+    choosers = np.asarray(train.sum(axis=0)).ravel().astype(np.int64)
+    return CatalogueFacts(choosers, train.shape[0], uploads, attributes)
 
 
 def _positives(

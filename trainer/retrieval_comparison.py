@@ -28,6 +28,7 @@ from trainer.uncertainty import UserSums, retrieval_sums
 
 STAGE = "retrieval"
 _NO_POSITIVE = "no user with a positive"
+_EMPTY_LISTS = "no list with an item"
 _NO_COLD_POSITIVE = "no user with a positive that training did not meet"
 
 
@@ -42,11 +43,15 @@ class JudgedLists:
         dimension.
       lists: model -> int64 [U, K] item codes, best first, negative where a list is short; `candidate` and
         the rivals in the order of tables.
+      catalogue: about the first items by code, those of the catalogue; None leaves out what needs it.
+      asked_unix_s: when the lists were asked for, unix seconds.
     """
 
     user_ids: Sequence[str]
     positives: pl.DataFrame
     lists: Mapping[str, IntArray]
+    catalogue: metrics.CatalogueFacts | None = None
+    asked_unix_s: int = 0
 
 
 def compare_retrieval(
@@ -160,7 +165,29 @@ def _measure(
         {rival: num_distinct[rival] for rival in rivals},
         _NO_POSITIVE,
     )
-    return measured
+    return measured | _measure_lists(judged, users, min(ks))
+
+
+def _measure_lists(judged: JudgedLists, users: IntArray, k: int) -> dict[str, Measured]:
+    """What the first k of the lists say by themselves: how wide, new, alike, popular and fresh they are."""
+    facts = judged.catalogue
+    if facts is None:
+        return {}
+    num_items = len(facts.num_choosers)
+    by_user: dict[str, dict[str, UserSums]] = {}
+    together: dict[str, dict[str, float]] = {}
+    for model, lists in judged.lists.items():
+        known = np.where(lists[users] < num_items, lists[users], -1)
+        by_user[model] = retrieval_sums(metrics.list_metrics(known, k, facts, judged.asked_unix_s))
+        together[model] = metrics.aggregate_metrics(known, k, num_items)
+    rivals = [model for model in judged.lists if model != CANDIDATE]
+    return {
+        metrics.metric_key(STAGE, name): Measured(
+            len(users), found[CANDIDATE][name], {rival: found[rival][name] for rival in rivals}, _EMPTY_LISTS
+        )
+        for found in (by_user, together)
+        for name in found[CANDIDATE]
+    }
 
 
 def _by_user(

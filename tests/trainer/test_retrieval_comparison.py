@@ -1,5 +1,6 @@
 """Lists of a model against those of its rivals: a world small enough to work out by hand."""
 
+import dataclasses
 import doctest
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from tests import oracles
 from trainer import retrieval_comparison
 from trainer.comparison import BootstrapSettings, Comparison
+from trainer.metrics import CatalogueFacts
 from trainer.retrieval_comparison import JudgedLists, compare_retrieval, lists_table, positives_table
 
 ITEMS = [f"i{code}" for code in range(8)]
@@ -150,3 +152,25 @@ def test_tables_hold_what_the_numbers_come_from(judged: JudgedLists) -> None:
     recall = table.group_by("user_id").agg((pl.col("candidate").is_between(1, 2)).mean())
     assert recall["candidate"].mean() == pytest.approx(compared(judged).whole.metric(R2).value)  # type: ignore[union-attr]
     assert lists_table(judged, ITEMS).filter(user_id="c")["candidate"].to_list() == [["i3", "i5"]]
+
+
+def test_lists_are_measured_by_themselves_and_what_the_catalogue_lacks_is_left_out(
+    judged: JudgedLists,
+) -> None:
+    facts = CatalogueFacts(
+        num_choosers=np.array([7, 3, 1, 0, 0, 0]),
+        num_users=7,
+        attributes=np.array([[1, 0], [1, 0], [0, 1], [0, 1], [1, 1], [0, 0]], bool),
+    )
+    # Item 7 of the candidate's first list is not among these six.
+    whole = compared(dataclasses.replace(judged, catalogue=facts)).whole
+    values = {metric.key.rpartition("/")[2]: metric for metric in whole.metrics}
+    # The first two of each user: 1 and an unknown; 0 and 4; 3 and 5.
+    assert values["mean_popularity_at_2"].value == pytest.approx((3 + 3.5 + 0) / 3)
+    assert values["novelty_at_2"].value == pytest.approx((1 + 1.5 + 3) / 3)
+    assert values["coverage_at_2"].value == pytest.approx(5 / 6)
+    # 0 and 4 share one of two attributes, 3 and 5 nothing; one item is no pair.
+    assert values["intra_list_diversity_at_2"].value == pytest.approx((0.5 + 1) / 2)
+    assert "mean_age_days_at_2" not in values
+    popularity = values["coverage_at_2"].against["popularity"]
+    assert (popularity.value, popularity.low) == (pytest.approx(2 / 6), None)
