@@ -49,6 +49,7 @@ __all__ = [
     "BadRequestError",
     "Candidate",
     "DeadlineExceededError",
+    "Layout",
     "ModelNotFoundError",
     "OneCall",
     "OverloadedError",

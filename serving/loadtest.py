@@ -7,11 +7,12 @@ earlier ones were slow is part of it, as it would be for a user.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,12 +20,14 @@ from typing import Any, Final
 import numpy as np
 
 from schema.errors import ConfigError, FunnelError
-from serving.client import RecommenderClient
+from serving.client import LAYOUTS, Layout, RecommenderClient, RetryPolicy
 from serving.slo import Slo
 
 _LOGGER = logging.getLogger(__name__)
 
 TOTAL: Final = "total"
+# Answered before a measurement, so that connections are open and the layout is known.
+_NUM_WARM_UP_REQUESTS: Final = 5
 # Requests that leave later than this were held up by the generator, not by the server.
 _LATE_MS: Final = 10.0
 # One Python process computes on one core.
@@ -109,7 +112,7 @@ class LoadResult:
         if self.late_ms.p99 > _LATE_MS:
             found.append(
                 f"1 % of the requests left {self.late_ms.p99:.0f} ms late or later: too many were open at "
-                "once, or the load generator is the bottleneck; the wait counts as latency"
+                "once, or the load generator or its machine is the bottleneck; the wait counts as latency"
             )
         if self.generator_cores > _BUSY_CORES:
             found.append(
@@ -148,6 +151,38 @@ def poisson_arrivals(rate_per_s: float, duration_s: float, seed: int) -> np.ndar
     if not len(arrivals):
         raise ConfigError(f"{rate_per_s} requests/s for {duration_s} s drew no request; ask for more load")
     return arrivals
+
+
+@contextlib.contextmanager
+def asking(
+    target: str,
+    requests: Sequence[LoadRequest],
+    *,
+    k: int,
+    num_candidates: int,
+    timeout_s: float,
+    layouts: Sequence[Layout] = LAYOUTS,
+    seed: int = 1,
+) -> Iterator[Ask]:
+    """Opens a client for a load test: it repeats no request, and has been answered before.
+
+    Args:
+      target: see RecommenderClient, as are `timeout_s` and `layouts`.
+      requests: of the users.
+      k: items per answer.
+      num_candidates: items to retrieve and rank.
+      seed: draws the users.
+
+    Raises:
+      ServingError: the server is not ready, or fails a first request.
+    """
+    once = RetryPolicy(max_attempts=1)
+    with RecommenderClient(target, timeout_s=timeout_s, layouts=layouts, retry=once) as client:
+        client.wait_until_ready(timeout_s)
+        ask = ask_for_recommendations(client, requests, k, num_candidates, seed)
+        for i in range(_NUM_WARM_UP_REQUESTS):
+            ask(i)
+        yield ask
 
 
 def ask_for_recommendations(

@@ -9,24 +9,24 @@ from pathlib import Path
 from typing import Final
 
 from schema.errors import ServingError
-from serving.client import RecommenderClient
-from serving.loadtest import LoadRequest, ask_for_recommendations, measure, slo_misses
+from serving.loadtest import LoadRequest, asking, measure, slo_misses
 from serving.slo import Slo
 from tfx_pipeline.user_states import UserState
 
 _LOGGER = logging.getLogger(__name__)
 _K: Final = 20
 _NUM_CANDIDATES: Final = 100
+_TIMEOUT_S: Final = 2.0
 _MAX_IN_FLIGHT: Final = 128
 _SEED: Final = 1
 
 
-def check_slo(slo: Slo, client: RecommenderClient, states: Sequence[UserState], result_file: Path) -> None:
-    """Puts the load of an objective on a server that has answered before.
+def check_slo(slo: Slo, target: str, states: Sequence[UserState], result_file: Path) -> None:
+    """Puts the load of an objective on a server.
 
     Args:
       slo: the objective.
-      client: of the server.
+      target: of the server, see RecommenderClient.
       states: users to ask for; what they have seen is excluded.
       result_file: gets what was measured, as JSON.
 
@@ -34,8 +34,8 @@ def check_slo(slo: Slo, client: RecommenderClient, states: Sequence[UserState], 
       ServingError: the objective is missed; the text says by how much.
     """
     requests = [LoadRequest(state.request, state.seen_item_ids) for state in states]
-    ask = ask_for_recommendations(client, requests, _K, _NUM_CANDIDATES, _SEED)
-    result, _ = measure(ask, slo.rate_per_s, slo.duration_s, _SEED, _MAX_IN_FLIGHT)
+    with asking(target, requests, k=_K, num_candidates=_NUM_CANDIDATES, timeout_s=_TIMEOUT_S) as ask:
+        result, _ = measure(ask, slo.rate_per_s, slo.duration_s, _SEED, _MAX_IN_FLIGHT)
     result_file.write_text(
         json.dumps({"slo": slo.model_dump(), "result": result.as_json()}, indent=1), encoding="utf-8"
     )

@@ -160,7 +160,7 @@ def test_sound_models_that_miss_the_objective_are_not_blessed(
     measured = tmp_path / "load.json"
     with pytest.raises(ServingError, match=r"^the objective \(slo\) is missed: p99 .* limit is 0.001 ms$"):
         validate_serving(
-            folders, [state()], spec, lambda client: slo_gate.check_slo(slo, client, [state()], measured)
+            folders, [state()], spec, lambda target: slo_gate.check_slo(slo, target, [state()], measured)
         )
     assert json.loads(measured.read_text())["result"]["num_requests"] > 100
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
-import serving.client
+import serving.loadtest
 from serving.loadtest import LoadRequest
 from serving.transport import DeadlineExceededError
 from tfx_pipeline.cli import main
@@ -16,7 +16,8 @@ from tfx_pipeline.commands import loadtest as command
 class Client:
     """Answers at once; every tenth request after the warm-up is too late."""
 
-    def __init__(self, target, timeout_s, layouts):
+    def __init__(self, target, timeout_s, layouts, retry):
+        assert retry.max_attempts == 1, "a repeated request would hide an error"
         Client.made_with = (target, timeout_s, [type(layout).__name__ for layout in layouts])
         self.num_requests = 0
 
@@ -38,7 +39,7 @@ class Client:
 
 @pytest.fixture
 def funnel(monkeypatch, tmp_path):
-    monkeypatch.setattr(serving.client, "RecommenderClient", Client)
+    monkeypatch.setattr(serving.loadtest, "RecommenderClient", Client)
     monkeypatch.setattr(command, "_requests", lambda *args: [LoadRequest({"user_id": "u"})])
     return lambda *args: CliRunner().invoke(main, ["loadtest", "--out", str(tmp_path / "out"), *args])
 

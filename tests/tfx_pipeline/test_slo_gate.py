@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from schema.errors import ConfigError, ServingError
+from serving import loadtest
 from serving.slo import Slo
 from tfx_pipeline.config import BUNDLES, load_run_config
 from tfx_pipeline.pipeline import PipelineLocations, create_pipeline
@@ -17,30 +18,47 @@ SLO = Slo(rate_per_s=400, duration_s=0.5, p99_ms=10_000, error_budget=0.1)
 STATES = [UserState(f"u{i}", {"user_id": f"u{i}"}, (f"seen{i}",), b"") for i in range(3)]
 
 
-class Client:
-    def __init__(self, fail_every):
-        self.fail_every = fail_every
-        self.asked = []
+@pytest.fixture
+def asked(monkeypatch):
+    """User and excluded items of each request to a stand-in, which fails every `fail_every`-th one."""
+    asked = SimpleNamespace(requests=[], fail_every=100_000)
 
-    def recommend(self, query, k, exclude_item_ids, num_candidates):
-        self.asked.append((query["user_id"], exclude_item_ids))
-        if len(self.asked) % self.fail_every == 0:
-            raise ServingError("no")
-        return SimpleNamespace(stage_seconds={"funnel": 0.001})
+    class Client:
+        def __init__(self, target, timeout_s, layouts, retry):
+            assert (target, retry.max_attempts) == ("grpc://server", 1)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def wait_until_ready(self, timeout_s):
+            pass
+
+        def recommend(self, query, k, exclude_item_ids, num_candidates):
+            asked.requests.append((query["user_id"], exclude_item_ids))
+            # The first five only warm up.
+            if len(asked.requests) > 5 and len(asked.requests) % asked.fail_every == 0:
+                raise ServingError("no")
+            return SimpleNamespace(stage_seconds={"funnel": 0.001})
+
+    monkeypatch.setattr(loadtest, "RecommenderClient", Client)
+    return asked
 
 
-def test_a_met_objective_is_written_down(tmp_path: Path) -> None:
-    client = Client(fail_every=100_000)
-    check_slo(SLO, client, STATES, tmp_path / "load.json")
+def test_a_met_objective_is_written_down(asked, tmp_path: Path) -> None:
+    check_slo(SLO, "grpc://server", STATES, tmp_path / "load.json")
     written = json.loads((tmp_path / "load.json").read_text())
     assert written["slo"] == SLO.model_dump()
-    assert written["result"]["num_requests"] == len(client.asked) > 100
-    assert set(client.asked) == {(f"u{i}", (f"seen{i}",)) for i in range(3)}
+    assert written["result"]["num_requests"] == len(asked.requests) - 5 > 100
+    assert set(asked.requests) == {(f"u{i}", (f"seen{i}",)) for i in range(3)}
 
 
-def test_a_missed_objective_is_a_reason_and_is_written_down_too(tmp_path: Path) -> None:
+def test_a_missed_objective_is_a_reason_and_is_written_down_too(asked, tmp_path: Path) -> None:
+    asked.fail_every = 4
     with pytest.raises(ServingError, match=r"slo.* is missed: .*the budget is 10.00%"):
-        check_slo(SLO, Client(fail_every=4), STATES, tmp_path / "load.json")
+        check_slo(SLO, "grpc://server", STATES, tmp_path / "load.json")
     assert json.loads((tmp_path / "load.json").read_text())["result"]["error_share"] > 0.2
 
 

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 _DEFAULT_RATE_PER_S: Final = 50.0
 _DEFAULT_DURATION_S: Final = 20.0
 _MAX_USERS: Final = 1_000
-# Answered before the measurement starts, so that connections are open and the layout is known.
-_NUM_WARM_UP_REQUESTS: Final = 5
 
 
 @click.command()
@@ -123,8 +121,8 @@ def loadtest(
         raise click.UsageError("--slo brings rate and duration; give no --rate and no --duration-s")
     if k > num_candidates:
         raise click.UsageError("--k is above --num-candidates")
-    from serving.client import LAYOUTS, OneCall, RecommenderClient, TwoCalls
-    from serving.loadtest import ask_for_recommendations, measure, slo_misses
+    from serving.client import LAYOUTS, OneCall, TwoCalls
+    from serving.loadtest import asking, measure, slo_misses
     from serving.loadtest_plot import plot_load
     from serving.slo import load_slo
     from tfx_pipeline.console import quiet_libraries
@@ -138,11 +136,15 @@ def loadtest(
     layouts = [each for each in LAYOUTS if isinstance(each, kinds)]
     requests = _requests(output_dir, users)
     measured: list[tuple[LoadResult, Sequence[Sample]]] = []
-    with RecommenderClient(target, timeout_s=timeout_s, layouts=layouts) as client:
-        client.wait_until_ready(timeout_s)
-        ask = ask_for_recommendations(client, requests, k, num_candidates, seed)
-        for i in range(_NUM_WARM_UP_REQUESTS):
-            ask(i)
+    with asking(
+        target,
+        requests,
+        k=k,
+        num_candidates=num_candidates,
+        timeout_s=timeout_s,
+        layouts=layouts,
+        seed=seed,
+    ) as ask:
         for rate in rates:
             with CONSOLE.status(f"{rate:g} requests/s for {duration_s:g} s …"):
                 measured.append(measure(ask, rate, duration_s, seed, max_in_flight))

@@ -63,10 +63,10 @@ def ServingValidator(
     first_users = list(itertools.islice(users, _USERS_LOOKED_AT))
     os.makedirs(blessing.uri, exist_ok=True)
 
-    def put_load(client: RecommenderClient) -> None:
+    def put_load(target: str) -> None:
         if slo:
             objective = Slo.model_validate_json(slo)
-            check_slo(objective, client, first_users, Path(blessing.uri) / LOAD_FILE)
+            check_slo(objective, target, first_users, Path(blessing.uri) / LOAD_FILE)
 
     answers: list[dict[str, object]] = []
     try:
@@ -93,7 +93,7 @@ def validate_serving(
     folders: dict[str, Path],
     states: list[UserState],
     spec: DatasetSpec,
-    then: Callable[[RecommenderClient], None] | None = None,
+    then: Callable[[str], None] | None = None,
 ) -> list[dict[str, object]]:
     """Serves the bundles and asks for recommendations and golden requests over gRPC and REST.
 
@@ -101,7 +101,7 @@ def validate_serving(
       folders: SavedModel folder by name of the bundle.
       states: users to ask for; a user nobody has seen is added.
       spec: the declaration.
-      then: called with a client of the server once all answers are in order; may raise ServingError.
+      then: called with the server's gRPC target once all answers are in order; may raise ServingError.
 
     Returns:
       What each user got over gRPC, for the report: user_id, user_is_known, history, items.
@@ -142,7 +142,7 @@ def _ask(
     golden: dict[str, list[GoldenRequest]],
     states: list[UserState],
     tasks: set[str],
-    then: Callable[[RecommenderClient], None] | None,
+    then: Callable[[str], None] | None,
 ) -> list[dict[str, object]]:
     recommended: list[dict[str, object]] = []
     with (
@@ -170,7 +170,7 @@ def _ask(
                 }
             )
         if then is not None:
-            then(grpc_client)
+            then(server.grpc_target)
     return recommended
 
 
