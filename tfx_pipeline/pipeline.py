@@ -245,6 +245,7 @@ def create_pipeline(
             retrieval_comparison=comparisons[RETRIEVAL].outputs["comparison"],
             ranking_comparison=comparisons[RANKING].outputs["comparison"],
             drift=drift.outputs["drift_facts"],
+            waterfall=waterfall.outputs["waterfall"],
             retrieval_model=trainers[RETRIEVAL].outputs["model"],
             ranking_model=trainers[RANKING].outputs["model"],
             retrieval_run=trainers[RETRIEVAL].outputs["model_run"],

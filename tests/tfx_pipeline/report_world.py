@@ -3,14 +3,15 @@
 import dataclasses
 import json
 
+import numpy as np
 import polars as pl
 from tensorflow_metadata.proto.v0 import anomalies_pb2, statistics_pb2
 
-from schema.errors import DataError
 from schema.tables import TablesSummary
-from tfx_pipeline.report.collect import ReportSources
-from tfx_pipeline.report.facts import Evaluation, Figure, GateFailure, ReliabilityBin, TaskScores
+from tfx_pipeline import gates
+from tfx_pipeline.report.collect import ModelSources, ReportSources
 from tfx_pipeline.run_result import ComponentTiming
+from trainer import comparison, waterfall
 
 EVIL = '<script>alert(1)</script> & "Sons"'
 CONFIG = {
@@ -42,51 +43,185 @@ RETRIEVAL_VALUES = {
     "ndcg_at_100": 0.2234,
     "cold_item_recall_at_100": 0.0625,
     "distinct_items_at_10": 321.0,
-    "num_queries": 1009,
-    "num_cold_item_queries": 77,
-    "num_positive_items": 1234,
 }
 RANKING_VALUES = {
     "click/auc": 0.7294,
     "click/log_loss": 0.51,
-    "click/num_examples": 43268,
     "watch_time/mae": 18.64,
     "watch_time/xauc": 0.6819,
-    "watch_time/num_examples": 43268,
 }
 
 
-def figures(stage, values, slice_name="", change=0.0):
-    return tuple(
-        Figure(slice_name, f"{stage}/{key}", value if "num_" in key else value + change)
-        for key, value in values.items()
+# Rivals of each model on the whole test split: rival -> key -> value.
+RETRIEVAL_RIVALS = {
+    "popularity": {
+        "recall_at_10": 0.037,
+        "recall_at_100": 0.2190,
+        "distinct_items_at_10": 45.0,
+        "cold_item_recall_at_100": 0.0,
+    },
+    "recent_popularity": {"recall_at_10": 0.047, "recall_at_100": 0.2510},
+}
+RANKING_RIVALS = {
+    "last_blessed": {"click/auc": 0.7794, "watch_time/mae": 18.69},
+    "global_mean": {"click/auc": 0.5},
+    "item_mean": {"click/auc": 0.667, "watch_time/mae": 19.81},
+}
+NOTES = {"popularity": "train positives of an item", "item_mean": "smoothed train mean of the item"}
+
+
+def metric(stage, key, value, rivals=None, change=0.0):
+    """A result whose intervals are 0.01 to both sides; `change` is of the candidate alone."""
+    against = {}
+    for rival, values in (rivals or {}).items():
+        if key in values:
+            difference = value + change - values[key]
+            against[rival] = comparison.Against(
+                values[key], difference, difference - 0.01, difference + 0.01, 0.25
+            )
+    value = value + change
+    # A count of items has no interval.
+    low, high = (None, None) if "distinct" in key else (value - 0.01, value + 0.01)
+    count = 77 if "cold_item" in key else 1009
+    return comparison.MetricResult(f"{stage}/{key}", count, value, low, high, "", against)
+
+
+def judged(stage, values, rivals, slices, headline, absent):
+    """A comparison; `slices` are (conditions, users, note, change of every value), worst first."""
+    whole = tuple(metric(stage, key, value, rivals) for key, value in values.items())
+    results = [comparison.SliceResult((), 1009, 1009, "", whole)]
+    for conditions, users, note, change in slices:
+        ours = tuple(
+            metric(stage, key, value, {k: v for k, v in rivals.items() if k == "last_blessed"}, change)
+            for key, value in values.items()
+        )
+        results.append(comparison.SliceResult(conditions, users, users, note, ours))
+    return comparison.Comparison(
+        model=stage,
+        headline=headline,
+        confidence=0.95,
+        num_resamples=1000,
+        rivals=tuple(comparison.Rival(name, NOTES.get(name, "")) for name in rivals),
+        absent=absent,
+        slices=tuple(results),
     )
 
 
-EVALUATIONS = {
-    "retrieval": Evaluation(
-        candidate=(
-            *figures("retrieval", RETRIEVAL_VALUES),
-            *figures("retrieval", RETRIEVAL_VALUES, "surface = home", change=0.01),
-            *figures("retrieval", RETRIEVAL_VALUES, "surface = search", change=-0.03),
-            Figure("surface = empty", "retrieval/recall_at_100", None),
-            *figures("retrieval", {"recall_at_100": 0.125, "num_queries": 42}, "user_type = cold"),
+def retrieval_comparison():
+    """No blessed model before; a slice without positives; cold users beside a baseline of their own."""
+    found = judged(
+        "retrieval",
+        RETRIEVAL_VALUES,
+        RETRIEVAL_RIVALS,
+        (
+            ((("surface", "search"),), 300, "", -0.03),
+            ((("surface", "home"), ("device", "tv")), 700, "", 0.01),
+            ((("surface", "home"),), 709, "", 0.02),
+        ),
+        "retrieval/recall_at_100",
+        {"last_blessed": "no model was blessed before"},
+    )
+    cold = metric("retrieval", "recall_at_100", 0.125, {"popularity": {"recall_at_100": 0.15}})
+    nothing = comparison.MetricResult(
+        "retrieval/recall_at_100", 0, None, None, None, "no user has a positive", {}
+    )
+    few = "12 users are too few to tell"
+    return dataclasses.replace(
+        found,
+        slices=(
+            *found.slices,
+            comparison.SliceResult((("user_type", "cold"),), 42, 42, "", (cold,)),
+            comparison.SliceResult((("surface", "empty"),), 12, 12, few, (nothing,)),
+        ),
+    )
+
+
+def ranking_comparison():
+    """Worse than the last blessed model, surely."""
+    slices = (((("surface", "search"),), 300, "", -0.02), ((("surface", "home"),), 709, "", 0.01))
+    return judged("ranking", RANKING_VALUES, RANKING_RIVALS, slices, "ranking/click/auc", {})
+
+
+VALIDATIONS = {
+    "retrieval": gates.Validation(
+        "retrieval",
+        True,
+        "",
+        (
+            gates.GateResult(
+                "value",
+                "retrieval/recall_at_100 at least 0.1",
+                gates.Verdict.PASSED,
+                0.2512,
+                "at least 0.1",
+                "retrieval/recall_at_100 0.2512, required: at least 0.1",
+            ),
+            gates.GateResult(
+                "no_worse",
+                "retrieval/recall_at_100 no worse",
+                gates.Verdict.NOT_APPLIED,
+                None,
+                "no worse",
+                "compared with nothing: no model was blessed before",
+            ),
         ),
     ),
-    "ranking": Evaluation(
-        candidate=(
-            *figures("ranking", RANKING_VALUES),
-            *figures("ranking", RANKING_VALUES, "surface = home", change=0.01),
-            *figures("ranking", RANKING_VALUES, "surface = search", change=-0.02),
-        ),
-        last_blessed=figures("ranking", RANKING_VALUES, change=0.05),
-        failures=(
-            GateFailure(
-                "ranking/click/auc", -0.05, True, "change against the last blessed model at least -0.01"
+    "ranking": gates.Validation(
+        "ranking",
+        False,
+        "ranking/click/auc changed by -0.0500, required: no more than 0.01 worse",
+        (
+            gates.GateResult(
+                "no_worse",
+                "ranking/click/auc no worse",
+                gates.Verdict.FAILED,
+                -0.05,
+                "no more than 0.01 worse",
+                "ranking/click/auc changed by -0.0500, required: no more than 0.01 worse",
             ),
         ),
     ),
 }
+DRIFT = {
+    "found": {
+        "train_to_eval": [
+            {"feature": "device", "distance": 0.31, "limit": 0.15},
+            {"feature": "age", "distance": 0.02, "limit": 0.2},
+        ]
+    },
+    "absent": {"last_run": "there was no run on other data before"},
+}
+LOSSES = ("not in the catalogue", "cut after retrieval at 200", "ranked below 20")
+
+
+def waterfall_facts():
+    """100 positives: 5 outside the catalogue, 20 cut, 45 ranked low, 30 shown; 10 of them of cold users."""
+    return waterfall.Waterfall(
+        num_users=50,
+        num_users_with_positives=80,
+        k=20,
+        num_candidates=200,
+        slices=(
+            waterfall.SliceLosses({}, 100, dict(zip(LOSSES, (5, 20, 45), strict=True)), 30),
+            waterfall.SliceLosses({"user_type": "cold"}, 10, dict(zip(LOSSES, (0, 6, 3), strict=True)), 1),
+        ),
+        sources=(waterfall.SourceFacts("two_tower", 500, 0.8, 0.7, {"popularity": 0.125}),),
+    )
+
+
+def predictions_table():
+    """1,000 impressions of a calibrated click model, and one whose watch time is not a number."""
+    p = np.linspace(0.05, 0.95, 1000)
+    clicked = (np.arange(1000) * 0.618 % 1.0 < p).astype(float)
+    watched = np.where(np.arange(1000) == 0, np.nan, 100 * p)
+    return pl.DataFrame(
+        {
+            "label_click": clicked,
+            "label_watch_time": watched,
+            "candidate/click": p,
+            "candidate/watch_time": 90 * p,
+        }
+    )
 
 
 def write_statistics(folder, split, num_examples):
@@ -158,24 +293,6 @@ def make_sources(tmp_path):
     for split in ("test", "train", "eval"):
         write_statistics(tmp_path / "statistics", split, 50)
         write_anomalies(tmp_path / "anomalies", split, "device" if split == "test" else None)
-    baselines = {
-        "retrieval": {
-            "popularity": {
-                "retrieval/recall_at_10": 0.037,
-                "retrieval/recall_at_100": 0.2190,
-                "retrieval/distinct_items_at_10": 45.0,
-                "retrieval/cold_item_recall_at_100": 0.0,
-            },
-            "recent_popularity": {"retrieval/recall_at_10": 0.047, "retrieval/recall_at_100": 0.2510},
-        },
-        "retrieval_cold_users": {"popularity": {"retrieval/recall_at_100": 0.15}},
-        "ranking": {
-            "click": {"global_mean": {"ranking/click/auc": 0.5}, "item_mean": {"ranking/click/auc": 0.667}},
-            "watch_time": {
-                "item_mean": {"ranking/watch_time/mae": 19.81, "ranking/watch_time/xauc": float("nan")}
-            },
-        },
-    }
     epochs = range(1, 4)
     recall = (0.1, 0.3, 0.2)
     retrieval_log = [
@@ -225,20 +342,36 @@ def make_sources(tmp_path):
     write_json(tmp_path / "model" / "Format-Serving" / "assets.extra" / "index.json", index)
     write_json(tmp_path / "retrieval_run" / "training_log.json", retrieval_log)
     write_json(tmp_path / "ranking_run" / "training_log.json", ranking_log)
+    write_json(tmp_path / "drift.json", DRIFT)
+    latency = {"p50": 4.25, "p95": 9.0, "p99": 12.5, "max": 20.0}
+    load = {"rate_per_s": 50, "num_requests": 500, "error_share": 0.002, "latency_ms": {"total": latency}}
+    write_json(tmp_path / "load.json", {"slo": {}, "result": load | {"warnings": ["the client was busy"]}})
+    waterfall.write_waterfall(waterfall_facts(), tmp_path / "waterfall")
+    for name, found in (("retrieval", retrieval_comparison()), ("ranking", ranking_comparison())):
+        comparison.write_comparison(found, tmp_path / f"{name}_comparison")
+        gates.write_validation(VALIDATIONS[name], tmp_path / f"{name}_blessing")
+    predictions_table().write_parquet(tmp_path / "ranking_comparison" / "predictions.parquet")
     return ReportSources(
         tables_dir=tables,
         statistics_uri=str(tmp_path / "statistics"),
         anomalies_uri=str(tmp_path / "anomalies"),
-        retrieval_blessed=True,
-        ranking_blessed=False,
+        drift_path=tmp_path / "drift.json",
+        waterfall_uri=tmp_path / "waterfall",
         infra_blessed=True,
         infra_reason="",
-        pushed={"retrieval": "1700000000", "ranking": None},
-        baselines_path=write_json(tmp_path / "baselines.json", baselines),
-        retrieval_run_uri=tmp_path / "retrieval_run",
-        ranking_run_uri=tmp_path / "ranking_run",
-        retrieval_model_uri=tmp_path / "model",
         recommendations_path=write_json(tmp_path / "recommendations.json", answers),
+        load_path=tmp_path / "load.json",
+        models={
+            name: ModelSources(
+                comparison_uri=tmp_path / f"{name}_comparison",
+                blessing_uri=tmp_path / f"{name}_blessing",
+                run_uri=tmp_path / f"{name}_run",
+                model_uri=tmp_path / "model",
+                blessed=version is not None,
+                pushed_version=version,
+            )
+            for name, version in (("retrieval", "1700000000"), ("ranking", None))
+        },
         config_json=json.dumps(CONFIG),
         funnel_version="9.8.7",
         code_version="9.8.7+abc",
@@ -249,25 +382,8 @@ TIMINGS = (
     ComponentTiming("Transform", wall_s=30.0, cpu_s=45.5, peak_memory_bytes=2 * 2**30, cached=False),
     ComponentTiming("Trainer.ranking", wall_s=0.1, cpu_s=0.0, peak_memory_bytes=2**30, cached=True),
 )
-SCORES = (
-    TaskScores(
-        "click",
-        bins=(ReliabilityBin(0.1, 0.2, 500), ReliabilityBin(0.7, 0.6, 501)),
-        edges=(0.0, 0.5, 1.0),
-        histogram={"happened": (100, 301), "did not": (400, 200)},
-        undefined=7,
-    ),
-)
 
 
 def with_everything(facts):
-    """The facts with what other components or the end of the run add."""
-    return dataclasses.replace(facts, timings=TIMINGS, machine={"Cores": "2"}, scores=SCORES)
-
-
-def evaluations(model):
-    return EVALUATIONS[model]
-
-
-def no_evaluations(model):
-    raise DataError(f"no metrics of the {model} model")
+    """The facts with what the end of the run adds."""
+    return dataclasses.replace(facts, timings=TIMINGS, machine={"Cores": "2"})

@@ -7,11 +7,11 @@ import shutil
 
 import pytest
 
-from tests.tfx_pipeline.report_world import evaluations, make_sources, with_everything
+from tests.tfx_pipeline.report_world import make_sources, with_everything
 from tfx_pipeline.report import history
 from tfx_pipeline.report.collect import collect
 from tfx_pipeline.report.comparison_page import render_comparison
-from tfx_pipeline.report.facts import Figure, read_facts
+from tfx_pipeline.report.facts import Figure, SliceFacts, read_facts
 from tfx_pipeline.report.render import SECTIONS, write_report
 
 playwright = pytest.importorskip(
@@ -47,19 +47,21 @@ def browser():
 def folder(tmp_path_factory):
     """The reports of two runs, the page over both, and their comparison."""
     folder = tmp_path_factory.mktemp("browser")
-    facts = with_everything(collect(make_sources(folder), evaluations))
+    facts = with_everything(collect(make_sources(folder)))
     # Enough slices to sort: seven countries, the more people the better.
-    countries = [
-        Figure(f"country = {name}", f"retrieval/{key}", value)
-        for place, name in enumerate("ABCDEFG")
-        for key, value in (("recall_at_100", 0.1 + place / 100), ("num_queries", 10 * (place + 1)))
-    ]
+    countries = {f"country = {name}": place for place, name in enumerate("ABCDEFG")}
+    figures = (
+        Figure(name, "retrieval/recall_at_100", 50, 0.1 + place / 100) for name, place in countries.items()
+    )
+    sizes = (SliceFacts(name, 10 * place + 10, 10 * place + 10, "") for name, place in countries.items())
     retrieval = facts.models["retrieval"]
     facts = dataclasses.replace(
         facts,
         models={
             **facts.models,
-            "retrieval": dataclasses.replace(retrieval, figures=(*retrieval.figures, *countries)),
+            "retrieval": dataclasses.replace(
+                retrieval, figures=(*retrieval.figures, *figures), slices=(*retrieval.slices, *sizes)
+            ),
         },
     )
     earlier = dataclasses.replace(facts, created_unix_s=facts.created_unix_s - 86_400)
@@ -123,17 +125,21 @@ def test_all_links_between_the_pages_lead_somewhere(open_page):
 def test_slices_sort_by_any_column_and_undefined_values_stay_last(open_page):
     page = open_page()
     table = page.locator("#table-slices-retrieval")
-    recall = table.locator("thead th").nth(2)
-    assert recall.get_attribute("aria-sort") == "ascending"
-    worst_first = rows(page)
-    assert worst_first[0] == "country = A" and worst_first[-1] == "surface = empty"
+    recall = table.locator("thead th").nth(3)
+    as_written = rows(page)
     recall.get_by_role("button").click()
     assert recall.get_attribute("aria-sort") == "descending"
-    assert rows(page) == [*reversed(worst_first[:-1]), "surface = empty"]
+    best_first = rows(page)
+    # search 0.2212 (less than home's 0.2712), the countries from 0.1 up to 0.16, and one without a value.
+    assert best_first[:3] == ["surface = home", "surface = home, device = tv", "surface = search"]
+    assert best_first[3] == "country = G" and best_first[-1].startswith("surface = empty")
+    recall.get_by_role("button").click()
+    assert recall.get_attribute("aria-sort") == "ascending"
+    assert rows(page) == [*reversed(best_first[:-1]), best_first[-1]]
     name = table.locator("thead th").first
     name.get_by_role("button").click()
     assert (name.get_attribute("aria-sort"), recall.get_attribute("aria-sort")) == ("ascending", None)
-    assert rows(page) == sorted(worst_first)
+    assert rows(page) == sorted(as_written)
 
 
 def test_slices_are_filtered_by_words_feature_and_size(open_page):
@@ -167,8 +173,10 @@ def test_keyboard_reaches_everything_and_reads_the_plots(open_page):
     figure = page.locator("#metrics figure").first
     figure.focus()
     page.keyboard.press("ArrowRight")
-    assert figure.locator(".tip").inner_text().split() == ["Recall@k,", "k", "10", "this", "model", "0.0400",
-        "popularity", "0.0370", "recent", "popularity", "0.0470"]  # fmt: skip
+    told = " ".join(figure.locator(".tip").inner_text().split())
+    assert told == (
+        "Recall@k, k 10 this model 0.0400 (0.0300 to 0.0500) popularity 0.0370 recent popularity 0.0470"
+    )
     assert figure.get_by_role("status").inner_text().startswith("Recall@k, k 10: this model 0.0400")
     page.keyboard.press("Escape")
     assert figure.locator(".tip").is_hidden()
@@ -257,7 +265,7 @@ def test_a_narrow_screen_scrolls_tables_not_the_page(open_page, name):
 
 def test_without_scripts_every_row_is_there_and_no_dead_control(open_page):
     page = open_page(java_script_enabled=False)
-    assert len(rows(page)) == 11
+    assert len(rows(page)) == 12
     assert page.locator("button:visible, input:visible, select:visible").count() == 0
 
 

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from schema.errors import DataError
-from tests.tfx_pipeline.report_world import TIMINGS, evaluations, make_sources
+from tests.tfx_pipeline.report_world import TIMINGS, make_sources
 from tfx_pipeline.cli import main
 from tfx_pipeline.report import comparison_page, history
 from tfx_pipeline.report.collect import collect
@@ -25,7 +25,7 @@ FIRST, SECOND = "20261127T090000Z", "20261128T090000Z"
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     """The facts of a run."""
-    facts = collect(make_sources(tmp_path_factory.mktemp("first")), evaluations)
+    facts = collect(make_sources(tmp_path_factory.mktemp("first")))
     return dataclasses.replace(facts, created_unix_s=FIRST_UNIX_S)
 
 

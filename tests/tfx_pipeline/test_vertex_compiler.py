@@ -83,8 +83,8 @@ def test_every_component_is_a_task_with_its_inputs(compiled: dict[str, Any]) -> 
         }
         for name, task in tasks.items()
     }
-    # The report reads from all that judge.
-    judges = {"StatisticsGen", "ExampleValidator", "DriftValidator", "ServingValidator"}
+    # The report reads from all that judge, and from the waterfall.
+    judges = {"StatisticsGen", "ExampleValidator", "DriftValidator", "ServingValidator", "FunnelWaterfall"}
     kinds = ("Trainer", "Comparison", "ModelValidator", "Pusher")
     judges |= {f"{kind}.{model}" for kind in kinds for model in ("retrieval", "ranking")}
     sources = {node for nodes in UPSTREAM.values() for node in nodes if node.endswith("blessing-resolver")}

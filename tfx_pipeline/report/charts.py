@@ -11,8 +11,10 @@ from markupsafe import Markup
 from tfx_pipeline.config import RETRIEVAL
 from tfx_pipeline.report import formatting, metric_keys, plots
 from tfx_pipeline.report.facts import IndexFacts, RunFacts
+from trainer.waterfall import Waterfall
 
 _THIS_MODEL = "this model"
+_HAPPENED = "what happened"
 _SEE_TABLE = "the table below has the numbers."
 
 
@@ -21,7 +23,7 @@ def comparison_plot(name: str, facts: RunFacts) -> Markup | None:
     model = facts.models[name]
     series = {
         _THIS_MODEL: model.overall,
-        **{formatting.words(rival): v for rival, v in model.rivals.items()},
+        **{formatting.rival(rival): model.rival(rival) for rival in model.rivals},
     }
     keys = metric_keys.in_task_order(model.overall, facts.tasks)
     bounds = {
@@ -83,7 +85,8 @@ def reliability_plot(facts: RunFacts) -> Markup:
             formatting.words(scores.task),
             "mean prediction",
             [group.predicted for group in scores.bins],
-            {"what happened": [group.observed for group in scores.bins]},
+            {_HAPPENED: [group.happened for group in scores.bins]},
+            bands={_HAPPENED: ([g.low for g in scores.bins], [g.high for g in scores.bins])},
             diagonal=True,
         )
         for scores in facts.scores
@@ -101,7 +104,7 @@ def scores_plot(facts: RunFacts) -> Markup:
         for label, counts in scores.histogram.items():
             total = sum(counts)
             lines[label] = [count / total if total else None for count in counts]
-        panels.append(plots.Panel(formatting.words(scores.task), "predicted value", middles, lines))
+        panels.append(plots.Panel(formatting.words(scores.task), "value", middles, lines, is_histogram=True))
     alt = f"Share of the examples by predicted value, by task; {_SEE_TABLE}"
     return plots.line_plot("score-distributions", alt, panels)
 
@@ -130,6 +133,19 @@ def index_plot(index: IndexFacts) -> Markup:
     ]
     alt = f"Recall of ScaNN against exact search, and its work, by how many items are asked for; {_SEE_TABLE}"
     return plots.line_plot("index-effort", alt, panels)
+
+
+def waterfall_plot(waterfall: Waterfall) -> Markup:
+    """What became of the positives as stacked bars, one for all and one per slice."""
+    rows = {
+        f"{formatting.conditions(part.slice)} ({part.num_positives:,})": {
+            loss: count / part.num_positives for loss, count in (*part.lost.items(), ("shown", part.shown))
+        }
+        for part in waterfall.slices
+        if part.num_positives
+    }
+    alt = f"Where the funnel lost what people went on to choose, by slice; {_SEE_TABLE}"
+    return plots.bar_plot("waterfall", alt, "Share of the positives", rows)
 
 
 def best_epoch(name: str, log: Sequence[Mapping[str, float | None]]) -> int:

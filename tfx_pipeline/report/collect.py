@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import polars as pl
 import pydantic
 from google.protobuf.message import DecodeError
@@ -20,18 +21,26 @@ from google.protobuf.message import DecodeError
 from schema.errors import DataError, FunnelError
 from schema.tables import ITEMS, read_summary
 from tfx_pipeline.config import MODELS, RANKING, RETRIEVAL
+from tfx_pipeline.gates import Validation, read_validation
 from tfx_pipeline.report.data_facts import read_anomalies, read_statistics
 from tfx_pipeline.report.facts import (
-    Evaluation,
+    COLD_USERS,
+    Against,
+    DriftFacts,
     ExampleAnswer,
-    GateResult,
+    Figure,
     IndexFacts,
+    LikePredictions,
+    LoadFacts,
     ModelFacts,
     RunFacts,
+    SliceFacts,
+    TaskScores,
     first_line,
-    overall,
 )
-from trainer.metrics import LOWER_IS_BETTER
+from trainer.comparison import CANDIDATE, LAST_BLESSED, PREDICTIONS_FILE, Comparison, read_comparison
+from trainer.metrics import reliability_table
+from trainer.waterfall import read_waterfall
 
 _TRAINING_LOG = "training_log.json"
 _INDEX_FACTS = Path("Format-Serving") / "assets.extra" / "index.json"
@@ -47,12 +56,34 @@ _PACKAGES = (
     "numpy",
 )
 
-_COLD_USER_BASELINES = "retrieval_cold_users"
 
-_BOUNDS = {"min": "at least", "max": "at most"}
+_NUM_BARS = 30
+# The rarest share of large values, which would squeeze all others into the first bars.
+_BEYOND = 0.005
 
 _T = TypeVar("_T")
 _PathLike = str | Path
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSources:
+    """Where the facts of one model lie.
+
+    Attributes:
+      comparison_uri: of ModelComparison.
+      blessing_uri: of ModelValidator, with gates.json.
+      run_uri: folder with training_log.json.
+      model_uri: the Trainer's model artifact.
+      blessed: the verdict.
+      pushed_version: None when it was not pushed.
+    """
+
+    comparison_uri: _PathLike
+    blessing_uri: _PathLike
+    run_uri: _PathLike
+    model_uri: _PathLike
+    blessed: bool
+    pushed_version: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +93,12 @@ class ReportSources:
     Attributes:
       tables_dir: contract tables with summary.json.
       statistics_uri, anomalies_uri: artifacts with one folder per split.
-      retrieval_blessed, ranking_blessed: the verdicts of the gates.
+      drift_path: JSON of DriftValidator.
+      waterfall_uri: of FunnelWaterfall.
       infra_blessed, infra_reason: the verdict of infra validation, and why when it is negative.
-      pushed: model -> pushed version, None when it was not pushed.
-      baselines_path: JSON, see `tfx_pipeline.report.judgement.write_baselines`.
-      retrieval_run_uri, ranking_run_uri: folders with training_log.json.
-      retrieval_model_uri: the Trainer's model artifact, which holds the facts of the index.
       recommendations_path: JSON list of example answers, see `ExampleAnswer`; item ids instead of titles.
+      load_path: JSON of the load during infra validation; there is none without an objective (`slo`).
+      models: by model name.
       config_json: the resolved RunConfig.
       funnel_version, code_version: of the code that ran; the second holds a hash of the sources, too.
     """
@@ -76,55 +106,29 @@ class ReportSources:
     tables_dir: _PathLike
     statistics_uri: _PathLike
     anomalies_uri: _PathLike
-    retrieval_blessed: bool
-    ranking_blessed: bool
+    drift_path: _PathLike
+    waterfall_uri: _PathLike
     infra_blessed: bool
     infra_reason: str
-    pushed: Mapping[str, str | None]
-    baselines_path: _PathLike
-    retrieval_run_uri: _PathLike
-    ranking_run_uri: _PathLike
-    retrieval_model_uri: _PathLike
     recommendations_path: _PathLike
+    load_path: _PathLike
+    models: Mapping[str, ModelSources]
     config_json: str
     funnel_version: str
     code_version: str
 
 
-def collect(sources: ReportSources, read_evaluation: Callable[[str], Evaluation]) -> RunFacts:
-    """Reads all sources.
-
-    Args:
-      sources: where they are.
-      read_evaluation: reads the evaluation of a model, by its name.
-
-    Returns:
-      The facts; what could not be read is told in `missing`.
-    """
+def collect(sources: ReportSources) -> RunFacts:
+    """Reads all sources; what could not be read is told in `missing`."""
     reader = _Reader()
     tables_dir = Path(sources.tables_dir)
-    config = reader.read(
-        "config", partial(_parse, dict[str, Any], sources.config_json, "the configuration"), {}
-    )
-    baselines = reader.read("baselines", partial(_read_baselines, Path(sources.baselines_path)), {})
-    runs = {RETRIEVAL: sources.retrieval_run_uri, RANKING: sources.ranking_run_uri}
-    blessed = {RETRIEVAL: sources.retrieval_blessed, RANKING: sources.ranking_blessed}
-    models = {}
-    for name in MODELS:
-        evaluation = reader.read(f"{name}_evaluation", partial(read_evaluation, name), Evaluation())
-        log_file = Path(runs[name]) / _TRAINING_LOG
-        models[name] = ModelFacts(
-            blessed=blessed[name],
-            pushed_version=sources.pushed.get(name),
-            figures=evaluation.candidate,
-            last_blessed=evaluation.last_blessed,
-            gates=_gate_results(name, config, evaluation),
-            baselines=baselines.get(name, {}),
-            cold_user_baselines=baselines.get(_COLD_USER_BASELINES, {}) if name == RETRIEVAL else {},
-            training_log=reader.read(f"{name}_training", partial(_read_training_log, log_file), ()),
-        )
+    parse_config = partial(_parse, dict[str, Any], sources.config_json, "the configuration")
+    config = reader.read("config", parse_config, {})
     examples = reader.read("examples", partial(_read_examples, Path(sources.recommendations_path)), ())
-    index_file = Path(sources.retrieval_model_uri) / _INDEX_FACTS
+    ranking = sources.models[RANKING]
+    tasks = [task["name"] for task in config.get("dataset", {}).get("tasks", ())]
+    read_scores = partial(_read_scores, Path(ranking.comparison_uri) / PREDICTIONS_FILE, tasks)
+    index_file = Path(sources.models[RETRIEVAL].model_uri) / _INDEX_FACTS
     return RunFacts(
         created_unix_s=int(time.time()),
         funnel_version=sources.funnel_version,
@@ -132,7 +136,7 @@ def collect(sources: ReportSources, read_evaluation: Callable[[str], Evaluation]
         config=config,
         infra_blessed=sources.infra_blessed,
         infra_reason=sources.infra_reason.strip(),
-        models=models,
+        models={name: _read_model(name, sources.models[name], reader) for name in MODELS},
         summary=reader.read("summary", partial(read_summary, tables_dir), None),
         statistics=reader.read("statistics", partial(read_statistics, Path(sources.statistics_uri)), ()),
         anomalies=reader.read("anomalies", partial(read_anomalies, Path(sources.anomalies_uri)), ()),
@@ -142,6 +146,66 @@ def collect(sources: ReportSources, read_evaluation: Callable[[str], Evaluation]
         missing=reader.missing,
         code_version=sources.code_version,
         data_fingerprint=tables_dir.name,
+        scores=reader.read("scores", read_scores, ()),
+        drift=reader.read("drift", partial(_parse_file, DriftFacts, Path(sources.drift_path)), None),
+        waterfall=reader.read("waterfall", partial(read_waterfall, Path(sources.waterfall_uri)), None),
+        load=reader.read("load", partial(_read_load, Path(sources.load_path), config), None),
+    )
+
+
+class _LoadFile(pydantic.BaseModel):
+    result: LoadFacts
+
+
+def _read_load(path: Path, config: Mapping[str, Any]) -> LoadFacts:
+    if config and config.get("slo") is None and not path.exists():
+        raise DataError("the configuration sets no objective (slo), so that no load was put on the models")
+    file: _LoadFile = _parse_file(_LoadFile, path)
+    return file.result
+
+
+def _read_model(name: str, sources: ModelSources, reader: _Reader) -> ModelFacts:
+    found: Comparison | None = reader.read(
+        f"{name}_comparison", partial(read_comparison, Path(sources.comparison_uri)), None
+    )
+    validation: Validation | None = reader.read(
+        f"{name}_gates", partial(read_validation, Path(sources.blessing_uri)), None
+    )
+    log_file = Path(sources.run_uri) / _TRAINING_LOG
+    return ModelFacts(
+        blessed=sources.blessed,
+        pushed_version=sources.pushed_version,
+        headline=found.headline if found else "",
+        confidence=found.confidence if found else None,
+        figures=_figures(found) if found else (),
+        against=_against(found) if found else (),
+        rivals={rival.name: rival.note for rival in found.rivals} if found else {},
+        absent=dict(found.absent) if found else {},
+        slices=tuple(
+            SliceFacts(result.name, result.num_users, result.num_rows, result.note)
+            for result in (found.slices if found else ())
+        ),
+        gates=validation.gates if validation else (),
+        training_log=reader.read(f"{name}_training", partial(_read_training_log, log_file), ()),
+    )
+
+
+def _figures(found: Comparison) -> tuple[Figure, ...]:
+    return tuple(
+        Figure(result.name, metric.key, metric.count, metric.value, metric.low, metric.high, metric.note)
+        for result in found.slices
+        for metric in result.metrics
+    )
+
+
+def _against(found: Comparison) -> tuple[Against, ...]:
+    """Of slices, only what the report shows; comparison.json has the rest."""
+    return tuple(
+        Against(result.name, metric.key, rival, a.value, a.difference, a.low, a.high, a.p_value)
+        for result in found.slices
+        for metric in result.metrics
+        for rival, a in metric.against.items()
+        if rival == LAST_BLESSED or result.name in {"", COLD_USERS}
     )
 
 
@@ -155,7 +219,8 @@ class _Reader:
         try:
             return read()
         except FileNotFoundError as error:
-            self.missing[piece] = f"there is no {error.filename}"
+            # Polars tells the file in its text only.
+            self.missing[piece] = f"there is no {error.filename}" if error.filename else str(error)
             return otherwise
         except (OSError, ValueError, FunnelError, DecodeError, pl.exceptions.PolarsError) as error:
             self.missing[piece] = str(error) or type(error).__name__
@@ -175,27 +240,43 @@ def _parse_file(type_: Any, path: Path) -> Any:
     return _parse(type_, path.read_text(encoding="utf-8"), str(path))
 
 
-class _Baselines(pydantic.BaseModel):
-    retrieval: dict[str, dict[str, float | None]] = {}
-    retrieval_cold_users: dict[str, dict[str, float | None]] = {}
-    ranking: dict[str, dict[str, dict[str, float | None]]] = {}
+def _read_scores(path: Path, tasks: Iterable[str]) -> tuple[TaskScores, ...]:
+    """Reliability and distribution of the predictions for each task, from what ModelComparison predicted."""
+    table = pl.read_parquet(path)
+    return tuple(_scores(task, table[f"{CANDIDATE}/{task}"], table[f"label_{task}"]) for task in tasks)
 
 
-def _read_baselines(path: Path) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Model, or `retrieval_cold_users` -> baseline -> metric key -> value; ranking tasks come together."""
-    values: _Baselines = _parse_file(_Baselines, path)
-    ranking: dict[str, dict[str, float | None]] = {}
-    for baselines in values.ranking.values():
-        for name, metrics in baselines.items():
-            ranking.setdefault(name, {}).update(metrics)
-    return {
-        model: {name: {k: _defined(v) for k, v in metrics.items()} for name, metrics in baselines.items()}
-        for model, baselines in (
-            (RETRIEVAL, values.retrieval),
-            (_COLD_USER_BASELINES, values.retrieval_cold_users),
-            (RANKING, ranking),
-        )
-    }
+def _scores(task: str, predictions: pl.Series, labels: pl.Series) -> TaskScores:
+    p, y = (column.cast(pl.Float64).fill_null(math.nan).to_numpy() for column in (predictions, labels))
+    defined = np.isfinite(p) & np.isfinite(y)
+    undefined = int((~defined).sum())
+    p, y = p[defined], y[defined]
+    if not len(p):
+        return TaskScores(task, (), (), {}, undefined)
+    is_binary = bool(np.isin(y, (0, 1)).all())
+    shown = p if is_binary else np.concatenate([p, y])
+    low, high = float(shown.min()), float(np.quantile(shown, 1 - _BEYOND))
+    edges = np.linspace(low, high if high > low else low + 1, _NUM_BARS + 1)
+    series = {"it happened": p[y == 1], "it did not": p[y == 0]} if is_binary else {"predicted": p, "real": y}
+    return TaskScores(
+        task,
+        tuple(
+            LikePredictions(
+                group.count,
+                group.mean_prediction,
+                group.mean_label,
+                _defined(group.label_low),
+                _defined(group.label_high),
+            )
+            for group in reliability_table(y, p)
+        ),
+        tuple(map(float, edges)),
+        {
+            label: tuple(map(int, np.histogram(np.minimum(values, edges[-1]), edges)[0]))
+            for label, values in series.items()
+        },
+        undefined,
+    )
 
 
 def _read_training_log(path: Path) -> tuple[Mapping[str, float | None], ...]:
@@ -219,42 +300,6 @@ def _read_titles(path: Path, examples: Iterable[ExampleAnswer]) -> dict[str, str
         ids |= {item.reason_item_id for item in answer.items} - {""}
     table = pl.scan_parquet(path).select("item_id", "title").filter(pl.col("item_id").is_in(sorted(ids)))
     return {item_id: title for item_id, title in table.collect().sort("item_id").iter_rows() if title}
-
-
-def _gate_results(model: str, config: Mapping[str, Any], evaluation: Evaluation) -> tuple[GateResult, ...]:
-    """The outcome of every condition of the configured gates, then failures that none of them explains."""
-    values, previous = overall(evaluation.candidate), overall(evaluation.last_blessed)
-    failures = {(failure.key, failure.is_change): failure for failure in evaluation.failures}
-    results = []
-    for gate in config.get("gates", ()) if evaluation.candidate else ():
-        key = gate["metric"]
-        if not key.startswith(f"{model}/"):
-            continue
-        bounds = [
-            f"{words} {gate[bound]:g}" for bound, words in _BOUNDS.items() if gate.get(bound) is not None
-        ]
-        if bounds:
-            passed = failures.pop((key, False), None) is None
-            results.append(GateResult(key, " and ".join(bounds), values.get(key), False, passed))
-        if gate.get("max_drop") is not None:
-            lower_is_better = key.rpartition("/")[2] in LOWER_IS_BETTER
-            limit = f"at most +{gate['max_drop']:g}" if lower_is_better else f"at least -{gate['max_drop']:g}"
-            passed = failures.pop((key, True), None) is None
-            results.append(
-                GateResult(
-                    key,
-                    limit,
-                    _change(values.get(key), previous.get(key)),
-                    True,
-                    passed if previous else None,
-                )
-            )
-    results += [GateResult(f.key, f.limit, f.value, f.is_change, False) for f in failures.values()]
-    return tuple(results)
-
-
-def _change(value: float | None, previous: float | None) -> float | None:
-    return None if value is None or previous is None else value - previous
 
 
 def _defined(value: float | None) -> float | None:

@@ -94,11 +94,7 @@ def _overlap(old: Figure, new: Figure) -> bool:
 
 def _metrics_table(name: str, a: RunFacts, b: RunFacts) -> Table | None:
     figures = [_figures(run.models[name]) for run in (a, b)]
-    keys = [
-        key
-        for key in dict.fromkeys(key for known in figures for slice_name, key in known if not slice_name)
-        if not metric_keys.is_count(key)
-    ]
+    keys = list(dict.fromkeys(key for known in figures for slice_name, key in known if not slice_name))
     if not keys:
         return None
     ordered = sorted(metric_keys.in_task_order(keys, b.tasks or a.tasks), key=metric_keys.cutoff)
@@ -117,38 +113,26 @@ def _slices_table(name: str, a: RunFacts, b: RunFacts) -> Table | None:
     key = headline_key(name, b) or headline_key(name, a)
     figures = [_figures(run.models[name]) for run in (a, b)]
     slices = sorted({slice_name for known in figures for slice_name, _ in known if slice_name})
+    sizes = {part.name: part.num_users for run in (a, b) for part in run.models[name].slices}
     if key is None or not slices:
         return None
-    counted = next((k for known in reversed(figures) for _, k in known if _counts(k, key)), "")
     rows = []
     for slice_name in slices:
         cells = _cells(key, *(known.get((slice_name, key)) for known in figures))
-        count = next(
-            (
-                known[slice_name, counted].value
-                for known in reversed(figures)
-                if (slice_name, counted) in known
-            ),
-            None,
-        )
+        count = sizes.get(slice_name)
         group = " × ".join(part.partition(" = ")[0] for part in slice_name.split(", "))
         size = Cell(formatting.number(count), value=count)
         rows.append(Row(slice_name, "", (size, *cells), group, count or 0.0))
     rows.sort(key=lambda row: _loss(key, row.cells[-1].value))
-    size_words = metric_keys.count_words(counted) if counted else "examples"
     lower_is_better = metric_keys.badness(key, 1.0) > 0
     return Table(
         f"{name.capitalize()} by slice: {metric_keys.label(key)}, largest loss first",
-        ("Slice", size_words, "run A", "run B", "B − A"),
+        ("Slice", "users", "run A", "run B", "B − A"),
         tuple(rows),
         name=f"slices-{name}",
         sorted_by=(4, "descending" if lower_is_better else "ascending"),
-        size_words=size_words,
+        size_words="users",
     )
-
-
-def _counts(key: str, headline: str) -> bool:
-    return metric_keys.is_sample_size(key) and metric_keys.task(key) == metric_keys.task(headline)
 
 
 def _loss(key: str, change: float | None) -> tuple[bool, float]:

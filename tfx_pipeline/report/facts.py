@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,12 @@ import pydantic
 
 from schema.errors import DataError
 from schema.tables import TablesSummary
+from tfx_pipeline.gates import GateResult
 from tfx_pipeline.report.data_facts import SplitAnomalies, SplitStatistics
 from tfx_pipeline.run_result import ComponentTiming
 from trainer import features
+from trainer.comparison import LAST_BLESSED
+from trainer.waterfall import Waterfall
 
 COLD_USERS = f"{features.USER_TYPE} = {features.COLD}"
 METRICS_FILE = "metrics.json"
@@ -23,49 +26,67 @@ METRICS_FILE = "metrics.json"
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """One value of a metric, with the bounds of its interval where one was measured.
+    """One value of a metric.
 
-    Slice "" is the whole test split; None is a value that the data do not define.
+    Attributes:
+      slice: "" is the whole test split.
+      count: what it is taken over: users with a positive (retrieval), rows with a label (ranking).
+      value: None where the data do not define it.
+      low, high: bounds of its interval; None where none was measured.
+      note: what keeps the value from being defined or trusted; "" when nothing does.
     """
 
     slice: str
     key: str
+    count: int
     value: float | None
     low: float | None = None
     high: float | None = None
+    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
-class GateFailure:
-    """A gate that was not met; the value is the change against the last blessed model if `is_change`."""
+class Against:
+    """How the model does against one rival on the same users; None where the data do not define it.
 
-    key: str
-    value: float | None
-    is_change: bool
-    limit: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """What an Evaluator found for the new model, and for the last blessed one when there is one."""
-
-    candidate: tuple[Figure, ...] = ()
-    last_blessed: tuple[Figure, ...] = ()
-    failures: tuple[GateFailure, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class GateResult:
-    """One condition of one gate, on the value or on its change against the last blessed model.
-
-    `passed` is None where the condition was not applied: there was no blessed model to compare with.
+    Attributes:
+      slice, key: as in `Figure`.
+      rival: `last_blessed` or a baseline.
+      value: of the rival.
+      difference: of the model minus the rival.
+      low, high: bounds of the interval of the difference; None where none was measured.
+      p_value: of the paired test, not corrected for the number of comparisons.
     """
 
+    slice: str
     key: str
-    condition: str
+    rival: str
     value: float | None
-    is_change: bool
-    passed: bool | None
+    difference: float | None
+    low: float | None
+    high: float | None
+    p_value: float | None
+
+    @property
+    def is_unclear(self) -> bool:
+        """Whether the interval of the difference holds zero: then the difference may be chance."""
+        return self.low is not None and self.high is not None and self.low <= 0 <= self.high
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceFacts:
+    """What is known of a slice beside its figures.
+
+    Attributes:
+      name: as in `Figure`.
+      num_users, num_rows: users, and judged users (retrieval) or impressions (ranking).
+      note: what to know before its figures are believed; "" when nothing.
+    """
+
+    name: str
+    num_users: int
+    num_rows: int
+    note: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,47 +94,47 @@ class ModelFacts:
     """Everything known about one of the two models.
 
     Attributes:
-      figures, last_blessed: metrics of the new and of the last blessed model, overall and by slice.
-      baselines: baseline -> metric key -> value.
-      cold_user_baselines: the same on users without a history; retrieval only.
+      headline: metric key by which slices are ordered; "" without a comparison.
+      confidence: of all intervals; None without a comparison.
+      figures: metrics, overall and by slice.
+      against: the same against rivals: against all of them on the whole test split and on cold users, against
+        the last blessed model on every slice.
+      rivals: rival -> how it was made, in the order of tables.
+      absent: rival that could not be compared -> why.
+      slices: the whole test split, then the worst first.
+      gates: every gate with its verdict and reason.
       training_log: one record per epoch.
     """
 
     blessed: bool
     pushed_version: str | None
+    headline: str
+    confidence: float | None
     figures: tuple[Figure, ...]
-    last_blessed: tuple[Figure, ...]
+    against: tuple[Against, ...]
+    rivals: Mapping[str, str]
+    absent: Mapping[str, str]
+    slices: tuple[SliceFacts, ...]
     gates: tuple[GateResult, ...]
-    baselines: Mapping[str, Mapping[str, float | None]]
-    cold_user_baselines: Mapping[str, Mapping[str, float | None]]
     training_log: tuple[Mapping[str, float | None], ...]
 
     @property
     def overall(self) -> dict[str, float | None]:
         """Metric key -> value on the whole test split."""
-        return overall(self.figures)
+        return self.on("")
+
+    def on(self, slice_name: str) -> dict[str, float | None]:
+        """Metric key -> value on a slice; empty when it was not judged."""
+        return {figure.key: figure.value for figure in self.figures if figure.slice == slice_name}
+
+    def rival(self, rival: str, slice_name: str = "") -> dict[str, float | None]:
+        """The same of a rival."""
+        return {a.key: a.value for a in self.against if a.rival == rival and a.slice == slice_name}
 
     @property
-    def overall_last_blessed(self) -> dict[str, float | None]:
-        """The same of the last blessed model; empty when there is none."""
-        return overall(self.last_blessed)
-
-    @property
-    def rivals(self) -> dict[str, Mapping[str, float | None]]:
-        """What the model is compared with: the last blessed model, when there is one, and the baselines."""
-        last_blessed = {"last_blessed": self.overall_last_blessed} if self.last_blessed else {}
-        return {**last_blessed, **self.baselines}
-
-    @property
-    def cold_users(self) -> dict[str, float | None]:
-        """Metric key -> value on users without a history; empty when there is none, and for ranking."""
-        return overall(self.figures, COLD_USERS)
-
-    @property
-    def cold_user_rivals(self) -> dict[str, Mapping[str, float | None]]:
-        """`rivals` on users without a history."""
-        previous = overall(self.last_blessed, COLD_USERS)
-        return {**({"last_blessed": previous} if previous else {}), **self.cold_user_baselines}
+    def is_compared_with_last_blessed(self) -> bool:
+        """Whether there was a blessed model to compare with."""
+        return LAST_BLESSED in self.rivals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,12 +191,20 @@ class IndexFacts:
 
 
 @dataclasses.dataclass(frozen=True)
-class ReliabilityBin:
-    """Examples that were predicted alike: the means of what was predicted and of what happened."""
+class LikePredictions:
+    """Examples that were predicted alike.
 
-    predicted: float
-    observed: float
+    Attributes:
+      count: examples.
+      predicted, happened: means of the prediction and of the label.
+      low, high: bounds of the interval of what happened; None where there is none.
+    """
+
     count: int
+    predicted: float
+    happened: float
+    low: float | None
+    high: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,17 +214,68 @@ class TaskScores:
     Attributes:
       task: its name.
       bins: groups of equal size by prediction, from the lowest to the highest.
-      edges: of the histogram, one more than it has bars.
+      edges: of the histogram, one more than it has bars; the last bar holds what is beyond, too.
       histogram: label -> examples per bar; of a binary task those with label 1 and those with label 0, else
         what was predicted and what happened.
       undefined: examples whose prediction or label is not a number; they are in none of the above.
     """
 
     task: str
-    bins: tuple[ReliabilityBin, ...]
+    bins: tuple[LikePredictions, ...]
     edges: tuple[float, ...]
     histogram: Mapping[str, tuple[int, ...]]
     undefined: int
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureDrift:
+    """How far a feature moved; above the limit it is too far."""
+
+    feature: str
+    distance: float
+    limit: float
+
+
+@dataclasses.dataclass(frozen=True)
+class DriftFacts:
+    """Which data were compared with the train split, as `tfx_pipeline.drift` describes it.
+
+    Attributes:
+      found: comparison (`train_to_eval`, `last_run`) -> features, the farthest for its limit first.
+      absent: comparison that was not made -> why.
+    """
+
+    found: Mapping[str, tuple[FeatureDrift, ...]]
+    absent: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Latency:
+    """Percentiles of the time of a request, milliseconds."""
+
+    p50: float
+    p95: float
+    p99: float
+    max: float
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadFacts:
+    """What came of the load that infra validation put on both models, as `serving.loadtest` describes it.
+
+    Attributes:
+      rate_per_s: mean of the arrivals.
+      num_requests: requests sent.
+      error_share: of them, those without an answer.
+      latency_ms: by stage; `total` counts from the scheduled time.
+      warnings: reasons to doubt the figures.
+    """
+
+    rate_per_s: float
+    num_requests: int
+    error_share: float
+    latency_ms: Mapping[str, Latency]
+    warnings: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +322,9 @@ class RunFacts:
       machine: label -> what the run ran on.
       since: what changed since the run that blessed a model last; None when there was none.
       scores: predictions of the ranking model against what happened, by task.
+      drift: how far the data moved.
+      waterfall: where the funnel lost what people went on to choose.
+      load: what the models held during infra validation.
     """
 
     created_unix_s: int
@@ -264,6 +347,9 @@ class RunFacts:
     machine: Mapping[str, str] = dataclasses.field(default_factory=dict)
     since: Differences | None = None
     scores: tuple[TaskScores, ...] = ()
+    drift: DriftFacts | None = None
+    waterfall: Waterfall | None = None
+    load: LoadFacts | None = None
 
     @property
     def run_id(self) -> str:
@@ -274,11 +360,6 @@ class RunFacts:
     def tasks(self) -> list[Mapping[str, Any]]:
         """The declared tasks, in order; none when the configuration is unknown."""
         return list(self.config.get("dataset", {}).get("tasks", ()))
-
-
-def overall(figures: Iterable[Figure], slice_name: str = "") -> dict[str, float | None]:
-    """Metric key -> value of one slice; "" is the whole test split."""
-    return {figure.key: figure.value for figure in figures if figure.slice == slice_name}
 
 
 def read_facts(path: Path) -> RunFacts:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import datetime
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 UNDEFINED = "undefined"
 _MINUS = "\u2212"
 _SCIENTIFIC_BELOW = 1e-4
 _EXACT_BELOW = 1e15
+_RIVALS = {"ials": "iALS", "item_knn": "item-kNN", "lightgbm": "LightGBM"}
 
 
 def number(value: float | int | None) -> str:
@@ -71,6 +72,16 @@ def moment(unix_s: int, utc_offset_hours: float) -> str:
 def utc_offset(hours: float) -> str:
     """The name of the time zone that `moment` uses."""
     return "UTC" if not hours else typeset(f"UTC{hours:+g}")
+
+
+def conditions(values: Mapping[str, str]) -> str:
+    """`surface = home` of a slice; `all` without a condition."""
+    return ", ".join(f"{name} = {value}" for name, value in values.items()) or "all"
+
+
+def rival(name: str) -> str:
+    """The name of a baseline, or `last blessed`, as people write it."""
+    return _RIVALS.get(name, words(name))
 
 
 def words(name: str) -> str:

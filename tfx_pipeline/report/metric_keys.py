@@ -34,14 +34,6 @@ MEANINGS = {
     "xauc": "Chance that of two examples the one with the larger label is scored higher; 0.5 is guessing.",
 }
 _ABBREVIATIONS = frozenset({"ndcg", "mrr", "map", "auc", "gauc", "ece", "mae", "xauc"})
-_COUNTS = {
-    "num_queries": "users",
-    "num_examples": "examples",
-    "num_cold_item_queries": "users with a cold item",
-    "num_positive_items": "items in what they chose",
-}
-# What stands behind the means over users or examples.
-_SAMPLE_SIZES = frozenset({"num_queries", "num_examples"})
 
 
 def base(key: str) -> str:
@@ -68,24 +60,9 @@ def label(key: str) -> str:
     return f"{words(task(key))} {text}" if task(key) else text[:1].upper() + text[1:]
 
 
-def is_count(key: str) -> bool:
-    """Whether the key counts what was judged instead of judging it."""
-    return base(key) in _COUNTS
-
-
 def is_cold(key: str) -> bool:
     """Whether the key is about cold items alone."""
     return "cold_item" in base(key)
-
-
-def is_sample_size(key: str) -> bool:
-    """Whether the key counts the users or examples over which the means are taken."""
-    return base(key) in _SAMPLE_SIZES
-
-
-def count_words(key: str) -> str:
-    """`users` or `click examples`."""
-    return f"{words(task(key))} {_COUNTS[base(key)]}".strip()
 
 
 def badness(key: str, value: float) -> float:

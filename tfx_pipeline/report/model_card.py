@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 from tfx_pipeline.config import MODELS, RETRIEVAL
 from tfx_pipeline.report import formatting, metric_keys, views
-from tfx_pipeline.report.facts import ModelFacts, RunFacts
+from tfx_pipeline.report.facts import COLD_USERS, ModelFacts, RunFacts
 from tfx_pipeline.report.templating import render_template
 from tfx_pipeline.report.verdicts import headline_key, overall_sentence, reason_sentence, verdict
+from trainer.comparison import LAST_BLESSED
 
 _WORST_SLICES = 3
 
@@ -33,15 +34,15 @@ def _metric_rows(name: str, facts: RunFacts) -> list[tuple[str, str, str, str]]:
     """Metric, value with its interval, last blessed model, best baseline with its name."""
     model, rows = facts.models[name], []
     for figure in model.figures:
-        if figure.slice or metric_keys.is_count(figure.key):
+        if figure.slice:
             continue
         value = " ".join(filter(None, (formatting.decimal(figure.value), views.interval(figure))))
-        previous = model.overall_last_blessed.get(figure.key)
+        previous = model.rival(LAST_BLESSED).get(figure.key)
         rows.append(
             (
                 metric_keys.label(figure.key),
                 value,
-                formatting.decimal(previous) if model.last_blessed else "none",
+                formatting.decimal(previous) if model.is_compared_with_last_blessed else "none",
                 _best_baseline(figure.key, model),
             )
         )
@@ -50,27 +51,36 @@ def _metric_rows(name: str, facts: RunFacts) -> list[tuple[str, str, str, str]]:
 
 def _best_baseline(key: str, model: ModelFacts) -> str:
     values: Mapping[str, float] = {
-        name: value for name, metrics in model.baselines.items() if (value := metrics.get(key)) is not None
+        name: value
+        for name in model.rivals
+        if name != LAST_BLESSED and (value := model.rival(name).get(key)) is not None
     }
     if not values:
         return "not measured"
     best = min(values, key=lambda name: metric_keys.badness(key, values[name]))
-    return f"{formatting.decimal(values[best])} ({formatting.words(best)})"
+    return f"{formatting.decimal(values[best])} ({formatting.rival(best)})"
 
 
 def _limits(facts: RunFacts) -> list[str]:
     """What a user of the models should know, from this run's own figures."""
     limits = []
     for name in MODELS:
-        table, key = views.slices_table(name, facts), headline_key(name, facts)
-        if table is not None and key is not None:
-            worst = [row for row in table.rows if "undefined" not in row.cells[table.sorted_column - 1].text]
-            words = "; ".join(
-                f"{row.label}: {row.cells[table.sorted_column - 1].text}" for row in worst[:_WORST_SLICES]
-            )
+        model, key = facts.models[name], headline_key(name, facts)
+        if key is None:
+            continue
+        values = [(part.name, model.on(part.name).get(key)) for part in model.slices[1:] if not part.note]
+        worst = sorted(
+            (
+                (metric_keys.badness(key, v), f"{part}: {formatting.decimal(v)}")
+                for part, v in values
+                if v is not None
+            ),
+            reverse=True,
+        )
+        if worst:
+            words = "; ".join(text for _, text in worst[:_WORST_SLICES])
             limits.append(f"Weakest slices of the {name} model by {metric_keys.label(key)}: {words}.")
-    cold = facts.models[RETRIEVAL].cold_users
-    if not cold:
+    if not facts.models[RETRIEVAL].on(COLD_USERS):
         limits.append("Users without a history: not measured, there were none among the test users.")
     anomalies = sum(len(split.anomalies) for split in facts.anomalies)
     if anomalies:

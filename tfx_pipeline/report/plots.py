@@ -21,15 +21,18 @@ if TYPE_CHECKING:
 # Colours that Matplotlib writes and the page replaces, so that one plot is right in light and in dark.
 _INK = "#010101"
 _GRID = "#020202"
-_SERIES = ("#030301", "#030302", "#030303", "#030304", "#030305", "#030306")
+_PAPER = "#020203"
+_SERIES = ("#030301", "#030302", "#030303", "#030304", "#030305", "#030306", "#030307", "#030308")
 _VARIABLES = {
     _INK: "var(--muted)",
     _GRID: "var(--line)",
+    _PAPER: "var(--card)",
     **{color: f"var(--series-{i})" for i, color in enumerate(_SERIES, 1)},
 }
 # Series differ in more than colour.
-_DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)))
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+_DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 2)), (0, (8, 2)), (0, (3, 1, 1, 1)))
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---")
 _WIDTH_INCHES = 9.2
 _PANEL_HEIGHT_INCHES = 3.1
 _ROW_HEIGHT_INCHES = 0.35
@@ -77,6 +80,7 @@ class Panel:
       x_labels: what stands at the positions; the numbers themselves when empty.
       diagonal: draws where y equals x, for plots of predictions against outcomes.
       is_logarithmic: of the horizontal axis.
+      is_histogram: draws steps instead of dots joined by lines.
     """
 
     title: str
@@ -90,6 +94,7 @@ class Panel:
     x_labels: Sequence[str] = ()
     diagonal: bool = False
     is_logarithmic: bool = False
+    is_histogram: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +144,8 @@ def _draw_panel(axis: Axes, panel: Panel) -> None:
 
     for place, (label, values) in enumerate(panel.lines.items()):
         style = _line_style(place)
+        if panel.is_histogram:
+            style |= {"drawstyle": "steps-mid", "marker": ""}
         if label in panel.bands:
             low, high = map(_with_gaps, panel.bands[label])
             axis.fill_between(panel.x, low, high, color=style["color"], alpha=0.16, linewidth=0)
@@ -213,7 +220,7 @@ def dot_plot(
         axis.spines.left.set_visible(False)
         axis.tick_params(axis="y", length=0)
         axis.margins(x=0.05)
-        _legend_below(figure, axis, columns=len(series))
+        _legend_below(figure, axis, columns=min(len(series), 5))
         _lay_out(figure)
         return _svg(figure, name, alt, _row_readings(figure, axis, rows, intervals or {}))
 
@@ -221,7 +228,7 @@ def dot_plot(
 def _row_readings(
     figure: Figure,
     axis: Axes,
-    rows: Mapping[str, Mapping[str, float | None]],
+    rows: Mapping[str, Mapping[str, float | None]] | Mapping[str, Mapping[str, float]],
     intervals: Mapping[str, Mapping[str, tuple[float, float]]],
 ) -> list[_Reading]:
     box = axis.get_window_extent()
@@ -236,6 +243,46 @@ def _row_readings(
             texts.append((key, text))
         readings.append(_Reading(box.x0, y + 6, (box.x0, y, box.x1, y), label, tuple(texts)))
     return readings
+
+
+def bar_plot(name: str, alt: str, title: str, rows: Mapping[str, Mapping[str, float]]) -> Markup:
+    """Stacked bars, one per row.
+
+    Args:
+      name, alt: as for `line_plot`.
+      title: what is drawn.
+      rows: label -> series -> length of its part of the bar.
+    """
+    import matplotlib
+
+    style = {**_STYLE, "axes.grid.axis": "x", "hatch.linewidth": 0.8}
+    with matplotlib.rc_context(style):
+        figure, (axis,) = _subplots(1, 1.3 + _ROW_HEIGHT_INCHES * len(rows))
+        series = list(dict.fromkeys(key for values in rows.values() for key in values))
+        starts = [0.0] * len(rows)
+        for place, key in enumerate(series):
+            lengths = [values.get(key, 0.0) for values in rows.values()]
+            color, hatch = _SERIES[place % len(_SERIES)], _HATCHES[place % len(_HATCHES)]
+            axis.barh(
+                range(len(rows)),
+                lengths,
+                left=starts,
+                height=0.62,
+                label=key,
+                facecolor=color,
+                edgecolor=_PAPER,
+                hatch=hatch,
+                linewidth=0.8,
+            )
+            starts = [start + length for start, length in zip(starts, lengths, strict=True)]
+        axis.set(title=title, yticks=range(len(rows)), yticklabels=list(rows), xlim=(0, max(starts)))
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        axis.set_axisbelow(True)
+        axis.spines.left.set_visible(False)
+        axis.tick_params(axis="y", length=0)
+        _legend_below(figure, axis, columns=3)
+        _lay_out(figure)
+        return _svg(figure, name, alt, _row_readings(figure, axis, rows, {}))
 
 
 def bars(values: Sequence[float], alt: str) -> Markup:

@@ -18,6 +18,7 @@ from tfx_pipeline.report.facts import METRICS_FILE, RunFacts
 from tfx_pipeline.report.model_card import render_card
 from tfx_pipeline.report.templating import render_template, write_files
 from tfx_pipeline.report.verdicts import overall_sentence, reason_sentence, verdict
+from trainer.comparison import LAST_BLESSED
 
 PAGE = "index.html"
 CARD = "model_card.md"
@@ -96,15 +97,15 @@ def render_json(facts: RunFacts) -> str:
     `metrics` holds those of the whole test split: `model`, `last_blessed`, and a mapping for each of the
     `baselines`. Undefined values are null.
     """
-    baselines: dict[str, dict[str, float | None]] = {}
-    for model in facts.models.values():
-        for name, values in model.baselines.items():
-            baselines.setdefault(name, {}).update(values)
     models = facts.models.values()
+    rivals: dict[str, dict[str, float | None]] = {}
+    for model in models:
+        for name in model.rivals:
+            rivals.setdefault(name, {}).update(model.rival(name))
     metrics = {
         "model": {key: value for model in models for key, value in model.overall.items()},
-        "last_blessed": {key: value for model in models for key, value in model.overall_last_blessed.items()},
-        "baselines": baselines,
+        "last_blessed": rivals.pop(LAST_BLESSED, {}),
+        "baselines": rivals,
     }
     values = _plain({"metrics": metrics, "facts": dataclasses.asdict(facts)})
     return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -66,7 +66,8 @@ def _trend(name: str, runs: Sequence[RunFacts]) -> Markup | None:
     """The metrics of the gates, else the headline metric, of every run; None with fewer than two."""
     if len(runs) < 2:
         return None
-    keys = list(dict.fromkeys(gate.key for run in runs for gate in run.models[name].gates))
+    gated = (gate.get("metric", "") for run in runs for gate in run.config.get("gates", ()))
+    keys = [key for key in dict.fromkeys(gated) if key.startswith(f"{name}/")]
     if not keys and (key := headline_key(name, runs[-1])):
         keys = [key]
     labels = [_moment(run)[5:] for run in runs]

@@ -43,6 +43,7 @@ def render_template(template: str, local: RunFacts | None, **values: Any) -> str
         "number": formatting.number,
         "share": formatting.share,
         "words": formatting.words,
+        "rival": formatting.rival,
         "moment": lambda unix_s: formatting.moment(unix_s, offset),
     }
     environment.globals |= {"models": MODELS, "views": views}

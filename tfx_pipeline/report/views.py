@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from schema.contract import TaskSpec
 from schema.tables import TablesSummary
 from tfx_pipeline.config import MODELS, RANKING, RETRIEVAL
+from tfx_pipeline.gates import Verdict
 from tfx_pipeline.report import formatting, metric_keys
 from tfx_pipeline.report.charts import best_epoch, log_label
 from tfx_pipeline.report.facts import (
     COLD_USERS,
     Differences,
+    DriftFacts,
     ExampleAnswer,
     Figure,
     IndexFacts,
-    ModelFacts,
+    LoadFacts,
     RunFacts,
     Setting,
     TaskScores,
 )
 from tfx_pipeline.report.verdicts import headline_key
+from trainer.comparison import LAST_BLESSED
 from trainer.score import formula
+from trainer.waterfall import Waterfall
 
 _SLICES_SHOWN = 200
 _MOVERS_SHOWN = 6
 _NOT_MEASURED = "–"
+_ROW_WORDS = {RETRIEVAL: "lists", RANKING: "impressions"}
+_DRIFT_WORDS = {True: ("too far", "worse"), False: ("near enough", "better")}
+_DRIFT_COMPARISONS = {"train_to_eval": "from train to eval", "last_run": "from the last run’s train split"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +63,7 @@ class Row:
     group: str = ""
     size: float = 0.0
     link: str = ""
+    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,30 +97,30 @@ class Table:
 
 
 def gates_table(facts: RunFacts) -> Table:
-    """All gates of both models with their outcome."""
-    outcomes = {True: Cell("passed", "better"), False: Cell("failed", "worse"), None: Cell("not applied")}
+    """All gates of both models with their verdict and reason; the failed ones first."""
+    tones = {Verdict.PASSED: "better", Verdict.FAILED: "worse", Verdict.NOT_APPLIED: ""}
+    order = [Verdict.FAILED, Verdict.PASSED, Verdict.NOT_APPLIED]
     rows = []
     for name in MODELS:
         for gate in facts.models[name].gates:
-            condition = formatting.typeset(gate.condition)
-            value = formatting.decimal(gate.value)
-            if gate.is_change:
-                condition = f"change against the last blessed model {condition}"
-                value = "no blessed model yet" if gate.passed is None else formatting.difference(gate.value)
-            cells = (Cell(condition), Cell(value), outcomes[gate.passed])
-            rows.append(Row(f"{name}: {metric_keys.label(gate.key)}", gate.key, cells))
+            cells = (
+                Cell(gate.verdict.value, tones[gate.verdict]),
+                Cell(formatting.typeset(gate.reason)),
+                Cell(name),
+            )
+            rows.append((order.index(gate.verdict), Row(formatting.typeset(gate.name), gate.kind, cells)))
+    rows.sort(key=lambda row: row[0])
+    columns = ("Gate", "Verdict", "Reason", "Model")
     return Table(
-        "Conditions for a blessing", ("Gate", "Condition", "Value", "Outcome"), tuple(rows), text_columns=2
+        "Conditions for a blessing", columns, tuple(row for _, row in rows), text_columns=4, name="all-gates"
     )
 
 
 def metrics_table(name: str, facts: RunFacts) -> Table:
     """Metrics of the whole test split beside those of the last blessed model and of the baselines."""
     model = facts.models[name]
-    keys = [key for key in model.overall if not metric_keys.is_count(key) and not metric_keys.is_cold(key)]
-    counts = [key for key in model.overall if metric_keys.is_count(key) and not metric_keys.is_cold(key)]
-    caption = f"{name.capitalize()}, whole test split"
-    return _comparison(caption, keys, counts, model.overall, model.rivals, _intervals(model), facts)
+    keys = [key for key in model.overall if not metric_keys.is_cold(key)]
+    return _comparison(f"{name.capitalize()}, whole test split", keys, name, "", facts)
 
 
 def cold_tables(facts: RunFacts) -> list[Table]:
@@ -121,139 +129,263 @@ def cold_tables(facts: RunFacts) -> list[Table]:
     A table without anything to judge is left out.
     """
     model, tables = facts.models[RETRIEVAL], []
-    if model.cold_users:
-        values = model.cold_users
+    if values := model.on(COLD_USERS):
         keys = [key for key in values if metric_keys.base(key) in {"recall", "ndcg"}]
-        counts = [key for key in values if metric_keys.is_sample_size(key)]
         caption = "Cold users: no history at the end of training"
-        tables.append(
-            _comparison(
-                caption, keys, counts, values, model.cold_user_rivals, _intervals(model, COLD_USERS), facts
-            )
-        )
+        tables.append(_comparison(caption, keys, RETRIEVAL, COLD_USERS, facts))
     keys = [key for key, value in model.overall.items() if metric_keys.is_cold(key) and value is not None]
-    if any(not metric_keys.is_count(key) for key in keys):
-        table = _comparison(
-            "Cold items: nobody met them before the end of training",
-            [key for key in keys if not metric_keys.is_count(key)],
-            [key for key in keys if metric_keys.is_count(key)],
-            model.overall,
-            model.rivals,
-            _intervals(model),
-            facts,
-        )
+    if keys:
+        caption = "Cold items: nobody met them before the end of training"
+        table = _comparison(caption, keys, RETRIEVAL, "", facts)
         note = (
             "Both popularities find none by construction: nobody chose these items yet. Random is the mean "
+            "of all random orders, newest goes by upload time."
         )
-        note += "of all random orders, newest goes by upload time."
         tables.append(dataclasses.replace(table, note=note))
     return tables
 
 
-def _intervals(model: ModelFacts, slice_name: str = "") -> dict[str, str]:
-    return {figure.key: interval(figure) for figure in model.figures if figure.slice == slice_name}
-
-
-def _comparison(
-    caption: str,
-    keys: Iterable[str],
-    counts: Iterable[str],
-    values: Mapping[str, float | None],
-    rivals: Mapping[str, Mapping[str, float | None]],
-    intervals: Mapping[str, str],
-    facts: RunFacts,
-) -> Table:
-    """A model beside what it is compared with: one row per key, in the order of tasks or cut-offs."""
+def _comparison(caption: str, keys: Iterable[str], name: str, slice_name: str, facts: RunFacts) -> Table:
+    """A model beside its rivals on a slice: one row per key, in the order of tasks or cut-offs."""
+    model = facts.models[name]
+    figures = {figure.key: figure for figure in model.figures if figure.slice == slice_name}
+    against = {(a.key, a.rival): a for a in model.against if a.slice == slice_name}
     rows = []
     for key in sorted(metric_keys.in_task_order(keys, facts.tasks), key=metric_keys.cutoff):
-        value = values[key]
-        others = [rival.get(key) for rival in rivals.values()]
-        best = min((metric_keys.badness(key, v) for v in (value, *others) if v is not None), default=None)
-
-        def cell(
-            shown: float | None,
-            note: str = "",
-            tone: str = "",
-            key: str = key,
-            best: float | None = best,
-        ) -> Cell:
-            is_best = shown is not None and metric_keys.badness(key, shown) == best
-            return Cell(formatting.decimal(shown), "best" if is_best else "", note, tone, value=shown)
-
-        cells = [dataclasses.replace(cell(value), interval=intervals.get(key, ""))]
-        cells += [Cell(_NOT_MEASURED) if v is None else cell(v, *change(key, value, v)) for v in others]
+        figure = figures[key]
+        others = [against.get((key, rival)) for rival in model.rivals]
+        values = [figure.value, *(other.value for other in others if other is not None)]
+        best = min((metric_keys.badness(key, v) for v in values if v is not None), default=None)
+        cells = [
+            Cell(formatting.number(figure.count), value=figure.count),
+            Cell(
+                formatting.decimal(figure.value),
+                _best(key, figure.value, best),
+                figure.note,
+                value=figure.value,
+                interval=interval(figure),
+            ),
+        ]
+        for other in others:
+            if other is None:
+                cells.append(Cell(_NOT_MEASURED))
+                continue
+            text, tone = change(key, figure.value, other.value)
+            cells.append(
+                Cell(
+                    formatting.decimal(other.value),
+                    _best(key, other.value, best),
+                    text,
+                    "" if other.is_unclear else tone,
+                    other.value,
+                )
+            )
         rows.append(Row(metric_keys.label(key), key, tuple(cells)))
-    judged = "; ".join(f"{formatting.number(values[key])} {metric_keys.count_words(key)}" for key in counts)
+    judged = next((part for part in model.slices if part.name == slice_name), None)
+    if judged is not None:
+        caption += f": {judged.num_users:,} users, {judged.num_rows:,} {_ROW_WORDS[name]}"
+    return Table(caption, ("Metric", "over", "this model", *map(formatting.rival, model.rivals)), tuple(rows))
+
+
+def _best(key: str, value: float | None, best: float | None) -> str:
+    return "best" if value is not None and metric_keys.badness(key, value) == best else ""
+
+
+def paired_table(name: str, facts: RunFacts) -> Table | None:
+    """Differences on the whole test split with interval and p-value, at the k of the headline metric.
+
+    None without rivals.
+    """
+    rows = []
+    cutoff = metric_keys.cutoff(headline_key(name, facts) or "")
+    for a in facts.models[name].against:
+        if a.slice or a.low is None or a.high is None or metric_keys.cutoff(a.key) != cutoff:
+            continue
+        low, high = (formatting.difference(bound) for bound in (a.low, a.high))
+        text, tone = change(a.key, a.difference, 0.0)
+        cells = (
+            Cell(formatting.rival(a.rival)),
+            Cell(text, "" if a.is_unclear else tone, value=a.difference),
+            Cell(f"{low} to {high}"),
+            Cell(formatting.decimal(a.p_value), value=a.p_value),
+        )
+        rows.append(Row(metric_keys.label(a.key), a.key, cells))
+    if not rows:
+        return None
     return Table(
-        f"{caption}: {judged}" if judged else caption,
-        ("Metric", "this model", *map(formatting.words, rivals)),
+        f"{name.capitalize()}: this model minus the rival, paired over the same users",
+        ("Metric", "Rival", "Difference", "Interval", "p"),
         tuple(rows),
+        note="p is of a paired test and not corrected for how many there are; metrics.json holds every k.",
+        text_columns=2,
+        name=f"paired-{name}",
     )
 
 
+def rival_notes(name: str, facts: RunFacts) -> list[tuple[str, str]]:
+    """(rival, how it was made) of those that have something to say."""
+    return [(formatting.rival(rival), note) for rival, note in facts.models[name].rivals.items() if note]
+
+
 def slices_table(name: str, facts: RunFacts) -> Table | None:
-    """Metrics by slice, worst first by the headline metric; None without slices."""
+    """Metrics by slice, the worst first; None without slices."""
     model, headline = facts.models[name], headline_key(name, facts)
-    slices = sorted({figure.slice for figure in model.figures if figure.slice})
+    slices = [part for part in model.slices if part.name]
     if headline is None or not slices:
         return None
     figures = {(figure.slice, figure.key): figure for figure in model.figures}
-    previous_of = {(figure.slice, figure.key): figure.value for figure in model.last_blessed}
-    counts, keys = _slice_columns(headline, model.overall, facts)
-
-    def value_of(slice_name: str, key: str) -> float | None:
-        return figures[slice_name, key].value if (slice_name, key) in figures else None
-
-    def best_last(slice_name: str) -> tuple[bool, float]:
-        value = value_of(slice_name, headline)
-        return (True, 0.0) if value is None else (False, -metric_keys.badness(headline, value))
-
+    against = {(a.slice, a.key): a for a in model.against if a.rival == LAST_BLESSED}
+    keys = _slice_metrics(headline, model.overall, facts)
     rows = []
-    for slice_name in sorted(slices, key=best_last)[:_SLICES_SHOWN]:
-        sizes = [value_of(slice_name, key) for key in counts]
-        cells = [Cell(formatting.number(size), value=size) for size in sizes]
+    for part in slices[:_SLICES_SHOWN]:
+        cells = [Cell(formatting.number(size), value=size) for size in (part.num_users, part.num_rows)]
         for key in keys:
-            value = value_of(slice_name, key)
-            moved = change(key, value, previous_of.get((slice_name, key)))
-            bounds = interval(figures[slice_name, key]) if (slice_name, key) in figures else ""
-            cells.append(Cell(formatting.decimal(value), "", *moved, value=value, interval=bounds))
-        group = " × ".join(part.partition(" = ")[0] for part in slice_name.split(", "))
-        rows.append(Row(slice_name, slice_name, tuple(cells), group, next(iter(sizes), None) or 0.0))
+            figure = figures.get((part.name, key)) or Figure(part.name, key, 0, None, note="not judged")
+            other = against.get((part.name, key))
+            text, tone = change(key, figure.value, other.value) if other else ("", "")
+            note = text or ("" if part.note else figure.note)
+            cells.append(
+                Cell(
+                    formatting.decimal(figure.value),
+                    "",
+                    note,
+                    "" if other is None or other.is_unclear else tone,
+                    figure.value,
+                    interval(figure),
+                )
+            )
+        group = " × ".join(condition.partition(" = ")[0] for condition in part.name.split(", "))
+        rows.append(Row(part.name, part.note, tuple(cells), group, part.num_users, note=part.note))
     hidden = len(slices) - len(rows)
-    lower_is_better = metric_keys.badness(headline, 1.0) > 0
+    by = "by the change since the last blessed model" if model.is_compared_with_last_blessed else "by value"
     return Table(
-        caption=f"{name.capitalize()} by slice, worst first by {metric_keys.label(headline)}",
-        columns=("Slice", *map(metric_keys.count_words, counts), *map(metric_keys.label, keys)),
+        caption=f"{name.capitalize()} by slice: worst {metric_keys.label(headline)} first, {by}",
+        columns=("Slice", "users", _ROW_WORDS[name], *map(metric_keys.label, keys)),
         rows=tuple(rows),
-        note=f"{hidden:,} better or undefined slices are left out here; metrics.json holds all."
-        if hidden
-        else "",
+        note=f"{hidden:,} better slices are left out here; metrics.json holds all." if hidden else "",
         name=f"slices-{name}",
-        sorted_by=(1 + len(counts), "descending" if lower_is_better else "ascending"),
-        size_words=metric_keys.count_words(counts[0]) if counts else "",
+        size_words="users",
     )
 
 
 def interval(figure: Figure) -> str:
     """`(0.5104 to 0.5498)`; empty where none was measured."""
-    if figure.low is None or figure.high is None:
+    return _bounds(figure.low, figure.high)
+
+
+def _bounds(low: float | None, high: float | None) -> str:
+    if low is None or high is None:
         return ""
-    low, high = formatting.column([figure.low, figure.high])
-    return f"({low} to {high})"
+    texts = formatting.column([low, high])
+    return f"({texts[0]} to {texts[1]})"
 
 
-def _slice_columns(headline: str, keys: Iterable[str], facts: RunFacts) -> tuple[list[str], list[str]]:
-    """What counts the examples behind the headline metric; and the metrics to show: it, others at its k."""
-    keys = metric_keys.in_task_order(keys, facts.tasks)
-    count = [
-        k for k in keys if metric_keys.is_sample_size(k) and metric_keys.task(k) == metric_keys.task(headline)
+def waterfall_sentence(waterfall: Waterfall) -> str:
+    """How many positives were followed, and how many arrived."""
+    whole = waterfall.whole
+    share = formatting.share(whole.shown / whole.num_positives if whole.num_positives else None)
+    sample = (
+        "all users"
+        if waterfall.num_users == waterfall.num_users_with_positives
+        else f"{waterfall.num_users:,} of {waterfall.num_users_with_positives:,} users"
+    )
+    return (
+        f"Of {whole.num_positives:,} items that {sample} with one went on to choose, {whole.shown:,} "
+        f"({share}) were among the {waterfall.k} shown; the others were lost where the bars say."
+    )
+
+
+def waterfall_table(waterfall: Waterfall) -> Table:
+    """What became of the positives, in all and by slice, in shares."""
+    rows = []
+    for part in waterfall.slices:
+        counts = [*part.lost.values(), part.shown]
+        cells = [
+            Cell(
+                formatting.share(count / part.num_positives if part.num_positives else None),
+                note=formatting.number(count),
+                value=count / part.num_positives if part.num_positives else None,
+            )
+            for count in counts
+        ]
+        size = Cell(formatting.number(part.num_positives), value=part.num_positives)
+        rows.append(Row(formatting.conditions(part.slice), "", (size, *cells)))
+    columns = ("Positives", "how many", *waterfall.whole.lost, "shown")
+    return Table("Where positives were lost, by slice", columns, tuple(rows), name="waterfall")
+
+
+def sources_table(waterfall: Waterfall) -> Table:
+    """What each source of candidates contributes."""
+    rows = []
+    for source in waterfall.sources:
+        overlap = ", ".join(
+            f"{formatting.words(other)} {formatting.share(value)}" for other, value in source.overlap.items()
+        )
+        cells = (
+            Cell(formatting.number(source.depth), value=source.depth),
+            Cell(formatting.share(source.recall), value=source.recall),
+            Cell(formatting.share(source.unique_recall), value=source.unique_recall),
+            Cell(overlap or "no other source"),
+        )
+        rows.append(Row(formatting.words(source.name), "", cells))
+    columns = ("Source", "Asked for", "Recall", "Found by it alone", "Found by others, too")
+    return Table("Sources of candidates", columns, tuple(rows))
+
+
+def drift_tables(drift: DriftFacts) -> list[Table]:
+    """How far each feature moved, by what was compared; the farthest for its limit first."""
+    tables = []
+    for name, features in drift.found.items():
+        rows = [
+            Row(
+                found.feature,
+                "",
+                (
+                    Cell(formatting.decimal(found.distance), value=found.distance),
+                    Cell(formatting.decimal(found.limit), value=found.limit),
+                    Cell(*_DRIFT_WORDS[found.distance > found.limit]),
+                ),
+            )
+            for found in features
+        ]
+        caption = f"Distance {_DRIFT_COMPARISONS.get(name, formatting.words(name))}"
+        columns = ("Feature", "Distance", "Limit", "Verdict")
+        tables.append(Table(caption, columns, tuple(rows), name=f"drift-{name}"))
+    return tables
+
+
+def drift_absent(drift: DriftFacts) -> list[str]:
+    """What was not compared, and why."""
+    return [
+        f"Distance {_DRIFT_COMPARISONS.get(name, formatting.words(name))}: not measured, {why}."
+        for name, why in drift.absent.items()
     ]
+
+
+def load_table(load: LoadFacts) -> Table:
+    """How long a request took under load, by stage."""
+    rows = []
+    for stage, latency in load.latency_ms.items():
+        times = (latency.p50, latency.p95, latency.p99, latency.max)
+        cells = tuple(
+            Cell(text, value=time) for text, time in zip(formatting.column(times), times, strict=True)
+        )
+        rows.append(Row(formatting.words(stage), "", cells))
+    caption = (
+        f"Time of a request, ms: {load.num_requests:,} requests at {formatting.number(load.rate_per_s)} per "
+        f"second, {formatting.share(load.error_share)} without an answer"
+    )
+    return Table(caption, ("Stage", "p50", "p95", "p99", "Longest"), tuple(rows), "; ".join(load.warnings))
+
+
+def _slice_metrics(headline: str, keys: Iterable[str], facts: RunFacts) -> list[str]:
+    """The metrics to show: the headline, then others at its k."""
     shown = [
-        k
-        for k in keys
-        if not metric_keys.is_count(k) and metric_keys.cutoff(k) == metric_keys.cutoff(headline)
+        key
+        for key in metric_keys.in_task_order(keys, facts.tasks)
+        if metric_keys.cutoff(key) == metric_keys.cutoff(headline)
     ]
-    return count, [headline, *(k for k in shown if k != headline)]
+    return [headline, *(key for key in shown if key != headline)]
 
 
 def training_table(name: str, facts: RunFacts) -> Table:
@@ -404,30 +536,30 @@ def differences_sentences(found: Differences) -> list[str]:
 
 
 def movers_table(name: str, facts: RunFacts) -> Table | None:
-    """The metrics that moved most against the last blessed model; None without one."""
-    model = facts.models[name]
-    moved = []
-    for key, before in model.overall_last_blessed.items():
-        value = model.overall.get(key)
-        if before and value is not None and value != before and not metric_keys.is_count(key):
-            moved.append((abs(value / before - 1), key, before, value))
+    """The metrics that surely moved, those that moved most first; None without a last blessed model."""
+    moved = [
+        (abs(a.difference / a.value), a)
+        for a in facts.models[name].against
+        if a.rival == LAST_BLESSED and not a.slice and a.value and a.difference and a.low is not None
+    ]
     if not moved:
         return None
     rows = []
-    for _, key, before, value in sorted(moved, reverse=True)[:_MOVERS_SHOWN]:
-        moved_by, verdict = change(key, value, before)
-        relative = _signed_share(value / before - 1)
+    for _, a in sorted(moved, key=lambda pair: (pair[1].is_unclear, -pair[0]))[:_MOVERS_SHOWN]:
+        text, tone = change(a.key, a.difference, 0.0)
+        low, high = (formatting.difference(bound) for bound in (a.low, a.high))
         cells = (
-            Cell(formatting.decimal(before)),
-            Cell(formatting.decimal(value)),
-            Cell(moved_by, verdict),
-            Cell(relative),
+            Cell(formatting.decimal(a.value)),
+            Cell(text, "" if a.is_unclear else tone),
+            Cell(f"{low} to {high}"),
+            Cell(_signed_share(a.difference / a.value) if a.difference and a.value else _NOT_MEASURED),
         )
-        rows.append(Row(metric_keys.label(key), key, cells))
+        rows.append(Row(metric_keys.label(a.key), a.key, cells))
     return Table(
-        f"{name.capitalize()}: what moved most, both models on this run's test split",
-        ("Metric", "last blessed", "this model", "Change", "Relative"),
+        f"{name.capitalize()}: what moved most, both models on this run’s test split",
+        ("Metric", "last blessed", "Change", "Interval", "Relative"),
         tuple(rows),
+        note="Grey: the interval holds zero, so that the change may be chance.",
     )
 
 
@@ -446,8 +578,8 @@ def reliability_table(scores: TaskScores) -> Table:
             (
                 Cell(formatting.number(group.count)),
                 Cell(formatting.decimal(group.predicted)),
-                Cell(formatting.decimal(group.observed)),
-                Cell(formatting.difference(group.predicted - group.observed)),
+                Cell(formatting.decimal(group.happened), interval=_bounds(group.low, group.high)),
+                Cell(formatting.difference(group.predicted - group.happened)),
             ),
         )
         for place, group in enumerate(scores.bins, 1)
