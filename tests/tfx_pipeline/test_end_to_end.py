@@ -200,6 +200,27 @@ def test_the_numbers_of_a_comparison_can_be_worked_out_from_its_tables(fresh: Ru
     assert any(len(key) == 2 for key in slices)
 
 
+def test_evaluate_finds_what_the_run_found(fresh: Run, paths: RunPaths, tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    command = [
+        "evaluate",
+        "--model",
+        "ranking",
+        "--json",
+        str(figures),
+        "--output-dir",
+        str(paths.output_dir),
+    ]
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(main, command)
+    assert result.exit_code == 0, result.output
+    assert "ranking: passes every gate" in result.output
+    folder = Path(read_artifact_uris(paths.metadata)["Comparison.ranking", "comparison"])
+    found = json.loads(figures.read_text())["ranking"]["comparison"]["slices"][0]["metrics"]
+    for metric, again in zip(read_comparison(folder).whole.metrics, found, strict=True):
+        assert (again["key"], again["count"]) == (metric.key, metric.count)
+        assert again["value"] == pytest.approx(metric.value, abs=1e-6)
+
+
 def test_an_identical_run_reuses_all_that_takes_time(fresh: Run, again: Run) -> None:
     assert (again.exit_code, again.errors) == (0, "")
     everything = {timing.component for timing in fresh.result.timings}

@@ -1,0 +1,62 @@
+"""How far data moved, by TFDV."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import tensorflow_data_validation as tfdv
+
+from schema.errors import DataError
+from tests.trainer.ranking_tables import SPEC
+from tfx_pipeline.config import DriftConfig
+from tfx_pipeline.drift import DriftFacts, FeatureDrift, compared_features, drift, read_drift, write_drift
+
+
+def frame(share_of_de: float, clicks: float) -> pd.DataFrame:
+    """A thousand rows; what the share is not about stays the same."""
+    size = 1_000
+    return pd.DataFrame(
+        {
+            "country": np.where(np.arange(size) < share_of_de * size, "de", "in"),
+            "surface": np.where(np.arange(size) % 2, "0", "1"),
+            "friends": np.linspace(0, 1, size),
+            "click": (np.arange(size) % 100 < 100 * clicks).astype(float),
+        }
+    )
+
+
+def compare(left: pd.DataFrame, right: pd.DataFrame, config: DriftConfig) -> DriftFacts:
+    statistics = [tfdv.generate_statistics_from_dataframe(table) for table in (left, right)]
+    schema = tfdv.infer_schema(statistics[0])
+    others = {"train_to_eval": statistics[1], "last_run": statistics[0]}
+    return drift(statistics[0], others, schema, SPEC, config, {})[0]
+
+
+def test_a_share_that_moved_is_told_with_its_distance_and_the_rest_is_near() -> None:
+    found = compare(frame(0.6, 0.4), frame(0.3, 0.4), DriftConfig(max_share_change=0.1)).found
+    first, *rest = found["train_to_eval"]
+    assert (first.feature, first.limit, first.is_too_far) == ("country", 0.1, True)
+    assert first.distance == pytest.approx(0.3)
+    assert not any(feature.is_too_far for feature in (*rest, *found["last_run"]))
+    assert {feature.feature for feature in found["last_run"]} == {"country", "surface", "friends", "click"}
+
+
+def test_a_label_that_moved_is_told() -> None:
+    found = compare(frame(0.6, 0.4), frame(0.6, 0.9), DriftConfig(max_divergence=0.1)).found
+    assert [f.feature for f in found["train_to_eval"] if f.is_too_far] == ["click"]
+
+
+def test_ignored_features_and_those_of_several_values_are_not_compared() -> None:
+    config = DriftConfig(ignored=("country", "duration_s"))
+    assert compared_features(SPEC, config) == {
+        "friends": False, "surface": True, "click": False, "watch_time_s": False
+    }  # fmt: skip
+
+
+def test_drift_survives_its_file(tmp_path: Path) -> None:
+    facts = DriftFacts({"train_to_eval": (FeatureDrift("country", 0.3, 0.1),)}, {"last_run": "no run"})
+    write_drift(facts, {}, tmp_path / "new")
+    assert read_drift(tmp_path / "new") == facts
+    with pytest.raises(DataError, match=f"there is no {tmp_path}"):
+        read_drift(tmp_path)
