@@ -231,7 +231,8 @@ def test_the_image_gets_the_locked_versions_and_all_that_the_server_imports():
     }
     tops = {module.split(".")[0] for module in imported_modules("serving.model_server")}
     imported = tops - sys.stdlib_module_names - {"schema", "trainer", "serving"}
-    assert {DISTRIBUTIONS.get(top, top) for top in imported} == wanted
+    hint = "put the difference into serving/requirements.in and run `make lock`"
+    assert {DISTRIBUTIONS.get(top, top) for top in imported} == wanted, hint
 
 
 def imported_modules(start):
