@@ -19,8 +19,8 @@ import pydantic
 from schema.contract import TaskKind, TaskSpec
 from schema.errors import ConfigError, DataError
 from tfx_pipeline.config import RANKING, RETRIEVAL, Gate, ValidationConfig
-from trainer.comparison import LAST_BLESSED, Comparison, MetricResult, is_lower_better
-from trainer.metrics import metric_key
+from trainer.comparison import LAST_BLESSED, Comparison, MetricResult
+from trainer.metrics import lower_is_better, metric_key
 
 GATES_FILE = "gates.json"
 # The Evaluator and the comparison compute the same metrics from the same examples, apart from each other.
@@ -165,7 +165,7 @@ def _find(key: str, comparison: Comparison) -> MetricResult:
 
 def _no_worse(key: str, max_drop: float, metric: MetricResult, comparison: Comparison) -> GateResult:
     """Non-inferiority: the bad end of the interval of the difference is within max_drop."""
-    side = 1.0 if is_lower_better(key) else -1.0
+    side = 1.0 if lower_is_better(key) else -1.0
     limit = f"no more than {max_drop:g} worse than the last blessed model"
     name = f"{key} {limit}"
     if LAST_BLESSED in comparison.absent:
@@ -202,8 +202,8 @@ def _beats(gate: Gate, baseline: str, metric: MetricResult, comparison: Comparis
         return _result("must_beat", name, False, None, limit, reason, gate.metric)
     bound: float | None = against.difference
     if gate.by == "interval":
-        bound = against.high if is_lower_better(gate.metric) else against.low
-    passed = bound is not None and (bound < 0 if is_lower_better(gate.metric) else bound > 0)
+        bound = against.high if lower_is_better(gate.metric) else against.low
+    passed = bound is not None and (bound < 0 if lower_is_better(gate.metric) else bound > 0)
     interval = "" if against.low is None else f", {against.low:+.4f} to {against.high:+.4f}"
     reason = (
         f"{gate.metric} {metric.value:.4f} against {against.value:.4f} of {baseline} "

@@ -17,7 +17,6 @@ from pathlib import Path
 import pydantic
 
 from schema.errors import DataError
-from trainer import metrics
 from trainer.uncertainty import MIN_USERS, PairedDifference, UserSums, intervals, paired_differences
 
 COMPARISON_FILE = "comparison.json"
@@ -248,11 +247,6 @@ def worst_first(slices: Sequence[SliceResult], headline: str) -> list[SliceResul
 def defined(value: float) -> float | None:
     """None for what is not a finite number, as JSON has it."""
     return float(value) if math.isfinite(value) else None
-
-
-def is_lower_better(key: str) -> bool:
-    """Whether smaller values of the metric with this key are better."""
-    return key.rpartition("/")[2] in metrics.LOWER_IS_BETTER
 
 
 def _against(ours: float, theirs: float, paired: PairedDifference | None) -> Against:

@@ -101,10 +101,12 @@ def compare_retrieval(
 
 
 def metric_keys(ks: Sequence[int]) -> list[str]:
-    """Keys of every metric that `compare_retrieval` measures."""
+    """Keys of every metric that `compare_retrieval` measures, if the catalogue tells what they need."""
     names = [f"{name}_at_{k}" for k in ks for name in metrics.RETRIEVAL_METRICS]
     names += [f"cold_item_recall_at_{k}" for k in ks]
-    return [metrics.metric_key(STAGE, name) for name in (*names, f"distinct_items_at_{min(ks)}")]
+    of_lists = ("distinct_items", *metrics.LIST_METRICS, *metrics.AGGREGATE_METRICS)
+    names += [f"{name}_at_{min(ks)}" for name in of_lists]
+    return [metrics.metric_key(STAGE, name) for name in names]
 
 
 def positive_ranks(lists: IntArray, user: IntArray, item: IntArray) -> IntArray:

@@ -294,7 +294,7 @@ def no_worse(difference: PairedDifference, margin: float, lower_is_better: bool)
     Args:
       difference: from `paired_differences`.
       margin: loss that is tolerated, 0 or more, in the metric's unit.
-      lower_is_better: see `metrics.LOWER_IS_BETTER`.
+      lower_is_better: see `metrics.lower_is_better`.
 
     Raises:
       ConfigError: the margin is negative or not a number.

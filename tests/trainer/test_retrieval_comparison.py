@@ -11,7 +11,13 @@ from tests import oracles
 from trainer import retrieval_comparison
 from trainer.comparison import BootstrapSettings, Comparison
 from trainer.metrics import CatalogueFacts
-from trainer.retrieval_comparison import JudgedLists, compare_retrieval, lists_table, positives_table
+from trainer.retrieval_comparison import (
+    JudgedLists,
+    compare_retrieval,
+    lists_table,
+    metric_keys,
+    positives_table,
+)
 
 ITEMS = [f"i{code}" for code in range(8)]
 SETTINGS = BootstrapSettings(num_resamples=200)
@@ -174,3 +180,9 @@ def test_lists_are_measured_by_themselves_and_what_the_catalogue_lacks_is_left_o
     assert "mean_age_days_at_2" not in values
     popularity = values["coverage_at_2"].against["popularity"]
     assert (popularity.value, popularity.low) == (pytest.approx(2 / 6), None)
+
+
+def test_every_metric_that_is_measured_can_be_gated(judged: JudgedLists) -> None:
+    everything = CatalogueFacts(np.arange(8), 8, np.zeros(8), np.eye(8, 3, dtype=bool))
+    whole = compared(dataclasses.replace(judged, catalogue=everything)).whole
+    assert {metric.key for metric in whole.metrics} == set(metric_keys((2, 3)))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tfx_pipeline.report.formatting import words
-from trainer.metrics import LOWER_IS_BETTER
+from trainer.metrics import lower_is_better
 
 # What a metric says, in one sentence each; k stands for the length of the list.
 MEANINGS = {
@@ -67,7 +67,7 @@ def is_cold(key: str) -> bool:
 
 def badness(key: str, value: float) -> float:
     """The value, with its sign changed where higher is better: the smaller, the better."""
-    return value if base(key) in LOWER_IS_BETTER else -value
+    return value if lower_is_better(key) else -value
 
 
 def in_task_order(keys: Iterable[str], tasks: Sequence[Mapping[str, Any]]) -> list[str]:

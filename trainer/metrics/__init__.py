@@ -7,7 +7,15 @@ docs/metrics.md has all of them in one table; `trainer.uncertainty` says how sur
 
 from trainer.metrics.arrays import BoolArray, FloatArray, IntArray
 from trainer.metrics.calibration import ReliabilityBin, calibration_error, ece, reliability_table
-from trainer.metrics.keys import LOWER_IS_BETTER, RANKING_METRICS, RETRIEVAL_METRICS, metric_key
+from trainer.metrics.keys import (
+    AGGREGATE_METRICS,
+    LIST_METRICS,
+    LOWER_IS_BETTER,
+    RANKING_METRICS,
+    RETRIEVAL_METRICS,
+    lower_is_better,
+    metric_key,
+)
 from trainer.metrics.lists import (
     CatalogueFacts,
     aggregate_metrics,
@@ -49,6 +57,8 @@ from trainer.metrics.retrieval import (
 )
 
 __all__ = [
+    "AGGREGATE_METRICS",
+    "LIST_METRICS",
     "LOWER_IS_BETTER",
     "RANKING_METRICS",
     "RETRIEVAL_METRICS",
@@ -73,6 +83,7 @@ __all__ = [
     "hit_rate_at_k",
     "list_metrics",
     "log_loss",
+    "lower_is_better",
     "macro_mean",
     "mae",
     "map_at_k",

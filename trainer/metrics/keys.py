@@ -1,15 +1,22 @@
 """Names of the metrics: the one list that the models, the gates, the baselines and the report read."""
 
+import re
+
 from schema.contract import TaskKind
 
 RETRIEVAL_METRICS = ("recall", "precision", "ndcg", "hit_rate", "mrr", "map")
+# Of lists alone, by user; and of all lists together.
+LIST_METRICS = ("novelty", "mean_popularity", "intra_list_diversity", "mean_age_days")
+AGGREGATE_METRICS = ("coverage", "gini")
 RANKING_METRICS = {
     TaskKind.BINARY: ("auc", "gauc", "log_loss", "normalised_entropy", "ece"),
     TaskKind.WATCH_TIME: ("mae", "xauc"),
     TaskKind.REGRESSION: ("mae", "xauc"),
     TaskKind.COMPLETION: ("mae", "xauc"),
 }
-LOWER_IS_BETTER = frozenset({"log_loss", "normalised_entropy", "ece", "mae"})
+LOWER_IS_BETTER = frozenset(
+    {"log_loss", "normalised_entropy", "ece", "mae", "gini", "mean_popularity", "mean_age_days"}
+)
 
 
 def metric_key(stage: str, metric: str, *, task: str | None = None, k: int | None = None) -> str:
@@ -19,3 +26,12 @@ def metric_key(stage: str, metric: str, *, task: str | None = None, k: int | Non
     ('retrieval/recall_at_100', 'ranking/click/auc')
     """
     return "/".join([stage, *([task] if task else []), metric if k is None else f"{metric}_at_{k}"])
+
+
+def lower_is_better(key: str) -> bool:
+    """Whether a smaller value of a metric is the better one; the key may lack its stage and task.
+
+    >>> lower_is_better("ranking/click/log_loss"), lower_is_better("gini_at_10"), lower_is_better("auc")
+    (True, True, False)
+    """
+    return re.sub(r"_at_\d+$", "", key.rpartition("/")[2]) in LOWER_IS_BETTER

@@ -62,7 +62,7 @@ def list_metrics(
       query_time_unix_s: [Q] or one number, seconds: when the lists were asked for.
 
     Returns:
-      `<metric>_at_<k>` -> float64 [Q], of novelty, mean_popularity, intra_list_diversity, mean_age_days.
+      `<metric>_at_<k>` -> float64 [Q], the names of LIST_METRICS that the facts have.
 
     Raises:
       ShapeError, DataError: from the metrics.
@@ -82,7 +82,7 @@ def aggregate_metrics(lists: IntArray, k: int, num_items: int) -> dict[str, floa
     """What the first k of all lists say together; these are no means over users.
 
     Returns:
-      `<metric>_at_<k>` -> value, of coverage and gini.
+      `<metric>_at_<k>` -> value, the names of AGGREGATE_METRICS.
     """
     return {
         f"coverage_at_{k}": coverage_at_k(lists, k, num_items),
