@@ -161,7 +161,7 @@ def evaluate_policy(
     weights = logged.target / logged.logging
     clipped = weights if clip is None else np.minimum(weights, clip)
     support = _support(weights, clipped, users)
-    check_support(support)
+    _check_support(support)
     sums = {
         IPS: _mean_of_rows(clipped * logged.rewards, users),
         SNIPS: ratio_of_sums(np.bincount(users, clipped * logged.rewards), np.bincount(users, clipped)),
@@ -177,36 +177,6 @@ def evaluate_policy(
         logged=found["logged"],
         support=support,
     )
-
-
-def check_support(support: Support) -> None:
-    """Refuses to report on what the log does not know.
-
-    Raises:
-      PoorSupportError: see `evaluate_policy`.
-    """
-    reasons = []
-    if not support.effective_samples >= MIN_EFFECTIVE_SAMPLES:
-        reasons.append(
-            f"{support.num_rows:,} rows weigh as much as {support.effective_samples:.1f} of equal weight, "
-            f"fewer than {MIN_EFFECTIVE_SAMPLES}"
-        )
-    elif support.max_user_share > MAX_USER_SHARE:
-        reasons.append(
-            f"one of {support.num_users:,} users has {support.max_user_share:.0%} of the weight, more than "
-            f"{MAX_USER_SHARE:.0%}"
-        )
-    deviation = abs(support.mean_weight - 1)
-    if deviation > max(_ROUNDING, _MAX_WEIGHT_DEVIATION * support.mean_weight_error):
-        reasons.append(
-            f"the mean weight is {support.mean_weight:.3f} ± {support.mean_weight_error:.3f} and not 1, so "
-            "that the propensities are wrong, or the target policy does what the log never did"
-        )
-    if reasons:
-        raise PoorSupportError(
-            f"the log cannot tell what the target policy is worth: {'; '.join(reasons)}. Take a longer log, "
-            "one with more exploration, or a target policy that is nearer to what was logged."
-        )
 
 
 def effective_sample_size(weights: npt.ArrayLike) -> float:
@@ -267,3 +237,29 @@ def _support(weights: FloatArray, clipped: FloatArray, users: IntArray) -> Suppo
         max_weight=float(weights.max(initial=0.0)),
         num_clipped=int(np.count_nonzero(clipped < weights)),
     )
+
+
+def _check_support(support: Support) -> None:
+    """Refuses to report on what the log does not know; see `evaluate_policy`."""
+    reasons = []
+    if not support.effective_samples >= MIN_EFFECTIVE_SAMPLES:
+        reasons.append(
+            f"{support.num_rows:,} rows weigh as much as {support.effective_samples:.1f} of equal weight, "
+            f"fewer than {MIN_EFFECTIVE_SAMPLES}"
+        )
+    elif support.max_user_share > MAX_USER_SHARE:
+        reasons.append(
+            f"one of {support.num_users:,} users has {support.max_user_share:.0%} of the weight, more than "
+            f"{MAX_USER_SHARE:.0%}"
+        )
+    deviation = abs(support.mean_weight - 1)
+    if deviation > max(_ROUNDING, _MAX_WEIGHT_DEVIATION * support.mean_weight_error):
+        reasons.append(
+            f"the mean weight is {support.mean_weight:.3f} ± {support.mean_weight_error:.3f} and not 1, so "
+            "that the propensities are wrong, or the target policy does what the log never did"
+        )
+    if reasons:
+        raise PoorSupportError(
+            f"the log cannot tell what the target policy is worth: {'; '.join(reasons)}. Take a longer log, "
+            "one with more exploration, or a target policy that is nearer to what was logged."
+        )

@@ -8,7 +8,6 @@ Intervals over users: `trainer.uncertainty.retrieval_sums` of the values by quer
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -270,24 +269,6 @@ def mean_age_days_at_k(
     now = np.broadcast_to(np.asarray(query_time_unix_s, np.float64), [len(rows)])
     age = np.maximum(0.0, now[:, None] - np.append(upload_time_unix_s, np.nan)[rows]) / SECONDS_PER_DAY
     return _row_means(age, known & ~np.isnan(age))
-
-
-def catalogue_rows(ranked: npt.ArrayLike, item_ids: Sequence[str]) -> IntArray:
-    """Lists of ids as rows of the catalogue, for the metrics of this module.
-
-    Args:
-      ranked: str [Q, K], padded with "".
-      item_ids: I ids, each once.
-
-    Returns:
-      int64 [Q, K], -1 for padding and for items that the catalogue does not have.
-
-    >>> catalogue_rows([["b", "a", ""], ["z", "a", "b"]], ["a", "b"]).tolist()
-    [[1, 0, -1], [-1, 0, 1]]
-    """
-    row_of = {item_id: row for row, item_id in enumerate(item_ids)}
-    table = as_ids(ranked)
-    return np.array([row_of.get(item_id, -1) for item_id in table.ravel()], np.int64).reshape(table.shape)
 
 
 def _rows(lists: IntArray, k: int, num_items: int) -> tuple[IntArray, BoolArray]:
