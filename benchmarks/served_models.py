@@ -12,6 +12,7 @@ from typing import Any
 
 import trainer  # noqa: F401  # isort: skip  selects Keras 2, before TensorFlow is imported
 import numpy as np
+import scann
 import tensorflow as tf
 
 from benchmarks.vectors import clustered_vectors
@@ -21,8 +22,10 @@ from trainer.index import NO_ROW
 from trainer.index_build import build_index
 from trainer.served_index import ServedIndex
 
-MAX_K = 500
+MAX_K = 100
 MIN_RECALL = 0.95
+PLAIN_K = 10
+_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 _USERS = 1_024
 _HISTORY_WEIGHT = 0.2
 
@@ -60,6 +63,30 @@ class RetrievalModel(tf.Module):
         return {"serving_default": serve.get_concrete_function(**query, **self.index.request_signature())}
 
 
+class PlainModel(tf.Module):
+    """Nothing but ScaNN: queries float32 [B, D] in, the PLAIN_K nearest rows int32 and scores float32 out."""
+
+    def __init__(self, items: np.ndarray) -> None:
+        """Indexes items, float32 [I, D]; the settings find 95 % of the nearest 10 of 100,000 x 32."""
+        super().__init__()
+        num_leaves = int(len(items) ** 0.5)
+        builder = scann.scann_ops.builder(items, PLAIN_K, "dot_product")
+        builder = builder.tree(num_leaves, num_leaves // 10, training_sample_size=len(items))
+        builder = builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(10 * PLAIN_K)
+        self.state = builder.build().serialize_to_module()
+        self.width = items.shape[1]
+
+    def signatures(self) -> dict[str, Any]:
+        """The signatures to save."""
+
+        def serve(queries: tf.Tensor) -> dict[str, tf.Tensor]:
+            rows, scores = scann.scann_ops.searcher_from_module(self.state).search_batched(queries)
+            return {"rows": rows, "scores": scores}
+
+        spec = tf.TensorSpec([None, self.width], tf.float32, name="queries")
+        return {"serving_default": tf.function(serve, autograph=False).get_concrete_function(spec)}
+
+
 def requests(num_rows: int, k: int, history: int, num_items: int, seed: int = 0) -> dict[str, np.ndarray]:
     """Inputs of `serving_default`: users and watched items at random, nothing excluded."""
     rng = np.random.default_rng(seed)
@@ -80,7 +107,16 @@ def save_retrieval_model(path: Path, num_items: int, width: int, seed: int = 0) 
     index, facts = build_index(ids, items, queries[:_USERS], IndexConfig(min_recall=MIN_RECALL), MAX_K)
     logger.info("items=%d width=%d recall=%.3f efforts=%s", num_items, width, facts.recall, facts.efforts)
     model = RetrievalModel(ServedIndex(index, ids, MAX_K), queries[_USERS:])
+    _save(model, path, [requests(size, MAX_K, 20, num_items) for size in _BATCH_SIZES])
+
+
+def save_plain_model(path: Path, num_items: int, width: int, seed: int = 0) -> None:
+    """The same for PlainModel."""
+    items, queries = clustered_vectors(num_items, width, max(_BATCH_SIZES), seed)
+    _save(PlainModel(items), path, [{"queries": queries[:size]} for size in _BATCH_SIZES])
+
+
+def _save(model: RetrievalModel | PlainModel, path: Path, warmup: list[dict[str, np.ndarray]]) -> None:
     options = tf.saved_model.SaveOptions(namespace_whitelist=["Scann"])
     tf.saved_model.save(model, str(path), signatures=model.signatures(), options=options)
-    warmup = [requests(size, k, 20, num_items) for size in (1, 2, 4, 8, 16, 32, 64) for k in (10, 100)]
-    write_warmup_requests(path, "retrieval", warmup)
+    write_warmup_requests(path, path.parent.name, {"serving_default": warmup})

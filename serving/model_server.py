@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import logging
 import multiprocessing
 import os
@@ -153,6 +154,9 @@ async def _serve(flags: argparse.Namespace, link: WorkerLink | None = None) -> i
             # Once a worker listens the kernel gives it connections, so it listens only when it can answer.
             models = _load_models(flags, configs)
             rest_socket = _bind(grpc_server, flags, stack, reuse_port=True)
+        # TensorFlow and the graphs are a million objects that stay; the collector need not walk them again.
+        gc.collect()
+        gc.freeze()
         batcher = _create_batcher(batching)
         stop = asyncio.Event()
         for signal_number in (signal.SIGTERM, signal.SIGINT):
