@@ -18,7 +18,6 @@ from tfx.proto import pusher_pb2, transform_pb2
 from tfx.types import BaseChannel, Channel
 from tfx.types.standard_artifacts import ExampleStatistics, Model, ModelBlessing
 
-from schema.contract import FeatureKind
 from tfx_pipeline.components.blessed_resolver import (
     CURRENT,
     STATISTICS,
@@ -132,13 +131,10 @@ def create_pipeline(
     ]  # fmt: skip
 
     trainers, evaluators, comparisons = {}, {}, {}
+    # Without slices: the comparison has them, and each would cost Beam as much as the whole split.
     eval_configs = {
-        RETRIEVAL: retrieval_eval_config(
-            features.TEST_ITEMS,
-            CUTOFFS,
-            [*_slices(config), [features.USER_TYPE]],
-        ),
-        RANKING: ranking_eval_config(spec.tasks, _slices(config)),
+        RETRIEVAL: retrieval_eval_config(features.TEST_ITEMS, CUTOFFS),
+        RANKING: ranking_eval_config(spec.tasks),
     }
     judged_on = {RETRIEVAL: user_states.outputs["examples"], RANKING: examples}
     judged_splits = {RETRIEVAL: list(ExampleKind.USER_STATES.splits), RANKING: ["test"]}
@@ -309,10 +305,3 @@ def _last_statistics(statistics: BaseNode, local: bool) -> BaseNode:
         strategy = LatestOtherStatisticsStrategy
         channels[CURRENT] = statistics.outputs["statistics"]
     return Resolver(strategy_class=strategy, **channels).with_id("LastStatistics")
-
-
-def _slices(config: RunConfig) -> list[list[str]]:
-    """What the Evaluator slices by: the comparison has the other dimensions."""
-    categorical = {f.name for f in config.dataset.users.features if f.kind is FeatureKind.CATEGORICAL}
-    names = categorical | {features.SURFACE}
-    return [[names_of[0]] for names_of in config.slices if len(names_of) == 1 and names_of[0] in names]
