@@ -122,6 +122,10 @@ def test_selectors_find_the_pods_and_the_settings(manifests):
         assert text == (SETTINGS / name).read_text()
 
 
+def test_replicas_are_set_by_the_autoscaler_or_by_hand_not_by_both(manifests):
+    assert ("HorizontalPodAutoscaler" in manifests) != ("replicas" in manifests["Deployment"]["spec"])
+
+
 def test_overlays_differ_where_they_should():
     built = {
         overlay: run("kubectl", "kustomize", SERVING / "kubernetes" / "overlays" / overlay).stdout
