@@ -101,7 +101,7 @@ def test_users_are_drawn_by_the_seed_and_keep_their_excluded_items():
 
 
 def samples_of(latencies_ms, errors=()):
-    good = [Sample(0.0, 0.0, ms / 1e3, {"retrieve": ms / 2e3, "rank": ms / 4e3}) for ms in latencies_ms]
+    good = [Sample(0.0, 0.001, ms / 1e3, {"retrieve": ms / 2e3, "rank": ms / 4e3}) for ms in latencies_ms]
     return good + [Sample(0.0, 0.002, 0.5, {}, kind) for kind in errors]
 
 
@@ -117,7 +117,7 @@ def test_percentiles_are_measured_values_of_answered_requests():
     assert result.achieved_rate_per_s == pytest.approx(97 / 2.0)
     assert result.generator_cpu_ms_per_request == pytest.approx(1.0)
     assert result.generator_cores == pytest.approx(0.05)
-    assert astuple(result.late_ms) == pytest.approx((0, 0, 2, 2))
+    assert astuple(result.late_ms) == pytest.approx((1, 1, 2, 2))
     assert result.warnings == []
 
 
