@@ -1,15 +1,11 @@
 """The whole product on a tiny world: a fresh run, an identical one, worse models; then serving."""
 
-import dataclasses
 import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -23,6 +19,7 @@ from serving.client import RecommenderClient
 from serving.process import ModelServerProcess
 from serving.warmup import WARMUP_FILE
 from tests.tfx_pipeline import taste_world
+from tests.tfx_pipeline.taste_run import Run, run
 from tfx_pipeline.cli import main
 from tfx_pipeline.config import MODELS, RunPaths
 from tfx_pipeline.gates import Verdict, read_validation
@@ -42,65 +39,6 @@ UNTRAINED = [
     f"--set={model}.{setting}" for model in MODELS for setting in ("learning_rate=0", "max_epochs=1")
 ]
 USER, STRANGER = "u7", "nobody-has-seen"
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What a run left, read at once: later runs share the folder."""
-
-    exit_code: int
-    output: str
-    errors: str
-    versions: dict[str, list[str]]
-    result: RunResult
-    metrics: dict[str, Any]
-    page: str
-
-    @property
-    def reused(self) -> set[str]:
-        return {timing.component for timing in self.result.timings if timing.cached}
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> RunPaths:
-    return RunPaths(tmp_path_factory.mktemp("run") / "out")
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return taste_world.write(tmp_path_factory.mktemp("world"))
-
-
-def run(config: Path, paths: RunPaths, *args: str) -> Run:
-    command = [sys.executable, "-m", "tfx_pipeline.cli", "run", "--config", config]
-    # As a person starts it: without what the tests set for TensorFlow in this process.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TF_", "CUDA_"))}
-    done = subprocess.run(
-        [*command, "--output-dir", paths.output_dir, *args],
-        cwd=REPO,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert paths.run_file.is_file(), done.stdout + done.stderr
-    return Run(
-        exit_code=done.returncode,
-        output=done.stdout,
-        errors=done.stderr,
-        versions={
-            model: sorted(os.listdir(paths.serving_models / model))
-            for model in MODELS
-            if (paths.serving_models / model).is_dir()
-        },
-        result=read_run(paths.output_dir),
-        metrics=json.loads((paths.report / "metrics.json").read_text())["metrics"],
-        page=(paths.report / "index.html").read_text(),
-    )
-
-
-@pytest.fixture(scope="module")
-def fresh(config: Path, paths: RunPaths) -> Run:
-    return run(config, paths)
 
 
 @pytest.fixture(scope="module")
