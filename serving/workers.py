@@ -254,14 +254,18 @@ class Supervisor:
     async def _reload(self, asking: _Worker, message: _Reload) -> None:
         async with self._reloading:  # one config after the other, in the same order for all
             number, answers = next(self._numbers), []
+            # Already now, for a worker that starts meanwhile.
+            before, self._config = self._config, message.config
             for worker in self._workers:
                 worker.reloads[number] = asyncio.get_running_loop().create_future()
                 answers.append(worker.reloads[number])
-                worker.connection.send(_Reload(number, message.config))
+                # One that has just ended is told of by its sentinel, which answers for it.
+                with contextlib.suppress(OSError):
+                    worker.connection.send(_Reload(number, message.config))
             errors = await asyncio.gather(*answers)
             error = next(filter(None, errors), None)
-            if error is None:
-                self._config = message.config
+            if error is not None:
+                self._config = before
         with contextlib.suppress(OSError):  # the one that asked may be gone
             asking.connection.send(_Reloaded(message.number, error))
 
