@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 from click.testing import CliRunner
@@ -13,7 +14,7 @@ from tfx_pipeline.report import comparison_page, history
 from tfx_pipeline.report.collect import collect
 from tfx_pipeline.report.comparison_page import comparability, render_comparison
 from tfx_pipeline.report.differences import differences
-from tfx_pipeline.report.facts import read_facts
+from tfx_pipeline.report.facts import FeatureDrift, read_facts
 from tfx_pipeline.report.render import write_report
 
 DAY_S = 86_400
@@ -103,11 +104,28 @@ def test_a_published_run_has_its_cost_and_what_changed_since_the_last_blessed_on
     page = publish(second, tmp_path).read_text("utf-8")
     facts = read_facts(tmp_path / "report" / SECOND / "metrics.json")
     assert facts.timings == TIMINGS
-    assert set(facts.machine) == {"Processor", "Cores", "Memory", "System"}
+    assert set(facts.machine) == {"Processor", "Cores", "Memory", "System", "Commit"}
     assert (facts.since.before, facts.since.after) == (FIRST, SECOND)
     assert [setting.name for setting in facts.since.config] == ["gates[retrieval/recall_at_100].min"]
     assert "Different configuration: 1 value differs." in page
     assert read_facts(tmp_path / "report" / FIRST / "metrics.json").since is None
+
+
+def test_a_run_with_undefined_numbers_everywhere_is_published_and_says_so(first, tmp_path, no_plots):
+    nan = float("nan")
+    answer = first.examples[0]
+    item = dataclasses.replace(answer.items[0], score=nan, retrieval_score=nan, predictions={"click": nan})
+    drift = dataclasses.replace(first.drift, found={"last_run": (FeatureDrift("age", nan, 0.2),)})
+    facts = dataclasses.replace(
+        first,
+        examples=(dataclasses.replace(answer, items=(item,)),),
+        drift=drift,
+        index=dataclasses.replace(first.index, recall=nan),
+    )
+    page = publish(facts, tmp_path).read_text("utf-8")
+    assert '<th scope="row">age</th><td>undefined</td>' in page
+    assert "ScaNN finds undefined of the 500 items" in page
+    assert "nan" not in re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL).split("<main>")[1]
 
 
 def test_a_run_that_reused_everything_keeps_the_cost_of_when_it_ran(first, tmp_path, no_plots):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 
@@ -22,6 +23,8 @@ from trainer.waterfall import Waterfall
 
 COLD_USERS = f"{features.USER_TYPE} = {features.COLD}"
 METRICS_FILE = "metrics.json"
+# JSON has no NaN: it is written as null, and read as what it was.
+Number = Annotated[float, pydantic.BeforeValidator(lambda value: math.nan if value is None else value)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,10 +146,10 @@ class AnswerItem:
 
     item_id: str
     rank: int
-    score: float
-    retrieval_score: float
+    score: Number
+    retrieval_score: Number
     reason_item_id: str
-    predictions: Mapping[str, float]
+    predictions: Mapping[str, Number]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +169,7 @@ class SearchEffort:
     k: int
     num_leaves_to_search: int
     num_reordering_candidates: int
-    recall: float
+    recall: Number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,10 +184,10 @@ class IndexFacts:
 
     num_items: int
     vector_width: int
-    settings: Mapping[str, float]
+    settings: Mapping[str, Number]
     k: int
-    recall: float
-    build_s: float
+    recall: Number
+    build_s: Number
     efforts: tuple[SearchEffort, ...] = ()
     recall_by_slice: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
     num_sample_queries: int | None = None
@@ -232,8 +235,8 @@ class FeatureDrift:
     """How far a feature moved; above the limit it is too far."""
 
     feature: str
-    distance: float
-    limit: float
+    distance: Number
+    limit: Number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,10 +256,10 @@ class DriftFacts:
 class Latency:
     """Percentiles of the time of a request, milliseconds."""
 
-    p50: float
-    p95: float
-    p99: float
-    max: float
+    p50: Number
+    p95: Number
+    p99: Number
+    max: Number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,9 +274,9 @@ class LoadFacts:
       warnings: reasons to doubt the figures.
     """
 
-    rate_per_s: float
+    rate_per_s: Number
     num_requests: int
-    error_share: float
+    error_share: Number
     latency_ms: Mapping[str, Latency]
     warnings: tuple[str, ...]
 

@@ -55,7 +55,7 @@ def difference(value: float | None) -> str:
 
 def share(value: float | None) -> str:
     """0.1234 as 12.3 %."""
-    return UNDEFINED if value is None else typeset(f"{100 * value:,.1f}\u00a0%")
+    return UNDEFINED if value is None or math.isnan(value) else typeset(f"{100 * value:,.1f}\u00a0%")
 
 
 def mebibytes(value: int) -> str:

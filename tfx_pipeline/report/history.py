@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -95,13 +96,24 @@ def find_run(run: str, report_dir: Path) -> RunFacts:
 
 
 def machine() -> dict[str, str]:
-    """What this machine is, for readers of the timings."""
+    """What a run ran on: the machine, for readers of the timings, and the commit of the sources."""
     return {
         "Processor": _processor(),
         "Cores": str(psutil.cpu_count() or "unknown"),
         "Memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
         "System": platform.platform(terse=True),
+        "Commit": _commit(),
     }
+
+
+def _commit() -> str:
+    """The commit of the sources that ran, with `-dirty` when they were edited since."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown: the sources are no git checkout"
+    return done.stdout.strip()
 
 
 def _processor() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 
 from schema.contract import TaskSpec
@@ -33,7 +34,6 @@ _SLICES_SHOWN = 200
 _MOVERS_SHOWN = 6
 _NOT_MEASURED = "–"
 _ROW_WORDS = {RETRIEVAL: "lists", RANKING: "impressions"}
-_DRIFT_WORDS = {True: ("too far", "worse"), False: ("near enough", "better")}
 _DRIFT_COMPARISONS = {"train_to_eval": "from train to eval", "last_run": "from the last run’s train split"}
 
 
@@ -343,7 +343,7 @@ def drift_tables(drift: DriftFacts) -> list[Table]:
                 (
                     Cell(formatting.decimal(found.distance), value=found.distance),
                     Cell(formatting.decimal(found.limit), value=found.limit),
-                    Cell(*_DRIFT_WORDS[found.distance > found.limit]),
+                    Cell(*_drift_verdict(found.distance, found.limit)),
                 ),
             )
             for found in features
@@ -352,6 +352,12 @@ def drift_tables(drift: DriftFacts) -> list[Table]:
         columns = ("Feature", "Distance", "Limit", "Verdict")
         tables.append(Table(caption, columns, tuple(rows), name=f"drift-{name}"))
     return tables
+
+
+def _drift_verdict(distance: float, limit: float) -> tuple[str, str]:
+    if math.isnan(distance):
+        return formatting.UNDEFINED, "worse"
+    return ("too far", "worse") if distance > limit else ("near enough", "better")
 
 
 def drift_absent(drift: DriftFacts) -> list[str]:
