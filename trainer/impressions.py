@@ -169,9 +169,16 @@ def _shares(candidates: tf.Tensor, impressions: tf.Tensor) -> tf.Tensor:
       candidates: int [U, N, T].
       impressions: int [U, L, T'].
     """
-    mine, theirs = candidates[:, :, tf.newaxis, :, tf.newaxis], impressions[:, tf.newaxis, :, tf.newaxis, :]
-    same = tf.equal(tf.cast(mine, tf.int32), tf.cast(theirs, tf.int32)) & (theirs >= ft.FIRST_VOCABULARY_ID)
-    return tf.reduce_any(same, axis=[3, 4])
+    mine, theirs = tf.cast(candidates, tf.int32), tf.cast(impressions, tf.int32)
+    # No candidate has the id -1.
+    theirs = tf.where(theirs >= ft.FIRST_VOCABULARY_ID, theirs, -1)
+    # One row of pairs per user: comparing arrays of five dimensions takes several times as long.
+    num_users, num_candidates, width = tf.unstack(tf.shape(mine))
+    mine = tf.reshape(mine, [num_users, num_candidates * width, 1])
+    length, other_width = tf.unstack(tf.shape(theirs)[1:])
+    same = tf.equal(mine, tf.reshape(theirs, [num_users, 1, length * other_width]))
+    same = tf.reshape(same, [num_users, num_candidates, width, length, other_width])
+    return tf.reduce_any(same, axis=[2, 4])
 
 
 def _log_age(age_days: tf.Tensor) -> tf.Tensor:
