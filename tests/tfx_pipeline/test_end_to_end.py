@@ -21,7 +21,7 @@ from serving.warmup import WARMUP_FILE
 from tests.tfx_pipeline import taste_world
 from tests.tfx_pipeline.taste_run import Run, run
 from tfx_pipeline.cli import main
-from tfx_pipeline.config import MODELS, RunPaths
+from tfx_pipeline.config import BUNDLES, MODELS, RunPaths
 from tfx_pipeline.gates import Verdict, read_validation
 from tfx_pipeline.outcome import read_artifact_uris
 from tfx_pipeline.recommend import titles, user_state
@@ -161,8 +161,8 @@ def test_evaluate_finds_what_the_run_found(fresh: Run, paths: RunPaths, tmp_path
 def test_an_identical_run_reuses_all_that_takes_time(fresh: Run, again: Run) -> None:
     assert (again.exit_code, again.errors) == (0, "")
     everything = {timing.component for timing in fresh.result.timings}
-    looked_up_again = {f"{kind}.{model}" for kind in ("LatestBlessed", "Pusher") for model in MODELS}
-    looked_up_again.add("LastStatistics")
+    looked_up_again = {f"LatestBlessed.{model}" for model in MODELS} | {"LastStatistics"}
+    looked_up_again |= {f"Pusher.{bundle}" for bundle in BUNDLES}
     assert everything - again.reused == {*looked_up_again, "ReportWriter"}
     assert re.search(r"Trainer\.retrieval +reused from cache", again.output)
     assert f"{len(again.reused)} of {len(everything)} components reused from cache" in again.output
