@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 import time
@@ -176,6 +177,7 @@ class Model:
         self._loaded = {v: servable for v, servable in self._loaded.items() if v not in versions}
         for version in versions:
             self._set_status(version, VersionStatus(State.END))
+        _give_back_memory()
         logger.info("unloaded model=%s versions=%s serving=%s", self.name, sorted(versions), self.versions())
 
     def _set_status(self, version: int, status: VersionStatus) -> None:
@@ -187,6 +189,13 @@ class Model:
         with self._status_lock:
             self._statuses = {v: status for v, status in self._statuses.items() if v in known}
         self._failures = {v: failure for v, failure in self._failures.items() if v in known}
+
+
+def _give_back_memory() -> None:
+    """Has the C library return freed memory: it would keep 50 MB more with every swap (200,000 x 128)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)
 
 
 def _code_of(error: Exception) -> grpc.StatusCode:
