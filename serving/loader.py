@@ -14,7 +14,7 @@ import tensorflow as tf
 from tensorflow_serving.apis import get_model_status_pb2
 
 from serving import metrics
-from serving.config import ModelConfig
+from serving.config import ModelConfig, VersionPolicy
 from serving.servable import Servable
 from serving.status import RequestError, code_from_number, not_found
 from serving.versions import find_versions
@@ -78,16 +78,22 @@ class Model:
         """Model name in requests."""
         return self.config.name
 
-    def refresh(self) -> None:
+    def refresh(self, policy: VersionPolicy | None = None) -> None:
         """Brings what is loaded in line with the version policy and what is on disk.
 
         New versions are loaded first; those that the policy no longer wants go once one that it wants is
         there. A version that does not load makes place for the next older one, is tried again later or once
         its files change, and never costs a version that serves. When no version is left on disk the loaded
         ones stay.
+
+        Args:
+          policy: instead of that of the config.
+
+        Raises:
+          OSError: the folder cannot be read; what is loaded stays.
         """
         found = find_versions(self.config.base_path)
-        policy = self.config.policy
+        policy = policy or self.config.policy
         served: list[int] = []
         for version in policy.candidates(found):
             if policy.limit is not None and len(served) == policy.limit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -32,7 +33,10 @@ class ModelManager:
     ) -> None:
         self._settings = settings or LoadSettings()
         self._allow_labels_before_loading = allow_labels_before_loading
-        self._models: dict[str, Model] = {}  # replaced whole: requests read it without a lock
+        # Replaced whole: requests read them without a lock.
+        self._models: dict[str, Model] = {}
+        self._successors: dict[str, Model] = {}  # at a new base path, until a version of it is loaded
+        self._configs: dict[str, ModelConfig] = {}
         self._loading = threading.Lock()  # one thread at a time loads and unloads
         self._closing = threading.Event()
 
@@ -41,27 +45,25 @@ class ModelManager:
 
         Raises:
           RequestError: FAILED_PRECONDITION for a version label of a version that is not loaded: nothing has
-            changed. UNKNOWN for a model without a version that loads: the config holds from now on for all
-            others; that model, if new, is tried again when its time has come, and else serves what it did.
+            changed. UNKNOWN for a model without a version that loads, or whose folder cannot be read: the
+            config holds from now on; that model serves what it did, if anything, and is tried again when its
+            time has come.
         """
         with self._loading:
             self._check_labels(configs)
             models: dict[str, Model] = {}
+            successors: dict[str, Model] = {}
             failures: list[str] = []
             for name, config in configs.items():
-                old = self._models.get(name)
-                model = old
-                if model is None or model.config.base_path != config.base_path:
-                    model = Model(config, self._settings)
-                model.config = config
-                model.refresh()
-                if not model.versions():
-                    failures.append(
-                        f"model {name!r}: no version under {config.base_path} can be loaded: "
-                        f"{model.failures()}"
-                    )
-                models[name] = model if model.versions() or old is None else old
-            self._models = models
+                old, model = self._models.get(name), self._model_at(config)
+                failures.extend(_refresh(model, config))
+                if old is not None and old.versions() and not model.versions():
+                    models[name], successors[name] = old, model
+                else:
+                    models[name] = model
+            for name, model in (models | successors).items():
+                model.config = configs[name]
+            self._models, self._successors, self._configs = models, successors, dict(configs)
         if failures:
             raise RequestError(grpc.StatusCode.UNKNOWN, " ".join(failures))
 
@@ -96,6 +98,8 @@ class ModelManager:
         """
         model = self._model(spec.name)
         statuses = model.statuses()
+        if (successor := self._successors.get(spec.name)) is not None:
+            statuses = _with_successor(statuses, successor.statuses())
         if not statuses:
             raise not_found(f"Could not find any versions of model {spec.name}")
         version = _version_of(spec, model)
@@ -111,7 +115,17 @@ class ModelManager:
 
     def serving_versions(self) -> list[tuple[str, int]]:
         """Returns (model name, version) of what answers a request without version."""
-        return [(model.name, model.servable(None).version) for model in self._models.values()]
+        return [
+            (name, max(versions)) for name, model in self._models.items() if (versions := model.versions())
+        ]
+
+    def _model_at(self, config: ModelConfig) -> Model:
+        """Returns the model at the base path of a config: the known one, or a new one."""
+        for models in (self._successors, self._models):
+            model = models.get(config.name)
+            if model is not None and model.config.base_path == config.base_path:
+                return model
+        return Model(config, self._settings)
 
     def _model(self, name: str) -> Model:
         if not name:
@@ -139,29 +153,59 @@ class ModelManager:
     def _start(self, name: str, wait_s: float, look: Callable[[], None]) -> None:
         def run() -> None:
             while not self._closing.wait(wait_s):
-                look()
+                try:
+                    look()
+                except Exception:  # without its thread the server would never look again, and not tell
+                    logger.exception("%s failed, looks again in %g s", name, wait_s)
 
         if wait_s > 0:
             threading.Thread(target=run, name=name, daemon=True).start()
 
     def _refresh(self) -> None:
         with self._loading:
-            for model in self._models.values():
+            for model in (*self._models.values(), *self._successors.values()):
                 try:
                     model.refresh()
                 except OSError:  # a folder that is being replaced while it is read; the next look may succeed
                     logger.exception(
                         "cannot look for versions model=%s path=%s", model.name, model.config.base_path
                     )
+            loaded = {name: model for name, model in self._successors.items() if model.versions()}
+            if loaded:
+                self._models = self._models | loaded
+                self._successors = {n: model for n, model in self._successors.items() if n not in loaded}
 
     def _reload(self, path: Path) -> None:
         try:
             configs = read_model_config(path)
-            if configs != {name: model.config for name, model in self._models.items()}:
+            if configs != self._configs:
                 self.load(configs)
                 logger.info("reloaded path=%s models=%s", path, ",".join(configs))
         except (ConfigError, ServingError) as error:
-            logger.error("cannot take over %s, still serving=%s: %s", path, self.serving_versions(), error)
+            logger.error("cannot take over all of %s, serving=%s: %s", path, self.serving_versions(), error)
+
+
+def _refresh(model: Model, config: ModelConfig) -> list[str]:
+    """Loads what a config asks for; returns what went wrong."""
+    try:
+        model.refresh(config.policy)
+    except OSError as error:
+        logger.exception("cannot look for versions model=%s path=%s", model.name, config.base_path)
+        return [f"model {model.name!r}: {config.base_path} cannot be read: {error}"]
+    if model.versions():
+        return []
+    return [f"model {model.name!r}: no version under {config.base_path} can be loaded: {model.failures()}"]
+
+
+def _with_successor(
+    statuses: dict[int, VersionStatus], successor: dict[int, VersionStatus]
+) -> dict[int, VersionStatus]:
+    """Adds the states at a new base path; a version that is in both keeps its state, with the error."""
+    merged = successor | {
+        version: dataclasses.replace(successor.get(version, status), state=status.state)
+        for version, status in statuses.items()
+    }
+    return dict(sorted(merged.items(), reverse=True))
 
 
 def _version_of(spec: model_pb2.ModelSpec, model: Model) -> int | None:

@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+import time
 import weakref
 
 import grpc
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 from tensorflow_serving.apis import get_model_status_pb2, model_pb2
 
-from serving.config import ModelConfig, VersionPolicy
-from serving.loader import LoadSettings
+from serving.config import ModelConfig, VersionPolicy, format_model_config
+from serving.loader import LoadSettings, Model
 from serving.manager import ModelManager
 from serving.status import RequestError
+from serving.versions import find_versions
 
 State = get_model_status_pb2.ModelVersionStatus
 ALL = VersionPolicy(limit=None)
@@ -267,3 +269,102 @@ def test_a_model_whose_base_path_changes_serves_the_old_one_until_the_new_one_is
     assert answer(manager) == 1
     manager.load({"echo": ModelConfig("echo", echo_versions)})
     assert answer(manager) == 4
+
+
+def test_a_base_path_that_does_not_load_is_tried_as_often_as_asked_and_taken_once_it_loads(
+    world, tmp_path, echo_versions, monkeypatch
+):
+    clock = [0.0]
+    monkeypatch.setattr("serving.loader.time.monotonic", lambda: clock[0])
+    world.add(1)
+    config_file = tmp_path / "models.config"
+    manager = ModelManager(LoadSettings(max_num_retries=1, retry_interval_s=60.0))
+    manager.load(world.config())
+    (tmp_path / "new").mkdir()
+    new = World(tmp_path / "new", echo_versions)
+    new.add(1, 2)
+    new.damage(1)
+    new.damage(2)
+    config_file.write_text(format_model_config({"echo": new.base_path}))
+    tries = []
+    load = Model._load
+
+    def counted(self, version, path, *, is_last_try):
+        tries.append(version)
+        return load(self, version, path, is_last_try=is_last_try)
+
+    monkeypatch.setattr("serving.loader.Model._load", counted)
+    for time_s, expected in ((0.0, [2, 1]), (59.0, [2, 1]), (61.0, [2, 1] * 2), (1000.0, [2, 1] * 2)):
+        clock[0] = time_s
+        manager._reload(config_file)
+        manager._refresh()
+        assert tries == expected
+    assert answer(manager) == 1
+    assert states(manager) == {2: State.END, 1: State.AVAILABLE}
+    assert all(status.message for status in manager.statuses(spec()).values())
+    new.repair(2)
+    manager._refresh()
+    assert answer(manager) == 2
+    assert manager.statuses(spec())[2].message == ""
+
+
+def test_a_folder_that_cannot_be_read_costs_the_other_models_nothing(world, echo_versions, monkeypatch):
+    world.add(1)
+    manager = ModelManager(NO_RETRY)
+    manager.load(world.config())
+
+    def find(path):
+        if path == world.base_path:
+            raise PermissionError(13, "Permission denied", str(path))
+        return find_versions(path)
+
+    other = {"other": ModelConfig("other", echo_versions)}
+    with monkeypatch.context() as patch:
+        patch.setattr("serving.loader.find_versions", find)
+        text = refused(lambda: manager.load(world.config(latest(2), stable=1) | other), "UNKNOWN")
+    assert "'echo'" in text
+    assert "Permission denied" in text
+    assert answer(manager, label="stable") == 1
+    assert answer(manager, name="other") == 4
+    world.add(2)
+    manager._refresh()
+    assert [answer(manager, version=version) for version in (1, 2)] == [1, 2]
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "not reached in time"
+        time.sleep(0.01)
+
+
+def test_a_polled_config_with_a_model_that_has_no_version_is_survived_and_its_correction_taken(
+    world, tmp_path, echo_versions, caplog
+):
+    world.add(1)
+    manager = ModelManager(NO_RETRY)
+    manager.load(world.config())
+    config_file = tmp_path / "models.config"
+    config_file.write_text(format_model_config({"echo": world.base_path, "new": tmp_path / "nowhere"}))
+    manager.start_polling_config(config_file, 0.01)
+    try:
+        wait_for(lambda: "cannot take over" in caplog.text)
+        assert manager.serving_versions() == [("echo", 1)]
+        config_file.write_text(format_model_config({"echo": world.base_path, "new": echo_versions}))
+        wait_for(lambda: manager.serving_versions() == [("echo", 1), ("new", 4)])
+    finally:
+        manager.close()
+
+
+def test_what_a_poller_does_not_expect_does_not_end_it(caplog):
+    manager = ModelManager()
+    looks = []
+
+    def look():
+        looks.append(1)
+        raise ZeroDivisionError
+
+    manager._start("poller", 0.01, look)
+    wait_for(lambda: len(looks) > 1)
+    manager.close()
+    assert "poller failed" in caplog.text
