@@ -109,10 +109,21 @@ class ServedRetrieval(ServedModel):
         """
         raw = raw_inputs.parse_user_state_examples(examples, self._spec)
         query = raw_inputs.transform_query(self._layer(), raw, self._spec)
-        k = tf.fill(tf.shape(examples), min(EVALUATION_K, self.index.max_k))
-        request = self.index.request(k, raw[ft.SEEN_ITEMS])
-        found = self.index.search(self._encode_queries(query), request)
-        return {"item_ids": self.index.ids(found.rows), "scores": found.scores}
+        k = min(EVALUATION_K, self.index.max_k)
+
+        def recommend_one(query_and_seen: tuple[tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+            vectors, seen = (part[tf.newaxis] for part in query_and_seen)
+            found = self.index.search(vectors, self.index.request(tf.constant([k]), seen))
+            return found.rows[0], found.scores[0]
+
+        # One at a time: a batch is searched with the effort that its longest exclusion list needs, so that
+        # what a user gets, and with it every metric, would hang on who else is in the batch.
+        rows, scores = tf.map_fn(
+            recommend_one,
+            (self._encode_queries(query), raw[ft.SEEN_ITEMS]),
+            fn_output_signature=(tf.TensorSpec([k], tf.int32), tf.TensorSpec([k], tf.float32)),
+        )
+        return {"item_ids": self.index.ids(rows), "scores": scores}
 
     def calls(self) -> dict[str, Signature]:
         """See the base class."""

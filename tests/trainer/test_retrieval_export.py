@@ -16,6 +16,7 @@ from schema.errors import ConfigError, IndexBuildError
 from tests.trainer import retrieval_world as world
 from trainer.config import IndexConfig, RetrievalConfig
 from trainer.fingerprint import Fingerprint
+from trainer.index import CandidateIndex, Effort, ExactIndex, ScannIndex
 from trainer.index_build import build_index
 from trainer.retrieval import RetrievalModel
 from trainer.retrieval_export import ServedRetrieval, export
@@ -251,6 +252,27 @@ def test_user_state_examples_get_unseen_items(signatures: Any) -> None:
     assert items.shape == (2, MAX_K) and (items != "").all()
     assert not set(items[0]) & set(seen)
     assert (np.diff(outputs["scores"].numpy(), axis=1) <= 0).all()
+
+
+def test_what_an_example_gets_does_not_hang_on_who_else_is_in_the_batch(model: RetrievalModel) -> None:
+    catalogue = world.catalogue()
+    approximate = ScannIndex.build(model.encode_catalogue(catalogue), num_leaves=60)
+    approximate.efforts = [Effort(MAX_K, 8, 50)]  # finds part of what is there; more with a longer list
+    index = CandidateIndex(ExactIndex(approximate.vectors), approximate)
+    served = ServedRetrieval(model, index, world.FakeTransform(), catalogue, world.SPEC, MAX_K)
+
+    def example(user_id: str, seen: list[str]) -> bytes:
+        message = tf.train.Example()
+        message.features.feature["user_id"].bytes_list.value.append(user_id.encode())
+        message.features.feature["event_time_unix_s"].int64_list.value.append(0)
+        message.features.feature["seen_item_ids"].bytes_list.value.extend(id_.encode() for id_ in seen)
+        return message.SerializeToString()
+
+    users = [example(f"u{number}", []) for number in range(20)]
+    # Whoever has seen much makes a batch search harder.
+    alone = served.recommend_examples(tf.constant(users))
+    together = served.recommend_examples(tf.constant([*users, example("u30", ALL_ITEMS[:400])]))
+    np.testing.assert_array_equal(together["item_ids"][:20], alone["item_ids"])
 
 
 def test_a_fresh_process_needs_only_scann_to_load_it(model_dir: Path, signatures: Any) -> None:
