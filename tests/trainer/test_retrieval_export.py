@@ -256,7 +256,9 @@ def test_user_state_examples_get_unseen_items(signatures: Any) -> None:
 
 def test_what_an_example_gets_does_not_hang_on_who_else_is_in_the_batch(model: RetrievalModel) -> None:
     catalogue = world.catalogue()
-    approximate = ScannIndex.build(model.encode_catalogue(catalogue), num_leaves=60)
+    # Vectors of no structure: half of the neighbours lie in other leaves.
+    vectors = np.random.default_rng(0).normal(size=model.encode_catalogue(catalogue).shape)
+    approximate = ScannIndex.build(vectors.astype(np.float32), num_leaves=60)
     approximate.efforts = [Effort(MAX_K, 8, 50)]  # finds part of what is there; more with a longer list
     index = CandidateIndex(ExactIndex(approximate.vectors), approximate)
     served = ServedRetrieval(model, index, world.FakeTransform(), catalogue, world.SPEC, MAX_K)
