@@ -45,6 +45,7 @@ def add_services(
     server: grpc.aio.Server,
     models: ModelManager,
     executor: Executor,
+    loader: Executor,
     *,
     batcher: Batcher | None = None,
     reload: Reload | None = None,
@@ -57,6 +58,7 @@ def add_services(
       models: the loaded models.
       executor: threads that run models. A call that still waits for one when its deadline passes, or when the
         client has gone, is dropped; one that runs goes on, for nobody.
+      loader: the thread that loads configs, which takes seconds and must not keep requests waiting.
       batcher: runs Predict requests together; None runs each alone.
       reload: has a config loaded; by default by `models` alone.
       check_method_name: see `inference.classify`.
@@ -64,7 +66,7 @@ def add_services(
     prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(
         PredictionService(models, executor, batcher, check_method_name), server
     )
-    model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(models, reload), server)
+    model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(models, loader, reload), server)
 
 
 class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
@@ -180,8 +182,9 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
 class ModelService(model_service_pb2_grpc.ModelServiceServicer):
     """GetModelStatus and HandleReloadConfigRequest."""
 
-    def __init__(self, models: ModelManager, reload: Reload | None) -> None:
+    def __init__(self, models: ModelManager, loader: Executor, reload: Reload | None) -> None:
         self._models = models
+        self._loader = loader
         self._reload = reload or self._reload_here
 
     async def GetModelStatus(
@@ -200,7 +203,8 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
     async def _reload_here(
         self, request: model_management_pb2.ReloadConfigRequest
     ) -> model_management_pb2.ReloadConfigResponse:
-        return await asyncio.to_thread(reload_config, self._models, request)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._loader, reload_config, self._models, request)
 
 
 def model_metadata(
@@ -243,9 +247,9 @@ def model_status(
 
 
 def reload_config(
-    models: ModelManager, request: model_management_pb2.ReloadConfigRequest
+    models: ModelManager, request: model_management_pb2.ReloadConfigRequest, check_labels: bool = True
 ) -> model_management_pb2.ReloadConfigResponse:
-    """Answers HandleReloadConfigRequest.
+    """Answers HandleReloadConfigRequest; `check_labels` as in ModelManager.load.
 
     Raises:
       RequestError: INVALID_ARGUMENT for a config that is refused, or one that is no model_config_list; and
@@ -257,7 +261,7 @@ def reload_config(
         configs = parse_model_config(request.config)
     except ConfigError as error:
         raise invalid_argument(str(error)) from error
-    models.load(configs)
+    models.load(configs, check_labels=check_labels)
     return model_management_pb2.ReloadConfigResponse()
 
 

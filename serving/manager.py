@@ -40,8 +40,12 @@ class ModelManager:
         self._loading = threading.Lock()  # one thread at a time loads and unloads
         self._closing = threading.Event()
 
-    def load(self, configs: Mapping[str, ModelConfig]) -> None:
+    def load(self, configs: Mapping[str, ModelConfig], *, check_labels: bool = True) -> None:
         """Loads the models of a config and unloads all others; what serves goes on serving meanwhile.
+
+        Args:
+          configs: by model name.
+          check_labels: False for a config that has held before, whose labels may name versions yet to load.
 
         Raises:
           RequestError: FAILED_PRECONDITION for a version label of a version that is not loaded: nothing has
@@ -50,7 +54,8 @@ class ModelManager:
             time has come.
         """
         with self._loading:
-            self._check_labels(configs)
+            if check_labels:
+                self._check_labels(configs)
             models: dict[str, Model] = {}
             successors: dict[str, Model] = {}
             failures: list[str] = []

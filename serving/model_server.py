@@ -33,6 +33,7 @@ from schema.errors import ConfigError, FunnelError, ServingError
 from serving.batching_config import BatchingParameters, read_batching_parameters
 from serving.config import ModelConfig, parse_model_config, read_model_config
 from serving.flags import OFF, parse_flags
+from serving.status import RequestError
 from serving.versions import check_has_version
 from serving.workers import Supervisor, WorkerLink, reserve_port, shared_metrics
 
@@ -65,11 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _exit_code(_serve(flags) if flags.num_workers == 1 else _supervise(flags))
 
 
-def _run_worker(flags: argparse.Namespace, connection: Connection, config: bytes | None) -> None:
+def _run_worker(
+    flags: argparse.Namespace, connection: Connection, config: bytes | None, check_labels: bool
+) -> None:
     """What a process of a server with several workers runs; it never returns."""
     _quiet_libraries()
     _log("%(asctime)s %(levelname)s worker=%(process)d %(name)s: %(message)s")
-    _exit(_exit_code(_serve(flags, WorkerLink(connection, config))))
+    _exit(_exit_code(_serve(flags, WorkerLink(connection, config, check_labels))))
 
 
 def _log(line: str) -> None:
@@ -117,8 +120,8 @@ async def _supervise(flags: argparse.Namespace) -> int:
         stack.enter_context(shared_metrics())
         processes = multiprocessing.get_context("spawn")
 
-        def start(connection: Connection, config: bytes | None) -> SpawnProcess:
-            return processes.Process(target=_run_worker, args=(flags, connection, config))
+        def start(connection: Connection, config: bytes | None, check_labels: bool) -> SpawnProcess:
+            return processes.Process(target=_run_worker, args=(flags, connection, config, check_labels))
 
         return await Supervisor(flags.num_workers, start).run(lambda versions: _announce(flags, versions))
 
@@ -131,11 +134,13 @@ def _announce(flags: argparse.Namespace, versions: str) -> None:
 async def _serve(flags: argparse.Namespace, link: WorkerLink | None = None) -> int:
     """Loads and serves until a signal; `link` is that of a worker among several."""
     batching = _batching_parameters(flags)
-    configs = _model_configs(flags)
     if link is not None and link.initial_config is not None:
+        # The other workers hold it, even if a model of it has no version: no reason not to start.
         configs = _parse_reload(link.initial_config)
-    for config in configs.values():
-        check_has_version(config)
+    else:
+        configs = _model_configs(flags)
+        for config in configs.values():
+            check_has_version(config)
     grpc_server = grpc.aio.server(
         # Without being told not to, two servers would share a port without a word.
         options=(
@@ -152,7 +157,7 @@ async def _serve(flags: argparse.Namespace, link: WorkerLink | None = None) -> i
             models = _load_models(flags, configs)
         else:
             # Once a worker listens the kernel gives it connections, so it listens only when it can answer.
-            models = _load_models(flags, configs)
+            models = _load_models(flags, configs, link)
             rest_socket = _bind(grpc_server, flags, stack, reuse_port=True)
         # TensorFlow and the graphs are a million objects that stay; the collector need not walk them again.
         gc.collect()
@@ -196,9 +201,17 @@ def _add_services(
 
     from serving.grpc_service import add_services, reload_config
 
-    async def reload_here(config: bytes) -> None:
-        request = model_management_pb2.ReloadConfigRequest.FromString(config)
-        await asyncio.to_thread(reload_config, models, request)
+    loader = ThreadPoolExecutor(1, "load")
+
+    def load(config: bytes | None, check_labels: bool) -> None:
+        if config is None:
+            models.load(_model_configs(flags), check_labels=check_labels)
+        else:
+            request = model_management_pb2.ReloadConfigRequest.FromString(config)
+            reload_config(models, request, check_labels)
+
+    async def reload_here(config: bytes | None, check_labels: bool) -> None:
+        await asyncio.get_running_loop().run_in_executor(loader, load, config, check_labels)
 
     async def reload_everywhere(
         request: model_management_pb2.ReloadConfigRequest,
@@ -213,6 +226,7 @@ def _add_services(
         server,
         models,
         ThreadPoolExecutor(flags.grpc_max_threads, "grpc"),
+        loader,
         batcher=batcher,
         reload=reload_everywhere if link is not None else None,
         check_method_name=flags.enable_signature_method_name_check,
@@ -251,7 +265,9 @@ def _create_batcher(parameters: BatchingParameters | None) -> Batcher | None:
     return Batcher(parameters, ThreadPoolExecutor(parameters.num_batch_threads, "batch"))
 
 
-def _load_models(flags: argparse.Namespace, configs: Mapping[str, ModelConfig]) -> ModelManager:
+def _load_models(
+    flags: argparse.Namespace, configs: Mapping[str, ModelConfig], link: WorkerLink | None = None
+) -> ModelManager:
     import tensorflow as tf
 
     from serving.loader import LoadSettings
@@ -272,7 +288,12 @@ def _load_models(flags: argparse.Namespace, configs: Mapping[str, ModelConfig]) 
     models = ModelManager(
         settings, allow_labels_before_loading=flags.allow_version_labels_for_unavailable_models
     )
-    models.load(configs)
+    try:
+        models.load(configs, check_labels=link is None or link.check_labels)
+    except RequestError as error:
+        if link is None or link.initial_config is None or error.code != grpc.StatusCode.UNKNOWN:
+            raise
+        logger.error("starts without all models, as the other workers: %s", error)
     return models
 
 

@@ -38,7 +38,7 @@ _KILL_AFTER_S: Final = 28.0  # the workers' own drain, and a little
 
 # Error of a reload as a worker reports it: name of the gRPC code, and text. None: it is loaded.
 _Error: TypeAlias = tuple[str, str] | None
-_Apply: TypeAlias = Callable[[bytes], Coroutine[Any, Any, None]]
+_Apply: TypeAlias = Callable[["bytes | None", bool], Coroutine[Any, Any, None]]
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,15 @@ class _Ready:
 
 @dataclass(frozen=True)
 class _Reload:
-    """A config, serialized: from a worker to the supervisor, and from there to all workers."""
+    """A config, serialized: from a worker to the supervisor, and from there to all workers.
+
+    None stands for what the flags say. A config that has held before is taken without a check of its labels:
+    a worker may have to load it anew.
+    """
 
     number: int
-    config: bytes
+    config: bytes | None
+    check_labels: bool = True
 
 
 @dataclass(frozen=True)
@@ -66,10 +71,12 @@ class WorkerLink:
     Args:
       connection: the pipe.
       initial_config: serialized ReloadConfigRequest that the worker starts with; None: what the flags say.
+      check_labels: whether the config is new, and its version labels are to be checked.
     """
 
-    def __init__(self, connection: Connection, initial_config: bytes | None) -> None:
+    def __init__(self, connection: Connection, initial_config: bytes | None, check_labels: bool) -> None:
         self.initial_config = initial_config
+        self.check_labels = check_labels
         self._connection = connection
         self._calls: dict[int, asyncio.Future[_Error]] = {}
         self._numbers = itertools.count()
@@ -79,7 +86,8 @@ class WorkerLink:
         """Starts to take messages.
 
         Args:
-          apply: loads a serialized config; may raise RequestError.
+          apply: loads a serialized config, None for that of the flags, with or without a check of its version
+            labels; may raise RequestError.
           supervisor_gone: called when there is no supervisor any more.
         """
 
@@ -91,7 +99,9 @@ class WorkerLink:
                 supervisor_gone()
                 return
             if isinstance(message, _Reloaded):
-                self._calls.pop(message.number).set_result(message.error)
+                call = self._calls.get(message.number)
+                if call is not None and not call.done():  # whoever asked may have given up
+                    call.set_result(message.error)
             else:
                 task = asyncio.ensure_future(self._apply(message, apply))
                 self._tasks.add(task)  # the loop itself holds it weakly
@@ -107,13 +117,16 @@ class WorkerLink:
         """Has all workers load a serialized config. Raises RequestError: the first error of one of them."""
         number = next(self._numbers)
         self._calls[number] = asyncio.get_running_loop().create_future()
-        self._connection.send(_Reload(number, config))
-        _raise(await self._calls[number])
+        try:
+            self._connection.send(_Reload(number, config))
+            _raise(await self._calls[number])
+        finally:
+            del self._calls[number]
 
     async def _apply(self, message: _Reload, apply: _Apply) -> None:
         error: _Error = None
         try:
-            await apply(message.config)
+            await apply(message.config, message.check_labels)
         except RequestError as reason:
             error = (reason.code.name, str(reason))
         except Exception as reason:
@@ -140,10 +153,12 @@ class Supervisor:
 
     Args:
       num_workers: how many.
-      start: returns a process, not yet started, for a worker's end of a pipe and the config to start with.
+      start: returns a process, not yet started, for the arguments of a WorkerLink.
     """
 
-    def __init__(self, num_workers: int, start: Callable[[Connection, bytes | None], SpawnProcess]) -> None:
+    def __init__(
+        self, num_workers: int, start: Callable[[Connection, bytes | None, bool], SpawnProcess]
+    ) -> None:
         self._num_workers = num_workers
         self._start = start
         self._workers: list[_Worker] = []
@@ -170,7 +185,8 @@ class Supervisor:
             # The first one alone: what is wrong with the models is then said once, not by every worker.
             versions: list[str] = []
             for number in (1, self._num_workers - 1):
-                started = [self._add_worker() for _ in range(number)]
+                async with self._reloading:
+                    started = [self._add_worker(check_labels=not versions) for _ in range(number)]
                 serving = asyncio.gather(*(worker.ready for worker in started))
                 await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
                 if self._stopping.is_set():
@@ -187,10 +203,10 @@ class Supervisor:
             self._stopping.set()
             await self._stop_workers()
 
-    def _add_worker(self) -> _Worker:
+    def _add_worker(self, *, check_labels: bool) -> _Worker:
         loop = asyncio.get_running_loop()
         ours, theirs = multiprocessing.Pipe()
-        process = self._start(theirs, self._config)
+        process = self._start(theirs, self._config, check_labels)
         process.start()
         theirs.close()
         worker = _Worker(process, ours, loop.create_future())
@@ -220,7 +236,9 @@ class Supervisor:
         worker.process.join()
         self._workers.remove(worker)
         for reload in worker.reloads.values():
-            reload.set_result(None)  # the worker that takes its place starts with the new config
+            reload.set_result(
+                (grpc.StatusCode.UNAVAILABLE.name, f"worker pid={worker.process.pid} ended during the reload")
+            )
         was_ready = worker.ready.done()
         if not was_ready:
             worker.ready.set_exception(
@@ -240,7 +258,10 @@ class Supervisor:
     async def _replace(self) -> None:
         wait_s = _FIRST_RESTART_WAIT_S
         while not self._stopping.is_set():
-            worker = self._add_worker()
+            async with self._reloading:  # not while it is open which config holds
+                if self._stopping.is_set():
+                    return
+                worker = self._add_worker(check_labels=False)
             try:
                 await worker.ready
                 logger.info("worker pid=%s serves", worker.process.pid)
@@ -253,21 +274,27 @@ class Supervisor:
 
     async def _reload(self, asking: _Worker, message: _Reload) -> None:
         async with self._reloading:  # one config after the other, in the same order for all
-            number, answers = next(self._numbers), []
-            # Already now, for a worker that starts meanwhile.
-            before, self._config = self._config, message.config
-            for worker in self._workers:
-                worker.reloads[number] = asyncio.get_running_loop().create_future()
-                answers.append(worker.reloads[number])
-                # One that has just ended is told of by its sentinel, which answers for it.
-                with contextlib.suppress(OSError):
-                    worker.connection.send(_Reload(number, message.config))
-            errors = await asyncio.gather(*answers)
-            error = next(filter(None, errors), None)
-            if error is not None:
-                self._config = before
+            error = await self._load_everywhere(message.config, check_labels=True)
+            if error is None or error[0] == grpc.StatusCode.UNKNOWN.name:  # it holds for all other models
+                self._config = message.config
+            else:  # some may have taken it over
+                again = await self._load_everywhere(self._config, check_labels=False)
+                if again is not None:
+                    logger.error("a worker cannot go back to the config before: %s", again[1])
         with contextlib.suppress(OSError):  # the one that asked may be gone
             asking.connection.send(_Reloaded(message.number, error))
+
+    async def _load_everywhere(self, config: bytes | None, *, check_labels: bool) -> _Error:
+        """Has all workers load a config; returns the error of one, UNKNOWN only if no other."""
+        number, answers = next(self._numbers), []
+        for worker in self._workers:
+            worker.reloads[number] = asyncio.get_running_loop().create_future()
+            answers.append(worker.reloads[number])
+            # One that has just ended is told of by its sentinel, which answers for it.
+            with contextlib.suppress(OSError):
+                worker.connection.send(_Reload(number, config, check_labels))
+        errors = [error for error in await asyncio.gather(*answers) if error is not None]
+        return min(errors, key=lambda error: error[0] == grpc.StatusCode.UNKNOWN.name, default=None)
 
     async def _stop_workers(self) -> None:
         for worker in self._workers:
