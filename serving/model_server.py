@@ -44,8 +44,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _DRAIN_S: Final = 25.0  # below the 30 s after which process managers kill
-# Requests that run or wait for a thread, per API. More would only wait longer, and hold memory meanwhile.
-_MAX_CONCURRENT_RPCS: Final = 1000
+# Requests that are read, wait for a thread or run, per API and worker. More would only wait longer, and hold
+# memory meanwhile.
+_MAX_CONCURRENT_REQUESTS: Final = 1000
 _UNREAD_TIMEOUT_MS: Final = 60_000
 _MAX_MESSAGE_BYTES: Final = 2**31 - 1  # what a proto can be
 _GRPC_OPTIONS: Final = (
@@ -148,7 +149,7 @@ async def _serve(flags: argparse.Namespace, link: WorkerLink | None = None) -> i
             ("grpc.so_reuseport", int(link is not None)),
             *flags.grpc_channel_arguments,
         ),
-        maximum_concurrent_rpcs=_MAX_CONCURRENT_RPCS,
+        maximum_concurrent_rpcs=_MAX_CONCURRENT_REQUESTS,
     )
     with contextlib.ExitStack() as stack:
         if link is None:
@@ -307,6 +308,7 @@ async def _start_rest(
         timeout_s=flags.rest_api_timeout_in_ms / 1000 or None,
         check_method_name=flags.enable_signature_method_name_check,
         enable_cors=flags.rest_api_enable_cors_support,
+        max_concurrent_requests=_MAX_CONCURRENT_REQUESTS,
         metrics_path=flags.monitoring_config_file and read_metrics_path(flags.monitoring_config_file),
     )
     executor = ThreadPoolExecutor(flags.rest_api_num_threads, "rest")

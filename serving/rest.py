@@ -66,6 +66,7 @@ class RestSettings:
       check_method_name: see `inference.classify`.
       enable_cors: whether browsers of other sites may ask.
       metrics_path: URL path of the Prometheus metrics, None for none.
+      max_concurrent_requests: requests to a model that are read, wait or run at the same time; more get 429.
       max_body_bytes: size of a request body, unpacked; more is 413.
       body_timeout_s: time in which a request body must be there, else 408.
       idle_timeout_s: time in which a connection must send a whole request head, else it is closed.
@@ -75,6 +76,7 @@ class RestSettings:
     check_method_name: bool = False
     enable_cors: bool = False
     metrics_path: str | None = None
+    max_concurrent_requests: int = 1000
     max_body_bytes: int = 2**27
     body_timeout_s: float = 60.0
     idle_timeout_s: float = 75.0
@@ -127,9 +129,23 @@ class _Handlers:
         self._batcher = batcher
         self._executor = executor
         self._settings = settings
+        self._num_requests = 0
         self._methods = {"predict": self._predict, "classify": self._classify, "regress": self._regress}
 
     async def infer(self, request: web.Request) -> web.Response:
+        # Before the body is read: it is what holds memory.
+        if self._num_requests >= self._settings.max_concurrent_requests:
+            raise RequestError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"the server has {self._num_requests} requests at once, its limit; try again later",
+            )
+        self._num_requests += 1
+        try:
+            return await self._infer(request)
+        finally:
+            self._num_requests -= 1
+
+    async def _infer(self, request: web.Request) -> web.Response:
         method, spec = request.match_info["method"], _model_spec(request)
         body = await self._read(request)
         started = time.perf_counter()

@@ -277,10 +277,12 @@ def test_two_hundred_slow_clients_do_not_hold_up_a_fast_one(address, server):
 
 @pytest.fixture(scope="module")
 def limited(echo_versions):
-    """Address of a REST API whose timeouts are 0.3 s and whose bodies may have 10 kB."""
+    """Address of a REST API whose timeouts are 0.3 s, with bodies up to 10 kB and 3 requests at once."""
     manager = ModelManager()
     manager.load({"echo": ModelConfig("echo", echo_versions)})
-    limits = RestSettings(max_body_bytes=10_000, body_timeout_s=0.3, idle_timeout_s=0.3)
+    limits = RestSettings(
+        max_concurrent_requests=3, max_body_bytes=10_000, body_timeout_s=0.3, idle_timeout_s=0.3
+    )
     with ThreadPoolExecutor() as pool:
         loop = asyncio.new_event_loop()
         runner = create_runner(manager, pool, limits, shutdown_timeout_s=1)
@@ -293,7 +295,10 @@ def limited(echo_versions):
         asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
-        loop.run_until_complete(asyncio.sleep(0))  # lets the tasks of closed connections end
+        connections = asyncio.all_tasks(loop)  # of clients that have only just gone
+        for task in connections:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*connections, return_exceptions=True))
         loop.close()
 
 
@@ -338,6 +343,21 @@ def test_a_body_above_the_limit_is_413(limited):
     status, error = post(limited, b" " * 10_001)
     assert status == 413
     assert "10000" in error
+
+
+def test_requests_beyond_the_limit_are_429_before_their_body_is_read(limited):
+    connections = [socket.create_connection(limited, timeout=5) for _ in range(4)]
+    try:
+        for connection in connections:
+            connection.sendall(
+                b"POST /v1/models/echo:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
+            )
+        statuses = [connection.recv(2**16).split(b" ")[1] for connection in connections]
+        assert sorted(statuses) == [b"408", b"408", b"408", b"429"]
+    finally:
+        for connection in connections:
+            connection.close()
+    assert post(limited, b'{"signature_name": "half", "instances": [1.0]}')[0] == 200
 
 
 # gRPC
