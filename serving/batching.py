@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -42,7 +42,7 @@ class _Task:
 class _Batch:
     """Requests that will run together."""
 
-    key: Hashable
+    key: tuple[Hashable, ...]
     servable: Servable
     signature_name: str
     tasks: list[_Task] = field(default_factory=list)
@@ -71,7 +71,7 @@ class Batcher:
         self._call_later = call_later or self._loop.call_later
         self._num_free = parameters.num_batch_threads
         self._open: dict[Hashable, _Batch] = {}
-        self._num_waiting: dict[Hashable, int] = {}
+        self._num_waiting: Counter[Hashable] = Counter()  # by queue: model version and signature
         self._ready: deque[_Batch] = deque()
 
     async def predict(
@@ -113,7 +113,7 @@ class Batcher:
         key = self._key(task, servable, signature_name)
         batch = self._open.get(key)
         if batch is None or batch.num_rows + task.num_rows > self._parameters.max_batch_size:
-            if self._num_waiting.get(key, 0) >= self._parameters.max_enqueued_batches:
+            if self._num_waiting[key[:2]] >= self._parameters.max_enqueued_batches:
                 raise RequestError(
                     grpc.StatusCode.UNAVAILABLE,
                     "The batch scheduling queue to which this task was submitted is full",
@@ -122,14 +122,14 @@ class Batcher:
                 self._make_ready(batch)
             batch = _Batch(key, servable, signature_name)
             self._open[key] = batch
-            self._num_waiting[key] = self._num_waiting.get(key, 0) + 1
+            self._num_waiting[key[:2]] += 1
             self._call_later(self._parameters.batch_timeout_s, functools.partial(self._make_ready, batch))
         batch.tasks.append(task)
         batch.num_rows += task.num_rows
         if batch.num_rows == self._parameters.max_batch_size:
             self._make_ready(batch)
 
-    def _key(self, task: _Task, servable: Servable, signature_name: str) -> Hashable:
+    def _key(self, task: _Task, servable: Servable, signature_name: str) -> tuple[Hashable, ...]:
         """Requests with the same key may share a batch. A model version is told by its identity."""
         if self._parameters.pad_variable_length_inputs:
             shapes: Any = tuple(sorted((name, array.ndim) for name, array in task.inputs.items()))
@@ -148,9 +148,9 @@ class Batcher:
             batch = self._ready.popleft()
             if self._open.get(batch.key) is batch:
                 del self._open[batch.key]
-            self._num_waiting[batch.key] -= 1
-            if not self._num_waiting[batch.key]:
-                del self._num_waiting[batch.key]
+            self._num_waiting[batch.key[:2]] -= 1
+            if not self._num_waiting[batch.key[:2]]:
+                del self._num_waiting[batch.key[:2]]
             tasks = [task for task in batch.tasks if not task.outputs.cancelled()]
             if tasks:
                 self._num_free -= 1

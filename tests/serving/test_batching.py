@@ -180,6 +180,18 @@ async def test_a_request_is_refused_when_too_many_batches_wait_and_taken_again_l
 
 
 @in_loop
+async def test_the_batches_that_wait_are_counted_over_all_shapes_of_a_signature():
+    world = World(max_batch_size=1, max_enqueued_batches=2)
+    running, *waiting = [await world.ask(1), await world.ask([2]), await world.ask([3, 3])]
+    with pytest.raises(RequestError, match="queue to which this task was submitted is full"):
+        await (await world.ask([4, 4, 4]))
+    another = await world.ask([5, 5, 5], signature="another")
+    await world.run_all()
+    answers = [await answer(task) for task in (running, *waiting, another)]
+    assert answers == [[2], [[4]], [[6, 6]], [[10, 10, 10]]]
+
+
+@in_loop
 async def test_models_signatures_and_shapes_do_not_share_a_batch():
     world = World(max_batch_size=8, num_batch_threads=9)
     other = Double()
