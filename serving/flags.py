@@ -20,6 +20,7 @@ _NUM_THREADS: Final = max(8, 4 * (os.cpu_count() or 1))  # per API; the official
 # Official flags whose other values need what a Python server over TensorFlow's wheel does not have. The value
 # given here says what this server does anyway, so asking for it is fine.
 _FIXED: Final = {
+    "enable_grpc_healthcheck_service": "false",
     "enable_per_model_batching_parameters": "false",
     "enable_profiler": "false",
     "enable_serialization_as_tensor_content": "false",
@@ -43,7 +44,6 @@ _FIXED: Final = {
 
 # Official flags that this server does not have at all, whatever their value.
 _ABSENT: Final = (
-    "enable_grpc_healthcheck_service",
     "num_tflite_pools",
     "remove_unused_fields_from_bundle_metagraph",
     "skip_initialize_tpu",

@@ -29,7 +29,7 @@ from serving.batching import Batcher
 from serving.config import parse_model_config
 from serving.manager import ModelManager
 from serving.servable import Servable
-from serving.status import RequestError, invalid_argument
+from serving.status import RequestError, invalid_argument, short_text
 
 logger = logging.getLogger(__name__)
 
@@ -276,5 +276,5 @@ async def _answer(context: grpc.aio.ServicerContext, call: Awaitable[_Answer]) -
         await context.abort(error.code, str(error))
     except Exception as error:
         logger.exception("request failed")
-        await context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}"[:1000])
+        await context.abort(grpc.StatusCode.INTERNAL, short_text(f"{type(error).__name__}: {error}"))
     raise AssertionError("unreachable: abort raises")

@@ -9,7 +9,7 @@ import grpc
 from schema.errors import ServingError
 
 # gRPC carries an error text in a header of about 8 kB: a longer text would replace the error by another one.
-_MAX_MESSAGE_CHARS: Final = 2000
+_MAX_MESSAGE_BYTES: Final = 6000
 
 _HTTP_CODES: Final = {
     grpc.StatusCode.CANCELLED: 499,
@@ -34,9 +34,7 @@ class RequestError(ServingError):
     """A request that cannot be answered; `code` is what the caller sees, the text says what was wrong."""
 
     def __init__(self, code: grpc.StatusCode, message: str) -> None:
-        if len(message) > _MAX_MESSAGE_CHARS:
-            message = message[:_MAX_MESSAGE_CHARS] + " ..."
-        super().__init__(message)
+        super().__init__(short_text(message))
         self.code = code
 
     @property
@@ -73,3 +71,13 @@ def deadline_exceeded(message: str) -> RequestError:
 def code_from_number(number: int) -> grpc.StatusCode:
     """Turns a canonical error number, as TensorFlow's errors carry it, into the gRPC code."""
     return _BY_NUMBER.get(number, grpc.StatusCode.UNKNOWN)
+
+
+def short_text(message: str) -> str:
+    """Cuts an error text to what gRPC can carry, which sends a byte that is not printable ASCII as three."""
+    num_bytes = 0
+    for position, char in enumerate(message):
+        num_bytes += 1 if " " <= char <= "~" and char != "%" else 3 * len(char.encode(errors="replace"))
+        if num_bytes > _MAX_MESSAGE_BYTES:
+            return message[:position] + " ..."
+    return message

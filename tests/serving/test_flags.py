@@ -88,6 +88,7 @@ def test_an_official_flag_that_this_server_does_not_have_is_refused_not_ignored(
     [
         "--flush_filesystem_caches=false",
         "--enable_profiler=0",
+        "--enable_grpc_healthcheck_service=false",
         "--saved_model_tags=serve",
         "--num_load_threads=0",
     ],
