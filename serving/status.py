@@ -9,7 +9,7 @@ import grpc
 from schema.errors import ServingError
 
 # gRPC carries an error text in a header of about 8 kB: a longer text would replace the error by another one.
-_MAX_MESSAGE_BYTES: Final = 6000
+_MAX_MESSAGE_BYTES: Final = 2000
 
 _HTTP_CODES: Final = {
     grpc.StatusCode.CANCELLED: 499,

@@ -15,12 +15,12 @@ def test_a_long_text_is_cut_to_what_a_header_holds(char):
     text = str(RequestError(grpc.StatusCode.INTERNAL, char * 100_000))
     assert text.endswith(char + " ...")
     encoded = quote(text, safe=PRINTABLE)
-    assert 5_980 < len(encoded) < 6_010
+    assert 1_980 < len(encoded) < 2_010
 
 
 def test_a_text_that_fits_is_left_alone():
-    assert str(RequestError(grpc.StatusCode.INTERNAL, "中" * 600)) == "中" * 600
+    assert str(RequestError(grpc.StatusCode.INTERNAL, "中" * 200)) == "中" * 200
 
 
 def test_a_text_that_is_no_unicode_is_cut_as_well():
-    assert len(str(RequestError(grpc.StatusCode.INTERNAL, "\udc80" * 100_000))) < 6_010
+    assert len(str(RequestError(grpc.StatusCode.INTERNAL, "\udc80" * 100_000))) < 2_010
