@@ -223,7 +223,8 @@ def _joined(parts: Sequence[Arrays], num_missing_rows: int) -> dict[str, npt.NDA
 
 
 def _padded(array: npt.NDArray[Any], sizes: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Padded at the end of each dimension after the first, with "" or zero."""
-    padded = np.full((len(array), *sizes), b"" if array.dtype == object else 0, array.dtype)
+    """Padded at the end of each dimension after the first with its first element, if it has one."""
+    filler = array.flat[0] if array.size else b"" if array.dtype == object else 0
+    padded = np.full((len(array), *sizes), filler, array.dtype)
     padded[tuple(slice(size) for size in array.shape)] = array
     return padded

@@ -27,7 +27,9 @@ class BatchingParameters:
       allowed_batch_sizes: ascending, the last is max_batch_size; a batch is filled up to the next of them
         with copies of its first row, so that a model sees no other sizes. Empty: no filling up.
       pad_variable_length_inputs: whether requests whose arrays differ beyond the first dimension may share a
-        batch, padded with "" or zero; otherwise only requests of the same shape do.
+        batch; otherwise only requests of the same shape do. As in the official server, an array is padded at
+        the end of each dimension with the first element of the whole array, which must so be a missing value
+        where it counts. An empty array, which the official server refuses, is padded with "" or zero.
     """
 
     max_batch_size: int = 1000

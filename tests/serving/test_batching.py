@@ -213,13 +213,13 @@ async def test_models_signatures_and_shapes_do_not_share_a_batch():
 @pytest.mark.parametrize(
     ("dtype", "short", "long", "expected"),
     [
-        (np.float32, [1], [2, 3, 4], [[1, 0, 0], [2, 3, 4]]),
-        (object, [b"a"], [b"b", b"c"], [[b"a", b""], [b"b", b"c"]]),
+        (np.float32, [1, 5], [2, 3, 4, 6], [[1, 5, 1, 1], [2, 3, 4, 6]]),
+        (object, [b"a"], [b"b", b"c"], [[b"a", b"a"], [b"b", b"c"]]),
         (object, [], [b"b"], [[b""], [b"b"]]),
     ],
     ids=["float", "string", "empty"],
 )
-def test_shorter_lists_are_padded_at_the_end_when_padding_is_on(dtype, short, long, expected):
+def test_shorter_lists_are_padded_with_their_first_element_when_padding_is_on(dtype, short, long, expected):
     @in_loop
     async def run():
         world = World(max_batch_size=8, pad_variable_length_inputs=True)
