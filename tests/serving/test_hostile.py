@@ -295,11 +295,16 @@ def limited(echo_versions):
         asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
-        connections = asyncio.all_tasks(loop)  # of clients that have only just gone
-        for task in connections:
-            task.cancel()
-        loop.run_until_complete(asyncio.gather(*connections, return_exceptions=True))
+        loop.run_until_complete(end_other_tasks())
         loop.close()
+
+
+async def end_other_tasks():
+    """Ends those of connections whose clients have only just gone."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def closed_after(connection):
