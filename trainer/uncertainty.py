@@ -233,8 +233,11 @@ def intervals(
         low, high = _bounds(next(draws), confidence, num_users)
         result[name] = Interval(metric.value, low, high, confidence, num_users)
     for name, metric in statistics.items():
-        if metric.noise is not None and not math.isnan(result[name].low):
-            _, moved = _bounds(next(draws), confidence, result[name].num_users)
+        if metric.noise is None:
+            continue
+        # Taken also where it is not used: the next metric's noise is the next draw.
+        _, moved = _bounds(next(draws), confidence, result[name].num_users)
+        if not math.isnan(result[name].low):
             result[name] = dataclasses.replace(result[name], low=max(0.0, metric.value - moved))
     return result
 

@@ -1,5 +1,6 @@
 """Intervals over users: against slow resampling, against SciPy, and as often right as they say."""
 
+import dataclasses
 import doctest
 import math
 import time
@@ -123,6 +124,19 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     for name in truth:
         assert np.mean(held[name]) >= 0.90, name
         assert 0.90 <= np.mean(differences_held[name]) <= 0.99, name
+
+
+def test_a_task_of_too_few_users_leaves_the_calibration_error_of_the_next_one_alone():
+    rng = np.random.default_rng(12)
+    users, labels, predictions, _ = log_of(rng, 60)
+    ece = ranking_sums(TaskKind.BINARY, labels, predictions, users)["ece"]
+    # The same users, of whom only the first five have a label of the other task.
+    sums = np.where(np.arange(60)[:, None] < 5, ece.sums, 0.0)
+    few = dataclasses.replace(ece, sums=sums)
+    alone = intervals({"ece": ece})["ece"]
+    found = intervals({"few": few, "ece": ece})
+    assert math.isnan(found["few"].low)
+    assert dataclasses.astuple(found["ece"]) == pytest.approx(dataclasses.astuple(alone), abs=1e-12)
 
 
 def test_interval_of_the_calibration_error_of_a_calibrated_model_starts_at_zero():
