@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Iterable, Sequence
 
 from schema.contract import TaskSpec
 from schema.tables import TablesSummary
 from tfx_pipeline.config import MODELS, RANKING, RETRIEVAL
+from tfx_pipeline.drift_facts import DriftFacts, FeatureDrift
 from tfx_pipeline.gates import Verdict
 from tfx_pipeline.report import formatting, metric_keys
 from tfx_pipeline.report.charts import best_epoch, log_label
 from tfx_pipeline.report.facts import (
     COLD_USERS,
     Differences,
-    DriftFacts,
     ExampleAnswer,
     Figure,
     IndexFacts,
@@ -138,8 +137,9 @@ def cold_tables(facts: RunFacts) -> list[Table]:
         caption = "Cold items: nobody met them before the end of training"
         table = _comparison(caption, keys, RETRIEVAL, "", facts)
         note = (
-            "Both popularities find none by construction: nobody chose these items yet. Random is the mean "
-            "of all random orders, newest goes by upload time."
+            "Nobody chose these items yet: both popularities place them behind every item that was chosen, "
+            "in the order of the catalogue. Random is one draw of an order for each user, newest goes by "
+            "upload time."
         )
         tables.append(dataclasses.replace(table, note=note))
     return tables
@@ -343,7 +343,7 @@ def drift_tables(drift: DriftFacts) -> list[Table]:
                 (
                     Cell(formatting.decimal(found.distance), value=found.distance),
                     Cell(formatting.decimal(found.limit), value=found.limit),
-                    Cell(*_drift_verdict(found.distance, found.limit)),
+                    Cell(*_drift_verdict(found)),
                 ),
             )
             for found in features
@@ -354,10 +354,10 @@ def drift_tables(drift: DriftFacts) -> list[Table]:
     return tables
 
 
-def _drift_verdict(distance: float, limit: float) -> tuple[str, str]:
-    if math.isnan(distance):
+def _drift_verdict(found: FeatureDrift) -> tuple[str, str]:
+    if found.distance is None:
         return formatting.UNDEFINED, "worse"
-    return ("too far", "worse") if distance > limit else ("near enough", "better")
+    return ("too far", "worse") if found.is_too_far else ("near enough", "better")
 
 
 def drift_absent(drift: DriftFacts) -> list[str]:
