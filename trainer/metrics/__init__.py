@@ -6,7 +6,7 @@ docs/metrics.md has all of them in one table; `trainer.uncertainty` says how sur
 """
 
 from trainer.metrics.arrays import BoolArray, FloatArray, IntArray
-from trainer.metrics.calibration import ReliabilityBin, calibration_error, ece, reliability_table
+from trainer.metrics.calibration import ReliabilityBin, ece, reliability_table
 from trainer.metrics.keys import (
     AGGREGATE_METRICS,
     LIST_METRICS,
@@ -71,7 +71,6 @@ __all__ = [
     "auc",
     "auc_by_group",
     "binary_entropy",
-    "calibration_error",
     "concordance",
     "coverage_at_k",
     "distinct_items_at_k",

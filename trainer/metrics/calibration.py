@@ -5,7 +5,6 @@ Letters: n = rows, b = a bin of rows with like predictions.
 
 import dataclasses
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -106,20 +105,6 @@ def reliability_table(
             )
         )
     return table
-
-
-def calibration_error(table: Sequence[ReliabilityBin]) -> float:
-    """Mean distance of mean label and mean prediction over the examples, in the unit of the label.
-
-    Formula: Σ_b n_b / n · |mean label of b − mean prediction of b|: `ece`, for labels of any kind. No bins:
-    NaN.
-
-    >>> round(calibration_error(reliability_table([0, 0, 30, 60], [5, 5, 40, 40], num_bins=2)), 4)
-    5.0
-    """
-    count = sum(row.count for row in table)
-    total = sum(row.count * abs(row.mean_label - row.mean_prediction) for row in table)
-    return total / count if count else float("nan")
 
 
 def _check_num_bins(num_bins: int) -> None:
