@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,39 +21,13 @@ from tensorflow_metadata.proto.v0 import anomalies_pb2, schema_pb2, statistics_p
 from schema.contract import DatasetSpec, FeatureKind
 from schema.errors import DataError
 from tfx_pipeline.config import DriftConfig
+from tfx_pipeline.drift_facts import TRAIN_TO_EVAL, DriftFacts, FeatureDrift
 from trainer import features
+from trainer.comparison import defined
 
 DRIFT_FILE = "drift.json"
 # TFDV's findings, beside DRIFT_FILE, as binary protos of tensorflow_metadata: <comparison>.Anomalies.pb.
 ANOMALIES_FILE = "{}.Anomalies.pb"
-TRAIN_TO_EVAL, LAST_RUN = "train_to_eval", "last_run"
-
-
-@dataclasses.dataclass(frozen=True)
-class FeatureDrift:
-    """How far one feature moved; `distance` is above `limit` where that is too far."""
-
-    feature: str
-    distance: float
-    limit: float
-
-    @property
-    def is_too_far(self) -> bool:
-        """Whether the distance is above the limit."""
-        return self.distance > self.limit
-
-
-@dataclasses.dataclass(frozen=True)
-class DriftFacts:
-    """What was compared.
-
-    Attributes:
-      found: comparison (`train_to_eval`, `last_run`) -> features, the farthest for its limit first.
-      absent: comparison that was not made -> why.
-    """
-
-    found: Mapping[str, tuple[FeatureDrift, ...]]
-    absent: Mapping[str, str]
 
 
 def compared_features(spec: DatasetSpec, config: DriftConfig) -> dict[str, bool]:
@@ -105,12 +80,16 @@ def drift(
         side: dict[str, Any] = {"serving_statistics" if is_skew else "previous_statistics": other}
         anomalies[name] = tfdv.validate_statistics(train, with_limits, **side)
         measured = [
-            FeatureDrift(info.path.step[0], measurement.value, measurement.threshold)
+            FeatureDrift(info.path.step[0], defined(measurement.value), measurement.threshold)
             for info in anomalies[name].drift_skew_info
             for measurement in (info.skew_measurements if is_skew else info.drift_measurements)
         ]
-        found[name] = tuple(sorted(measured, key=lambda d: d.distance / d.limit, reverse=True))
+        found[name] = tuple(sorted(measured, key=_distance_for_its_limit, reverse=True))
     return DriftFacts(found, absent), anomalies
+
+
+def _distance_for_its_limit(found: FeatureDrift) -> float:
+    return math.inf if found.distance is None else found.distance / found.limit
 
 
 def write_drift(facts: DriftFacts, anomalies: Mapping[str, anomalies_pb2.Anomalies], folder: Path) -> None:
@@ -118,7 +97,9 @@ def write_drift(facts: DriftFacts, anomalies: Mapping[str, anomalies_pb2.Anomali
     folder.mkdir(parents=True, exist_ok=True)
     for name, found in anomalies.items():
         (folder / ANOMALIES_FILE.format(name)).write_bytes(found.SerializeToString())
-    (folder / DRIFT_FILE).write_text(json.dumps(dataclasses.asdict(facts), indent=1), encoding="utf-8")
+    (folder / DRIFT_FILE).write_text(
+        json.dumps(dataclasses.asdict(facts), indent=1, allow_nan=False), encoding="utf-8"
+    )
 
 
 def read_drift(folder: Path) -> DriftFacts:

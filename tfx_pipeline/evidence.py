@@ -51,7 +51,6 @@ def read_evidence(model: str, sources: EvidenceSources) -> Evidence:
     Raises:
       DataError: comparison or drift are absent or broken.
     """
-    drift = read_drift(sources.drift)
     return Evidence(
         comparison=read_comparison(sources.comparison),
         evaluator=_evaluator(model, sources.evaluation),
@@ -61,11 +60,7 @@ def read_evidence(model: str, sources: EvidenceSources) -> Evidence:
             split.name.removeprefix("Split-"): _anomalies(split)
             for split in sorted(sources.anomalies.glob("Split-*"))
         },
-        drift={
-            name: [(found.feature, found.distance, found.limit) for found in features]
-            for name, features in drift.found.items()
-        },
-        drift_absent=drift.absent,
+        drift=read_drift(sources.drift),
     )
 
 

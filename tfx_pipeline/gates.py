@@ -19,6 +19,7 @@ import pydantic
 from schema.contract import TaskKind, TaskSpec
 from schema.errors import ConfigError, DataError
 from tfx_pipeline.config import RANKING, RETRIEVAL, Gate, ValidationConfig
+from tfx_pipeline.drift_facts import LAST_RUN, TRAIN_TO_EVAL, DriftFacts, FeatureDrift
 from trainer.comparison import LAST_BLESSED, Comparison, MetricResult
 from trainer.metrics import lower_is_better, metric_key
 
@@ -89,9 +90,7 @@ class Evidence:
       index_recall: of the index against exact search, by slice of items, "" being all; retrieval only.
       serving_reason: why infra validation failed; "" when it passed.
       anomalies: split -> what ExampleValidator found in it, a sentence each.
-      drift: comparison of data (`train_to_eval`, `last_run`) -> (feature, distance, limit), the farthest for
-        its limit first.
-      drift_absent: comparison of data that was not made -> why.
+      drift: how far the data moved.
     """
 
     comparison: Comparison
@@ -99,8 +98,7 @@ class Evidence:
     index_recall: Mapping[str, float | None] | None
     serving_reason: str
     anomalies: Mapping[str, Sequence[str]]
-    drift: Mapping[str, Sequence[tuple[str, float, float]]]
-    drift_absent: Mapping[str, str]
+    drift: DriftFacts
 
 
 def judge(
@@ -133,7 +131,7 @@ def judge(
     results.append(_serving(evidence.serving_reason))
     results.append(_anomalies(evidence.anomalies))
     if config.drift is not None:
-        results += _drift(evidence.drift, evidence.drift_absent)
+        results += _drift(evidence.drift)
     return validation(model, tuple(results))
 
 
@@ -321,23 +319,26 @@ def _anomalies(anomalies: Mapping[str, Sequence[str]]) -> GateResult:
     return _result("anomalies", "data anomalies", not found, float(len(found)), "none", reason)
 
 
-def _drift(
-    drift: Mapping[str, Sequence[tuple[str, float, float]]], absent: Mapping[str, str]
-) -> Iterator[GateResult]:
+def _drift(drift: DriftFacts) -> Iterator[GateResult]:
     """The data stayed near: train to eval, and this run's train to the last run's."""
-    words = {"train_to_eval": "from train to eval", "last_run": "from the last run's train"}
-    for name, reason in absent.items():
+    words = {TRAIN_TO_EVAL: "from train to eval", LAST_RUN: "from the last run's train"}
+    for name, reason in drift.absent.items():
         yield _not_applied("drift", f"drift {words[name]}", "within the limits", reason)
-    for name, measured in drift.items():
+    for name, measured in drift.found.items():
         title = f"drift {words[name]}"
-        far = [(f, d, limit) for f, d, limit in measured if d > limit]
+        far = [feature for feature in measured if feature.is_too_far]
         if not measured:
             yield _not_applied("drift", title, "within the limits", "no feature is compared")
             continue
         shown = far or measured[:1]
-        moved = "; ".join(f"{feature} moved by {d:.3f} of {limit:g} allowed" for feature, d, limit in shown)
+        moved = "; ".join(map(_moved, shown))
         reason = f"{title}: {moved}" if far else f"{title}: the farthest, {moved}"
-        yield _result("drift", title, not far, measured[0][1], "within the limits", reason)
+        yield _result("drift", title, not far, measured[0].distance, "within the limits", reason)
+
+
+def _moved(feature: FeatureDrift) -> str:
+    distance = "an undefined distance" if feature.distance is None else f"{feature.distance:.3f}"
+    return f"{feature.feature} moved by {distance} of {feature.limit:g} allowed"
 
 
 def _result(

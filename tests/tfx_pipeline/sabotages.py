@@ -26,7 +26,8 @@ from tensorflow_metadata.proto.v0 import statistics_pb2
 from schema.errors import DataError, ServingError
 from tfx_pipeline import evaluation
 from tfx_pipeline.config import CUTOFFS, RANKING, RETRIEVAL, RunConfig
-from tfx_pipeline.drift import LAST_RUN, TRAIN_TO_EVAL, drift
+from tfx_pipeline.drift import drift
+from tfx_pipeline.drift_facts import LAST_RUN, TRAIN_TO_EVAL, DriftFacts
 from tfx_pipeline.evaluation import EvaluationSettings, read_judged_users, read_tables, read_test_rows
 from tfx_pipeline.examples import example_batch
 from tfx_pipeline.gates import Evidence, Validation, Verdict, judge
@@ -259,9 +260,7 @@ class Checks:
         found = tfdv.validate_statistics(other, schema)
         return self.ranking(
             sound.predictions,
-            drift={
-                name: [(f.feature, f.distance, f.limit) for f in part] for name, part in facts.found.items()
-            },
+            drift=facts,
             anomalies={"eval": [info.short_description for info in found.anomaly_info.values()]},
         )
 
@@ -282,8 +281,7 @@ class Checks:
             "index_recall": {"": 1.0},
             "serving_reason": "",
             "anomalies": {},
-            "drift": {},
-            "drift_absent": {},
+            "drift": DriftFacts({}, {}),
         }
         config = self.sound.config
         gates = judge(

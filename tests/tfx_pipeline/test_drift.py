@@ -10,7 +10,8 @@ import tensorflow_data_validation as tfdv
 from schema.errors import DataError
 from tests.trainer.ranking_tables import SPEC
 from tfx_pipeline.config import DriftConfig
-from tfx_pipeline.drift import DriftFacts, FeatureDrift, compared_features, drift, read_drift, write_drift
+from tfx_pipeline.drift import compared_features, drift, read_drift, write_drift
+from tfx_pipeline.drift_facts import DriftFacts, FeatureDrift
 
 
 def frame(share_of_de: float, clicks: float) -> pd.DataFrame:
@@ -54,8 +55,16 @@ def test_ignored_features_and_those_of_several_values_are_not_compared() -> None
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("distance", "is_too_far"), [(0.1, False), (0.11, True), (None, True), (float("nan"), True)]
+)
+def test_a_distance_that_nobody_can_tell_is_too_far(distance: float | None, is_too_far: bool) -> None:
+    assert FeatureDrift("country", distance, 0.1).is_too_far is is_too_far
+
+
 def test_drift_survives_its_file(tmp_path: Path) -> None:
-    facts = DriftFacts({"train_to_eval": (FeatureDrift("country", 0.3, 0.1),)}, {"last_run": "no run"})
+    measured = (FeatureDrift("age", None, 0.1), FeatureDrift("country", 0.3, 0.1))
+    facts = DriftFacts({"train_to_eval": measured}, {"last_run": "no run"})
     write_drift(facts, {}, tmp_path / "new")
     assert read_drift(tmp_path / "new") == facts
     with pytest.raises(DataError, match=f"there is no {tmp_path}"):

@@ -11,6 +11,7 @@ import pytest
 from schema.contract import TaskKind, TaskSpec
 from schema.errors import ConfigError, DataError
 from tfx_pipeline.config import Gate, ValidationConfig
+from tfx_pipeline.drift_facts import DriftFacts, FeatureDrift
 from tfx_pipeline.gates import (
     GATES_FILE,
     Evidence,
@@ -107,6 +108,12 @@ def ranking_metrics(**replaced: MetricResult) -> tuple[MetricResult, ...]:
     return tuple((metrics | replaced).values())
 
 
+def drift(**found: list[tuple[str, float | None, float]]) -> DriftFacts:
+    return DriftFacts(
+        {name: tuple(FeatureDrift(*feature) for feature in part) for name, part in found.items()}, {}
+    )
+
+
 HEALTHY = {
     "retrieval": Evidence(
         comparison("retrieval", retrieval_metrics()),
@@ -114,8 +121,7 @@ HEALTHY = {
         index_recall={"": 0.99, "head": 1.0, "tail": 0.98, "new": None},
         serving_reason="",
         anomalies={"train": [], "eval": []},
-        drift={"train_to_eval": [("country", 0.03, 0.1)], "last_run": [("country", 0.02, 0.1)]},
-        drift_absent={},
+        drift=drift(train_to_eval=[("country", 0.03, 0.1)], last_run=[("country", 0.02, 0.1)]),
     ),
     "ranking": Evidence(
         comparison("ranking", ranking_metrics()),
@@ -123,8 +129,10 @@ HEALTHY = {
         index_recall=None,
         serving_reason="",
         anomalies={"train": []},
-        drift={"train_to_eval": [("country", 0.03, 0.1)]},
-        drift_absent={"last_run": "there was no run on other data before"},
+        drift=DriftFacts(
+            drift(train_to_eval=[("country", 0.03, 0.1)]).found,
+            {"last_run": "there was no run on other data before"},
+        ),
     ),
 }
 GATES = (*RETRIEVAL_GATES, *RANKING_GATES)
@@ -283,13 +291,19 @@ SABOTAGES = [
         id="dropped-feature",
     ),
     pytest.param(
-        with_evidence("ranking", drift={"train_to_eval": [("country", 0.4, 0.1), ("device", 0.05, 0.1)]}),
+        with_evidence("ranking", drift=drift(train_to_eval=[("country", 0.4, 0.1), ("device", 0.05, 0.1)])),
         "drift",
         "drift from train to eval: country moved by 0.400 of 0.1 allowed",
         id="eval-unlike-train",
     ),
     pytest.param(
-        with_evidence("ranking", drift={"last_run": [("click", 0.3, 0.2)]}),
+        with_evidence("ranking", drift=drift(train_to_eval=[("age", None, 0.2), ("country", 0.05, 0.1)])),
+        "drift",
+        "drift from train to eval: age moved by an undefined distance of 0.2 allowed",
+        id="drift-that-nobody-can-tell",
+    ),
+    pytest.param(
+        with_evidence("ranking", drift=drift(last_run=[("click", 0.3, 0.2)])),
         "drift",
         "drift from the last run's train: click moved by 0.300 of 0.2 allowed",
         id="data-unlike-the-last-run",

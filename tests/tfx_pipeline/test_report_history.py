@@ -10,11 +10,12 @@ from click.testing import CliRunner
 from schema.errors import DataError
 from tests.tfx_pipeline.report_world import TIMINGS, make_sources
 from tfx_pipeline.cli import main
+from tfx_pipeline.drift_facts import FeatureDrift
 from tfx_pipeline.report import comparison_page, history
 from tfx_pipeline.report.collect import collect
 from tfx_pipeline.report.comparison_page import comparability, render_comparison
 from tfx_pipeline.report.differences import differences
-from tfx_pipeline.report.facts import FeatureDrift, read_facts
+from tfx_pipeline.report.facts import read_facts
 from tfx_pipeline.report.render import write_report
 
 DAY_S = 86_400
@@ -115,7 +116,7 @@ def test_a_run_with_undefined_numbers_everywhere_is_published_and_says_so(first,
     nan = float("nan")
     answer = first.examples[0]
     item = dataclasses.replace(answer.items[0], score=nan, retrieval_score=nan, predictions={"click": nan})
-    drift = dataclasses.replace(first.drift, found={"last_run": (FeatureDrift("age", nan, 0.2),)})
+    drift = dataclasses.replace(first.drift, found={"last_run": (FeatureDrift("age", None, 0.2),)})
     facts = dataclasses.replace(
         first,
         examples=(dataclasses.replace(answer, items=(item,)),),

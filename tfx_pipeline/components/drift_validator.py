@@ -12,7 +12,8 @@ from tfx.types.standard_artifacts import ExampleStatistics, Schema
 
 from schema.contract import dataset_spec_from_json
 from tfx_pipeline.config import DriftConfig
-from tfx_pipeline.drift import LAST_RUN, TRAIN_TO_EVAL, drift, write_drift
+from tfx_pipeline.drift import drift, write_drift
+from tfx_pipeline.drift_facts import LAST_RUN, TRAIN_TO_EVAL
 
 
 class Drift(Artifact):

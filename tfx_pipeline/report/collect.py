@@ -21,12 +21,12 @@ from google.protobuf.message import DecodeError
 from schema.errors import DataError, FunnelError
 from schema.tables import ITEMS, read_summary
 from tfx_pipeline.config import MODELS, RANKING, RETRIEVAL
+from tfx_pipeline.drift_facts import DriftFacts
 from tfx_pipeline.gates import Validation, read_validation
 from tfx_pipeline.report.data_facts import read_anomalies, read_statistics
 from tfx_pipeline.report.facts import (
     COLD_USERS,
     Against,
-    DriftFacts,
     ExampleAnswer,
     Figure,
     IndexFacts,

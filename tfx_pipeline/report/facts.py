@@ -14,6 +14,7 @@ import pydantic
 
 from schema.errors import DataError
 from schema.tables import TablesSummary
+from tfx_pipeline.drift_facts import DriftFacts
 from tfx_pipeline.gates import GateResult
 from tfx_pipeline.report.data_facts import SplitAnomalies, SplitStatistics
 from tfx_pipeline.run_result import ComponentTiming
@@ -228,28 +229,6 @@ class TaskScores:
     edges: tuple[float, ...]
     histogram: Mapping[str, tuple[int, ...]]
     undefined: int
-
-
-@dataclasses.dataclass(frozen=True)
-class FeatureDrift:
-    """How far a feature moved; above the limit it is too far."""
-
-    feature: str
-    distance: Number
-    limit: Number
-
-
-@dataclasses.dataclass(frozen=True)
-class DriftFacts:
-    """Which data were compared with the train split, as `tfx_pipeline.drift` describes it.
-
-    Attributes:
-      found: comparison (`train_to_eval`, `last_run`) -> features, the farthest for its limit first.
-      absent: comparison that was not made -> why.
-    """
-
-    found: Mapping[str, tuple[FeatureDrift, ...]]
-    absent: Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
