@@ -46,7 +46,7 @@ class Gate(_Config):
       max: largest value allowed.
       max_drop: by how much the metric may be worse than that of the last blessed model (lower, or higher for
         log_loss, ece and mae), absolute. The bad end of the interval of the difference must be within it, see
-        `ValidationConfig.confidence`; ignored when there is no blessed model yet. Retraining the same data
+        `ValidationConfig.confidence`; ignored when no model was ever blessed. Retraining the same data
         with another seed moves recall by about 0.01: a smaller value rejects at random.
       beats: baselines that the metric must be better than.
       by: how: `interval`, the whole interval of the difference is on the good side; or `value`, the metric
@@ -91,6 +91,9 @@ class ValidationConfig(_Config):
       min_index_slice_recall: the same among head, tail and new items, each by itself.
       max_relative_ece: largest calibration error of a binary task, as a share of the mean of its label.
       drift: null does not compare the data.
+      accept_incomparable_blessed: let a model pass `max_drop` when the last blessed one exists but cannot be
+        compared with it, for instance after a change of features or tasks. For that one run; else such a
+        model fails.
     """
 
     confidence: float = pydantic.Field(default=0.95, gt=0, lt=1)
@@ -99,6 +102,7 @@ class ValidationConfig(_Config):
     min_index_slice_recall: float | None = pydantic.Field(default=0.9, ge=0, le=1)
     max_relative_ece: float | None = pydantic.Field(default=0.5, gt=0)
     drift: DriftConfig | None = DriftConfig()
+    accept_incomparable_blessed: bool = False
 
 
 def _slice(value: Any) -> Any:

@@ -29,6 +29,7 @@ from trainer import features
 from trainer.comparison import (
     CANDIDATE,
     LAST_BLESSED,
+    NO_BLESSED_MODEL,
     PREDICTIONS_FILE,
     BootstrapSettings,
     Comparison,
@@ -52,7 +53,6 @@ from trainer.slices import (
 )
 
 LISTS_FILE = "lists.parquet"
-NO_BLESSED_MODEL = "no model was blessed before"
 _SIGNATURE = "serving_examples"
 _USERS_PER_CALL = 512
 _ROWS_PER_CALL = 4_096

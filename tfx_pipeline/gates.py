@@ -20,7 +20,7 @@ from schema.contract import TaskKind, TaskSpec
 from schema.errors import ConfigError, DataError
 from tfx_pipeline.config import RANKING, RETRIEVAL, Gate, ValidationConfig
 from tfx_pipeline.drift_facts import LAST_RUN, TRAIN_TO_EVAL, DriftFacts, FeatureDrift
-from trainer.comparison import LAST_BLESSED, Comparison, MetricResult
+from trainer.comparison import LAST_BLESSED, NO_BLESSED_MODEL, Comparison, MetricResult
 from trainer.metrics import lower_is_better, metric_key
 
 GATES_FILE = "gates.json"
@@ -32,7 +32,7 @@ _POPULARITY = "popularity"
 
 
 class Verdict(str, enum.Enum):
-    """NOT_APPLIED: there was nothing to judge, for instance no blessed model to compare with."""
+    """NOT_APPLIED: there was nothing to judge, for instance no model was ever blessed."""
 
     PASSED = "passed"
     FAILED = "failed"
@@ -120,7 +120,7 @@ def judge(
         result
         for gate in gates
         if gate.metric.startswith(f"{model}/")
-        for result in _metric_gates(gate, evidence.comparison)
+        for result in _metric_gates(gate, evidence.comparison, config)
     ]
     results.append(_agreement(evidence))
     results += _collapse(evidence.comparison, tasks)
@@ -135,7 +135,7 @@ def judge(
     return validation(model, tuple(results))
 
 
-def _metric_gates(gate: Gate, comparison: Comparison) -> Iterator[GateResult]:
+def _metric_gates(gate: Gate, comparison: Comparison, config: ValidationConfig) -> Iterator[GateResult]:
     """The conditions of one gate of the configuration."""
     metric = _find(gate.metric, comparison)
     value = metric.value
@@ -147,7 +147,7 @@ def _metric_gates(gate: Gate, comparison: Comparison) -> Iterator[GateResult]:
             reason = f"{shown}, required: {limit}"
             yield _result("value", f"{gate.metric} {limit}", passed, value, limit, reason, gate.metric)
     if gate.max_drop is not None:
-        yield _no_worse(gate.metric, gate.max_drop, metric, comparison)
+        yield _no_worse(gate.metric, gate.max_drop, metric, comparison, config)
     for baseline in gate.beats:
         yield _beats(gate, baseline, metric, comparison)
 
@@ -161,14 +161,27 @@ def _find(key: str, comparison: Comparison) -> MetricResult:
     return metric
 
 
-def _no_worse(key: str, max_drop: float, metric: MetricResult, comparison: Comparison) -> GateResult:
-    """Non-inferiority: the bad end of the interval of the difference is within max_drop."""
+def _no_worse(
+    key: str, max_drop: float, metric: MetricResult, comparison: Comparison, config: ValidationConfig
+) -> GateResult:
+    """Non-inferiority: the bad end of the interval of the difference is within max_drop.
+
+    A blessed model that cannot be compared with fails the candidate: whether it is worse is not known.
+    """
     side = 1.0 if lower_is_better(key) else -1.0
     limit = f"no more than {max_drop:g} worse than the last blessed model"
     name = f"{key} {limit}"
     if LAST_BLESSED in comparison.absent:
         why = comparison.absent[LAST_BLESSED]
-        return _not_applied("no_worse", name, limit, f"{key} is compared with nothing: {why}", key)
+        reason = f"{key} is compared with nothing: {why}"
+        if why == NO_BLESSED_MODEL:
+            return _not_applied("no_worse", name, limit, reason, key)
+        reason = f"{key} cannot be compared with the last blessed model: {why}"
+        if config.accept_incomparable_blessed:
+            reason += "; accepted by validation.accept_incomparable_blessed"
+            return _not_applied("no_worse", name, limit, reason, key)
+        reason += "; to accept that once, run with --set validation.accept_incomparable_blessed=true"
+        return _result("no_worse", name, False, None, limit, reason, key)
     change = metric.against.get(LAST_BLESSED)
     if change is None or change.difference is None:
         return _result("no_worse", name, False, None, limit, f"{key} has no change: {metric.note}", key)

@@ -23,6 +23,8 @@ COMPARISON_FILE = "comparison.json"
 PREDICTIONS_FILE = "predictions.parquet"
 CANDIDATE = "candidate"
 LAST_BLESSED = "last_blessed"
+# Why the last blessed model is absent where there is none; any other reason is about one that exists.
+NO_BLESSED_MODEL = "no model was blessed before"
 # Below this, a slice is told to be small: an interval is wide, and its neighbours are many.
 FEW_USERS = 30
 

@@ -65,6 +65,11 @@ def test_importing_the_config_loads_neither_tensorflow_nor_tfx() -> None:
             lambda c: c.retrieval.ignored_features,
             ("hour_of_day", "history_item_ids"),
         ),
+        (
+            "validation.accept_incomparable_blessed=true",
+            lambda c: c.validation.accept_incomparable_blessed,
+            True,
+        ),
         ("simulated.size=tiny", lambda c: c.simulated.size, "tiny"),
         ("simulated.seed=null", lambda c: c.simulated.seed, None),
     ],

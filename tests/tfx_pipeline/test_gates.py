@@ -356,6 +356,23 @@ def test_without_a_blessed_model_or_positives_there_is_nothing_to_apply() -> Non
     assert no_clicks["spread of click at least 1% of that of the labels"].verdict is Verdict.NOT_APPLIED
 
 
+def test_a_blessed_model_that_cannot_be_compared_with_fails_unless_that_is_accepted() -> None:
+    why = "it does not answer this run's examples: the feature 'mood' is required"
+    absent = dataclasses.replace(HEALTHY["retrieval"].comparison, absent={"last_blessed": why})
+    evidence = with_evidence("retrieval", comparison=absent)
+    result = judge(evidence, GATES, CONFIG, TASKS)
+    assert not result.blessed
+    assert result.reason == (
+        f"retrieval/recall_at_100 cannot be compared with the last blessed model: {why}; "
+        "to accept that once, run with --set validation.accept_incomparable_blessed=true"
+    )
+    accepted = judge(evidence, GATES, ValidationConfig(accept_incomparable_blessed=True), TASKS)
+    assert accepted.blessed
+    (found,) = (gate for gate in accepted.gates if gate.kind == "no_worse")
+    assert found.verdict is Verdict.NOT_APPLIED
+    assert found.reason.endswith(f"{why}; accepted by validation.accept_incomparable_blessed")
+
+
 def test_conditions_that_are_switched_off_are_not_there() -> None:
     off = ValidationConfig(
         min_index_recall=None, min_index_slice_recall=None, max_relative_ece=None, drift=None
