@@ -29,6 +29,8 @@ AGREEMENT_TOLERANCE = 1e-6
 # A head whose predictions vary less than this share of its labels says the same of everybody.
 _MIN_STD_SHARE = 0.01
 _POPULARITY = "popularity"
+# Kinds that say how good the model is; the others say that nothing is broken.
+_MEASURED = ("value", "must_beat", "no_worse")
 
 
 class Verdict(str, enum.Enum):
@@ -69,7 +71,7 @@ class Validation:
 
     Attributes:
       model: `retrieval` or `ranking`.
-      blessed: whether no gate failed, and at least one passed.
+      blessed: whether no gate failed, and at least one on a metric passed.
       reason: "" for a blessed model; else the reasons of the failed gates in one line.
       gates: every gate, in the order of the documentation.
     """
@@ -366,10 +368,11 @@ def _not_applied(kind: str, name: str, limit: str, reason: str, metric: str = ""
 
 
 def validation(model: str, gates: tuple[GateResult, ...]) -> Validation:
-    """Sums up the gates of a model. A model that nothing judged is not blessed."""
+    """Sums up the gates of a model. A model that nobody measured is not blessed, however sound it is."""
     failed = [gate.reason for gate in gates if gate.verdict is Verdict.FAILED]
-    if not failed and not any(gate.verdict is Verdict.PASSED for gate in gates):
-        failed = ["no gate was applied; give at least one under 'gates'"]
+    measured = any(gate.kind in _MEASURED and gate.verdict is Verdict.PASSED for gate in gates)
+    if not failed and not measured:
+        failed = ["no gate on a metric was applied; give one with min, max or beats under 'gates'"]
     return Validation(model, not failed, "; ".join(failed), gates)
 
 

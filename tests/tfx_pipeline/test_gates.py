@@ -42,7 +42,22 @@ def test_a_gate_that_was_not_applied_stops_nothing() -> None:
 
 def test_a_model_that_nothing_judged_is_not_blessed() -> None:
     result = validation("ranking", (gate(Verdict.NOT_APPLIED),))
-    assert (result.blessed, result.reason) == (False, "no gate was applied; give at least one under 'gates'")
+    reason = "no gate on a metric was applied; give one with min, max or beats under 'gates'"
+    assert (result.blessed, result.reason) == (False, reason)
+
+
+def test_a_sound_model_that_nobody_measured_is_not_blessed() -> None:
+    """A first model whose only gate is max_drop: everything else that passes says that nothing is broken."""
+    first = dataclasses.replace(
+        HEALTHY["retrieval"].comparison, absent={"last_blessed": "no model was blessed before"}
+    )
+    evidence = with_evidence("retrieval", comparison=first)
+    gates = (Gate(metric=RECALL, max_drop=0.02),)
+    result = judge(evidence, gates, CONFIG, TASKS)
+    assert any(gate.verdict is Verdict.PASSED for gate in result.gates)
+    assert not result.blessed
+    assert result.reason.startswith("no gate on a metric was applied")
+    assert judge(evidence, (*gates, Gate(metric=RECALL, min=0.1)), CONFIG, TASKS).blessed
 
 
 def test_a_validation_survives_its_file(tmp_path: Path) -> None:

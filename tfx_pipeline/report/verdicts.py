@@ -56,7 +56,7 @@ def verdict(name: str, facts: RunFacts) -> ModelVerdict:
         reasons = [
             f"The verdicts of the gates cannot be read: {absent}."
             if absent
-            else "No gate failed, but none was passed either; such a model is never blessed."
+            else "No gate failed, but none on a metric was passed either; such a model is never blessed."
         ]
     if not facts.infra_blessed and not any(gate.kind == "serving" for gate in model.gates):
         why = facts.infra_reason or "no reason was recorded"
