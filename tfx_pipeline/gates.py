@@ -20,8 +20,9 @@ from schema.contract import TaskKind, TaskSpec
 from schema.errors import ConfigError, DataError
 from tfx_pipeline.config import RANKING, RETRIEVAL, Gate, ValidationConfig
 from tfx_pipeline.drift_facts import LAST_RUN, TRAIN_TO_EVAL, DriftFacts, FeatureDrift
-from trainer.comparison import LAST_BLESSED, NO_BLESSED_MODEL, Comparison, MetricResult
-from trainer.metrics import lower_is_better, metric_key
+from trainer.comparison import LAST_BLESSED, NO_BLESSED_MODEL, Against, Comparison, MetricResult
+from trainer.metrics import has_interval, lower_is_better, metric_key
+from trainer.uncertainty import PairedDifference, no_worse
 
 GATES_FILE = "gates.json"
 # The Evaluator and the comparison compute the same metrics from the same examples, apart from each other.
@@ -186,16 +187,29 @@ def _no_worse(
         return _result("no_worse", name, False, None, limit, reason, key)
     change = metric.against.get(LAST_BLESSED)
     if change is None or change.difference is None:
-        return _result("no_worse", name, False, None, limit, f"{key} has no change: {metric.note}", key)
-    worst = change.high if side > 0 else change.low
-    if worst is None:
-        # Too few users for an interval: the difference itself has to do, and the sentence says so.
-        passed, end = side * change.difference <= max_drop, "too few users for an interval"
+        why = metric.note or "that of the last blessed model is undefined"
+        reason = f"{key} has no change: {why}"
+        return _result("no_worse", name, False, None, limit, reason, key)
+    shown = f"{key} changed by {change.difference:+.4f}"
+    if not has_interval(key):
+        passed = side * change.difference <= max_drop
+        reason = f"{shown} (one number for all users, without an interval), required: {limit}"
+        return _result("no_worse", name, passed, change.difference, limit, reason, key)
+    outcome = no_worse(_paired(change, change.difference, metric, comparison), max_drop, lower_is_better(key))
+    if math.isnan(outcome.worst_loss):
+        end = f"how surely is not known: {metric.note or 'the change has no interval'}"
     else:
-        one_sided = (1 + comparison.confidence) / 2
-        passed, end = side * worst <= max_drop, f"{worst:+.4f} at {100 * one_sided:g} % confidence"
-    reason = f"{key} changed by {change.difference:+.4f} ({end}), required: {limit}"
-    return _result("no_worse", name, passed, change.difference, limit, reason, key)
+        end = f"{side * outcome.worst_loss:+.4f} at {100 * outcome.confidence:g} % confidence"
+    reason = f"{shown} ({end}), required: {limit}"
+    return _result("no_worse", name, outcome.holds, change.difference, limit, reason, key)
+
+
+def _paired(
+    change: Against, difference: float, metric: MetricResult, comparison: Comparison
+) -> PairedDifference:
+    """A change as `trainer.uncertainty` has it: NaN for what is not defined."""
+    low, high, p = (math.nan if v is None else v for v in (change.low, change.high, change.p_value))
+    return PairedDifference(difference, low, high, comparison.confidence, p, metric.count)
 
 
 def _beats(gate: Gate, baseline: str, metric: MetricResult, comparison: Comparison) -> GateResult:

@@ -349,6 +349,33 @@ def test_lower_is_better_for_errors_in_every_comparison() -> None:
         assert found.verdict is verdict
 
 
+def test_a_change_of_unknown_certainty_fails_and_says_why() -> None:
+    unsure = dataclasses.replace(
+        metric(RECALL, 0.3, last_blessed=Against(0.3, 0.0, None, None, None)),
+        note="8 users, of 10 that an interval takes",
+    )
+    gates = (Gate(metric=RECALL, max_drop=0.01),)
+    result = judge(with_metrics("retrieval", recall=unsure), gates, CONFIG, TASKS)
+    (found,) = (gate for gate in result.gates if gate.kind == "no_worse")
+    assert found.verdict is Verdict.FAILED
+    assert found.reason == (
+        "retrieval/recall_at_100 changed by +0.0000 (how surely is not known: 8 users, of 10 that an "
+        "interval takes), required: no more than 0.01 worse than the last blessed model"
+    )
+
+
+@pytest.mark.parametrize(("difference", "verdict"), [(-5.0, Verdict.PASSED), (-11.0, Verdict.FAILED)])
+def test_one_number_for_all_users_is_compared_by_its_value(difference: float, verdict: Verdict) -> None:
+    changed = Against(200.0 - difference, difference, None, None, None)
+    popular = Against(14.0, 186.0, None, None, None)
+    distinct = metric(DISTINCT, 200.0, last_blessed=changed, popularity=popular)
+    gates = (Gate(metric=DISTINCT, max_drop=10),)
+    result = judge(with_metrics("retrieval", distinct=distinct), gates, CONFIG, TASKS)
+    (found,) = (gate for gate in result.gates if gate.kind == "no_worse")
+    assert found.verdict is verdict
+    assert f"changed by {difference:+.4f} (one number for all users, without an interval)" in found.reason
+
+
 def test_by_value_a_baseline_is_beaten_without_certainty() -> None:
     close = with_metrics("ranking", auc=metric(AUC, 0.7, item_mean=change(0.697, 0.003)))
     for by, verdict in (("value", Verdict.PASSED), ("interval", Verdict.FAILED)):

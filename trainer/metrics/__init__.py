@@ -9,10 +9,12 @@ from trainer.metrics.arrays import BoolArray, FloatArray, IntArray
 from trainer.metrics.calibration import ReliabilityBin, ece, reliability_table
 from trainer.metrics.keys import (
     AGGREGATE_METRICS,
+    DISTINCT_ITEMS,
     LIST_METRICS,
     LOWER_IS_BETTER,
     RANKING_METRICS,
     RETRIEVAL_METRICS,
+    has_interval,
     lower_is_better,
     metric_key,
 )
@@ -57,6 +59,7 @@ from trainer.metrics.retrieval import (
 
 __all__ = [
     "AGGREGATE_METRICS",
+    "DISTINCT_ITEMS",
     "LIST_METRICS",
     "LOWER_IS_BETTER",
     "RANKING_METRICS",
@@ -77,6 +80,7 @@ __all__ = [
     "ece",
     "gauc",
     "gini_at_k",
+    "has_interval",
     "hit_rate_at_k",
     "list_metrics",
     "log_loss",

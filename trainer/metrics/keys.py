@@ -7,6 +7,8 @@ from schema.contract import TaskKind
 RETRIEVAL_METRICS = ("recall", "precision", "ndcg", "hit_rate", "mrr", "map")
 # Of lists alone, by user; and of all lists together.
 LIST_METRICS = ("novelty", "mean_popularity", "intra_list_diversity", "mean_age_days")
+# The number of items in anybody's first k.
+DISTINCT_ITEMS = "distinct_items"
 AGGREGATE_METRICS = ("coverage", "gini")
 RANKING_METRICS = {
     TaskKind.BINARY: ("auc", "gauc", "log_loss", "normalised_entropy", "ece"),
@@ -34,4 +36,18 @@ def lower_is_better(key: str) -> bool:
     >>> lower_is_better("ranking/click/log_loss"), lower_is_better("gini_at_10"), lower_is_better("auc")
     (True, True, False)
     """
-    return re.sub(r"_at_\d+$", "", key.rpartition("/")[2]) in LOWER_IS_BETTER
+    return _name(key) in LOWER_IS_BETTER
+
+
+def has_interval(key: str) -> bool:
+    """Whether users have a share in a metric, so that there is an interval over them.
+
+    >>> has_interval("retrieval/recall_at_10"), has_interval("retrieval/distinct_items_at_10")
+    (True, False)
+    """
+    return _name(key) not in (DISTINCT_ITEMS, *AGGREGATE_METRICS)
+
+
+def _name(key: str) -> str:
+    """The metric of a key, without stage, task and cut-off."""
+    return re.sub(r"_at_\d+$", "", key.rpartition("/")[2])
