@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from tensorflow_metadata.proto.v0 import anomalies_pb2
 
+from schema.contract import TaskSpec
 from tfx_pipeline.components.infra_validator import REASON_FILE
-from tfx_pipeline.config import RETRIEVAL
+from tfx_pipeline.config import CUTOFFS, RETRIEVAL
 from tfx_pipeline.drift import read_drift
 from tfx_pipeline.gates import Evidence
 from tfx_pipeline.tfma_metrics import read_metrics
+from trainer import ranking_comparison
 from trainer.comparison import read_comparison
-from trainer.metrics import metric_key
+from trainer.metrics import metric_key, retrieval_metric_names
 
 INDEX_FACTS = Path("assets.extra") / "index.json"
 
@@ -41,11 +44,12 @@ class EvidenceSources:
     drift: Path
 
 
-def read_evidence(model: str, sources: EvidenceSources) -> Evidence:
+def read_evidence(model: str, tasks: Sequence[TaskSpec], sources: EvidenceSources) -> Evidence:
     """Reads everything.
 
     Args:
       model: `retrieval` or `ranking`.
+      tasks: of the ranker.
       sources: where it is.
 
     Raises:
@@ -53,6 +57,7 @@ def read_evidence(model: str, sources: EvidenceSources) -> Evidence:
     """
     return Evidence(
         comparison=read_comparison(sources.comparison),
+        evaluated=_evaluated(model, tasks),
         evaluator=_evaluator(model, sources.evaluation),
         index_recall=_index_recall(sources.model) if model == RETRIEVAL else None,
         serving_reason=(sources.infra_blessing / REASON_FILE).read_text(encoding="utf-8").strip(),
@@ -62,6 +67,13 @@ def read_evidence(model: str, sources: EvidenceSources) -> Evidence:
         },
         drift=read_drift(sources.drift),
     )
+
+
+def _evaluated(model: str, tasks: Sequence[TaskSpec]) -> list[str]:
+    """What the pipeline's `retrieval_eval_config` and `ranking_eval_config` ask for, but for counts."""
+    if model == RETRIEVAL:
+        return [metric_key(model, name) for name in retrieval_metric_names(CUTOFFS)]
+    return ranking_comparison.metric_keys(tasks)
 
 
 def _evaluator(model: str, evaluation: str) -> dict[str, float | None]:

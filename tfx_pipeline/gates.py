@@ -89,6 +89,7 @@ class Evidence:
 
     Attributes:
       comparison: with the last blessed model and the baselines.
+      evaluated: metric keys that the Evaluator is configured to compute, at least one.
       evaluator: metric key -> the Evaluator's value on the whole split.
       index_recall: of the index against exact search, by slice of items, "" being all; retrieval only.
       serving_reason: why infra validation failed; "" when it passed.
@@ -97,6 +98,7 @@ class Evidence:
     """
 
     comparison: Comparison
+    evaluated: Sequence[str]
     evaluator: Mapping[str, float | None]
     index_recall: Mapping[str, float | None] | None
     serving_reason: str
@@ -243,23 +245,26 @@ def _agreement(evidence: Evidence) -> GateResult:
     """TFMA and the comparison, which judge apart from each other, say the same."""
     limit = f"at most {AGREEMENT_TOLERANCE:g} apart"
     name = f"evaluations {limit}"
-    apart: dict[str, float] = {}
-    for metric in evidence.comparison.whole.metrics:
-        if metric.key in evidence.evaluator:
-            theirs = evidence.evaluator[metric.key]
-            if (theirs is None) != (metric.value is None):
-                apart[metric.key] = math.inf
-            elif theirs is not None and metric.value is not None:
-                apart[metric.key] = abs(theirs - metric.value)
-    if not apart:
-        reason = "the Evaluator and the comparison have no metric in common"
-        return _result("agreement", name, False, None, limit, reason)
+    ours = {metric.key: metric.value for metric in evidence.comparison.whole.metrics}
+    for whose, known in (("the Evaluator", evidence.evaluator), ("the comparison", ours)):
+        missing = [key for key in evidence.evaluated if key not in known]
+        if missing:
+            reason = f"{whose} lacks {', '.join(missing)}, which the Evaluator is configured to compute"
+            return _result("agreement", name, False, None, limit, reason)
+    apart = {key: _gap(evidence.evaluator[key], ours[key]) for key in evidence.evaluated}
     worst = max(apart, key=lambda key: apart[key])
     gap = apart[worst]
     reason = f"the Evaluator and the comparison are {gap:.2g} apart on {worst}, required: {limit}"
     return _result(
         "agreement", name, gap <= AGREEMENT_TOLERANCE, gap if math.isfinite(gap) else None, limit, reason
     )
+
+
+def _gap(first: float | None, second: float | None) -> float:
+    """How far two values are apart; infinitely, where one alone is undefined."""
+    if first is None or second is None:
+        return 0.0 if first is second else math.inf
+    return abs(first - second)
 
 
 def _collapse(comparison: Comparison, tasks: Sequence[TaskSpec]) -> Iterator[GateResult]:
@@ -343,6 +348,9 @@ def _serving(reason: str) -> GateResult:
 
 def _anomalies(anomalies: Mapping[str, Sequence[str]]) -> GateResult:
     """Every split meets the schema."""
+    if not anomalies:
+        reason = "data anomalies: ExampleValidator examined no split"
+        return _result("anomalies", "data anomalies", False, None, "none", reason)
     found = [f"{split}: {text}" for split, texts in anomalies.items() for text in texts]
     reason = f"data anomalies: {'; '.join(found)}" if found else "no split has an anomaly"
     return _result("anomalies", "data anomalies", not found, float(len(found)), "none", reason)

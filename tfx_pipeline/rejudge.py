@@ -45,6 +45,7 @@ def judge_again(model: str, run: RunResult, paths: RunPaths) -> tuple[Comparison
     judgement = _judge(model, run, uris, candidate, last_blessed, settings, with_baselines=True)
     evidence = read_evidence(
         model,
+        run.config.dataset.tasks,
         EvidenceSources(
             comparison=Path(uris[f"Comparison.{model}", "comparison"]),
             evaluation=uris[f"Evaluator.{model}", "evaluation"],

@@ -207,13 +207,6 @@ def _label_and_prediction(
     return label, prediction
 
 
-def _retrieval_metric_names(ks: Sequence[int]) -> list[str]:
-    """Means over examples, then the number of distinct items."""
-    means = [f"{name}_at_{k}" for k in ks for name in metrics.RETRIEVAL_METRICS]
-    means += [f"cold_item_recall_at_{k}" for k in ks]
-    return [*means, f"distinct_items_at_{min(ks)}"]
-
-
 def _retrieval_computations(
     ks: Sequence[int],
     cold_items_key: str,
@@ -221,7 +214,7 @@ def _retrieval_computations(
     eval_config: tfma.EvalConfig,
     model_names: Sequence[str],
 ) -> list[tfma.metrics.MetricComputation]:
-    names = [*_retrieval_metric_names(ks), NUM_QUERIES, NUM_COLD_ITEM_QUERIES, NUM_POSITIVE_ITEMS]
+    names = [*metrics.retrieval_metric_names(ks), NUM_QUERIES, NUM_COLD_ITEM_QUERIES, NUM_POSITIVE_ITEMS]
     computations = []
     for model_name in model_names:
         keys = _keys(names, model_name)

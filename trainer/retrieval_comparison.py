@@ -102,10 +102,8 @@ def compare_retrieval(
 
 def metric_keys(ks: Sequence[int]) -> list[str]:
     """Keys of every metric that `compare_retrieval` measures, if the catalogue tells what they need."""
-    names = [f"{name}_at_{k}" for k in ks for name in metrics.RETRIEVAL_METRICS]
-    names += [f"cold_item_recall_at_{k}" for k in ks]
-    of_lists = ("distinct_items", *metrics.LIST_METRICS, *metrics.AGGREGATE_METRICS)
-    names += [f"{name}_at_{min(ks)}" for name in of_lists]
+    of_lists = (*metrics.LIST_METRICS, *metrics.AGGREGATE_METRICS)
+    names = [*metrics.retrieval_metric_names(ks), *(f"{name}_at_{min(ks)}" for name in of_lists)]
     return [metrics.metric_key(STAGE, name) for name in names]
 
 
@@ -161,7 +159,7 @@ def _measure(
             {rival: sums[rival][name] for rival in rivals},
             _NO_COLD_POSITIVE if of_cold_items else _NO_POSITIVE,
         )
-    measured[metrics.metric_key(STAGE, "distinct_items", k=min(ks))] = Measured(
+    measured[metrics.metric_key(STAGE, metrics.DISTINCT_ITEMS, k=min(ks))] = Measured(
         len(users),
         num_distinct[CANDIDATE],
         {rival: num_distinct[rival] for rival in rivals},

@@ -277,10 +277,11 @@ class Checks:
         known = {
             "comparison": comparison,
             # The Evaluator's own computation is not what is spoilt: it says the same.
+            "evaluated": [m.key for m in comparison.whole.metrics],
             "evaluator": {m.key: m.value for m in comparison.whole.metrics},
             "index_recall": {"": 1.0},
             "serving_reason": "",
-            "anomalies": {},
+            "anomalies": {"test": []},
             "drift": DriftFacts({}, {}),
         }
         config = self.sound.config

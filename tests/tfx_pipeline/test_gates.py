@@ -132,6 +132,7 @@ def drift(**found: list[tuple[str, float | None, float]]) -> DriftFacts:
 HEALTHY = {
     "retrieval": Evidence(
         comparison("retrieval", retrieval_metrics()),
+        evaluated=[RECALL, DISTINCT],
         evaluator={RECALL: 0.3, DISTINCT: 200.0},
         index_recall={"": 0.99, "head": 1.0, "tail": 0.98, "new": None},
         serving_reason="",
@@ -140,6 +141,7 @@ HEALTHY = {
     ),
     "ranking": Evidence(
         comparison("ranking", ranking_metrics()),
+        evaluated=[AUC, ECE],
         evaluator={AUC: 0.7, ECE: 0.02},
         index_recall=None,
         serving_reason="",
@@ -253,6 +255,22 @@ SABOTAGES = [
         id="evaluator-found-no-value",
     ),
     pytest.param(
+        with_evidence("ranking", evaluator={AUC: 0.7}),
+        "agreement",
+        "the Evaluator lacks ranking/click/ece, which the Evaluator is configured to compute",
+        id="evaluator-left-a-metric-out",
+    ),
+    pytest.param(
+        with_evidence(
+            "ranking",
+            evaluated=[AUC, ECE, "ranking/click/gauc"],
+            evaluator={AUC: 0.7, ECE: 0.02, "ranking/click/gauc": 0.6},
+        ),
+        "agreement",
+        "the comparison lacks ranking/click/gauc, which the Evaluator is configured to compute",
+        id="comparison-left-a-metric-out",
+    ),
+    pytest.param(
         with_metrics(
             "retrieval", distinct=metric(DISTINCT, 40.0, popularity=Against(40.0, 0.0, None, None, None))
         ),
@@ -304,6 +322,12 @@ SABOTAGES = [
         "anomalies",
         "data anomalies: eval: device: Column dropped",
         id="dropped-feature",
+    ),
+    pytest.param(
+        with_evidence("ranking", anomalies={}),
+        "anomalies",
+        "data anomalies: ExampleValidator examined no split",
+        id="no-split-was-examined",
     ),
     pytest.param(
         with_evidence("ranking", drift=drift(train_to_eval=[("country", 0.4, 0.1), ("device", 0.05, 0.1)])),

@@ -49,6 +49,7 @@ def ModelValidator(
     config = RunConfig.model_validate_json(gates)
     evidence = read_evidence(
         model_name,
+        config.dataset.tasks,
         EvidenceSources(
             comparison=Path(comparison.uri),
             evaluation=evaluation.uri,

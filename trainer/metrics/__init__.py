@@ -17,6 +17,7 @@ from trainer.metrics.keys import (
     has_interval,
     lower_is_better,
     metric_key,
+    retrieval_metric_names,
 )
 from trainer.metrics.lists import (
     CatalogueFacts,
@@ -100,6 +101,7 @@ __all__ = [
     "ranking_metrics",
     "recall_at_k",
     "reliability_table",
+    "retrieval_metric_names",
     "retrieval_metrics",
     "row_absolute_error",
     "row_log_loss",

@@ -1,6 +1,7 @@
 """Names of the metrics: the one list that the models, the gates, the baselines and the report read."""
 
 import re
+from collections.abc import Sequence
 
 from schema.contract import TaskKind
 
@@ -28,6 +29,16 @@ def metric_key(stage: str, metric: str, *, task: str | None = None, k: int | Non
     ('retrieval/recall_at_100', 'ranking/click/auc')
     """
     return "/".join([stage, *([task] if task else []), metric if k is None else f"{metric}_at_{k}"])
+
+
+def retrieval_metric_names(ks: Sequence[int]) -> list[str]:
+    """Metrics of lists against held-out items, `recall_at_10` and so on: both Evaluator and comparison have them.
+
+    Means over users first, then the number of distinct items.
+    """
+    means = [f"{name}_at_{k}" for k in ks for name in RETRIEVAL_METRICS]
+    means += [f"cold_item_recall_at_{k}" for k in ks]
+    return [*means, f"{DISTINCT_ITEMS}_at_{min(ks)}"]
 
 
 def lower_is_better(key: str) -> bool:
