@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
 
-from schema.contract import DatasetSpec, load_dataset_spec, parse_model, read_yaml
+from schema.contract import DatasetSpec, TaskSpec, load_dataset_spec, parse_model, read_yaml
 from schema.errors import ConfigError
 from serving.slo import Slo
 from trainer import features, ranking_comparison, retrieval_comparison
 from trainer.allow_list_inputs import check_attributes
-from trainer.baselines import RANKING_BASELINES, RETRIEVAL_BASELINES
+from trainer.baselines import RETRIEVAL_BASELINES, ranking_baselines
 from trainer.config import RankingConfig, RetrievalConfig
+from trainer.metrics import has_interval
 from trainer.slices import dimensions
 
 BUILT_IN_CONFIGS = Path(__file__).parent / "configs"
@@ -159,12 +160,8 @@ class RunConfig(_Config):
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        known_metrics = {
-            RETRIEVAL: (retrieval_comparison.metric_keys(CUTOFFS), RETRIEVAL_BASELINES),
-            RANKING: (ranking_comparison.metric_keys(self.dataset.tasks), RANKING_BASELINES),
-        }
         for gate in self.gates:
-            _check_gate(gate, known_metrics)
+            _check_gate(gate, self.dataset.tasks)
         for model in MODELS:
             if not any(gate.metric.startswith(f"{model}/") for gate in self.gates):
                 raise ValueError(
@@ -196,22 +193,34 @@ class RunConfig(_Config):
         return self
 
 
-def _check_gate(gate: Gate, known: Mapping[str, tuple[Sequence[str], Sequence[str]]]) -> None:
-    """Checks what a gate names against the metrics and the baselines of each model."""
+def _check_gate(gate: Gate, tasks: Sequence[TaskSpec]) -> None:
+    """Checks what a gate names against the metrics and the baselines of its model."""
     model = gate.metric.partition("/")[0]
-    if model not in known:
+    keys = {
+        RETRIEVAL: retrieval_comparison.metric_keys(CUTOFFS),
+        RANKING: ranking_comparison.metric_keys(tasks),
+    }
+    if model not in keys:
         raise ValueError(
             f"gates: {gate.metric!r} is of neither model; keys start with retrieval/ or ranking/"
         )
-    keys, baselines = known[model]
-    if gate.metric not in keys:
-        nearest = difflib.get_close_matches(gate.metric, keys, n=1, cutoff=0)[0]
+    if gate.metric not in keys[model]:
+        nearest = difflib.get_close_matches(gate.metric, keys[model], n=1, cutoff=0)[0]
         raise ValueError(f"gates: unknown metric {gate.metric!r}; the nearest one is {nearest!r}")
+    baselines: tuple[str, ...] = RETRIEVAL_BASELINES
+    if model == RANKING:
+        kind = next(task.kind for task in tasks if task.name == gate.metric.split("/")[1])
+        baselines = ranking_baselines(kind)
     for baseline in gate.beats:
         if baseline not in baselines:
             raise ValueError(
                 f"gates: {gate.metric!r} is to beat {baseline!r}; baselines are: {', '.join(baselines)}"
             )
+    if gate.beats and gate.by == "interval" and not has_interval(gate.metric):
+        raise ValueError(
+            f"gates: {gate.metric!r} is one number for all users, without an interval; to beat a baseline "
+            "give by: value"
+        )
 
 
 def _check_ranking(config: RankingConfig, space: features.FeatureSpace) -> None:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
 import json
 import math
@@ -17,7 +16,7 @@ from pathlib import Path
 import pydantic
 
 from schema.contract import TaskKind, TaskSpec
-from schema.errors import ConfigError, DataError
+from schema.errors import DataError
 from tfx_pipeline.config import RANKING, RETRIEVAL, Gate, ValidationConfig
 from tfx_pipeline.drift_facts import LAST_RUN, TRAIN_TO_EVAL, DriftFacts, FeatureDrift
 from trainer.comparison import LAST_BLESSED, NO_BLESSED_MODEL, Against, Comparison, MetricResult
@@ -116,9 +115,6 @@ def judge(
       gates: of the configuration; those of the other model are left out.
       config: the conditions besides.
       tasks: of the ranker.
-
-    Raises:
-      ConfigError: a gate names a metric or a baseline that the comparison does not have.
     """
     model = evidence.comparison.model
     results = [
@@ -142,7 +138,11 @@ def judge(
 
 def _metric_gates(gate: Gate, comparison: Comparison, config: ValidationConfig) -> Iterator[GateResult]:
     """The conditions of one gate of the configuration."""
-    metric = _find(gate.metric, comparison)
+    metric = comparison.whole.metric(gate.metric)
+    if metric is None:
+        reason = f"{gate.metric} is not measured: this data does not have what it takes"
+        yield _result("value", f"{gate.metric} measured", False, None, "measured", reason, gate.metric)
+        return
     value = metric.value
     shown = f"{gate.metric} is undefined: {metric.note}" if value is None else f"{gate.metric} {value:.4f}"
     for bound, words, sign in ((gate.min, "at least", 1.0), (gate.max, "at most", -1.0)):
@@ -155,15 +155,6 @@ def _metric_gates(gate: Gate, comparison: Comparison, config: ValidationConfig) 
         yield _no_worse(gate.metric, gate.max_drop, metric, comparison, config)
     for baseline in gate.beats:
         yield _beats(gate, baseline, metric, comparison)
-
-
-def _find(key: str, comparison: Comparison) -> MetricResult:
-    metric = comparison.whole.metric(key)
-    if metric is None:
-        known = [m.key for m in comparison.whole.metrics]
-        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0) or ["none"]
-        raise ConfigError(f"gate on unknown metric {key!r}; the nearest one is {nearest[0]!r}")
-    return metric
 
 
 def _no_worse(
@@ -216,16 +207,13 @@ def _paired(
 
 def _beats(gate: Gate, baseline: str, metric: MetricResult, comparison: Comparison) -> GateResult:
     """The metric is better than that of a baseline, surely or by its value."""
-    rivals = [rival.name for rival in comparison.rivals if rival.name != LAST_BLESSED]
-    if baseline not in rivals:
-        raise ConfigError(
-            f"gate on {gate.metric!r}: no baseline {baseline!r}; those are: {', '.join(rivals) or 'none'}"
-        )
     limit = f"better than {baseline}"
     name = f"{gate.metric} {limit}"
     against = metric.against.get(baseline)
     if against is None:
-        raise ConfigError(f"gate on {gate.metric!r}: {baseline} does not predict this task")
+        rivals = ", ".join(rival for rival in metric.against if rival != LAST_BLESSED) or "none"
+        reason = f"{gate.metric} is to beat {baseline}, which this data does not have; it has: {rivals}"
+        return _result("must_beat", name, False, None, limit, reason, gate.metric)
     if against.difference is None or against.value is None or metric.value is None:
         reason = f"{gate.metric} is not compared with {baseline}: {metric.note}"
         return _result("must_beat", name, False, None, limit, reason, gate.metric)
@@ -270,8 +258,8 @@ def _gap(first: float | None, second: float | None) -> float:
 def _collapse(comparison: Comparison, tasks: Sequence[TaskSpec]) -> Iterator[GateResult]:
     """The model says different things of different users and items."""
     if comparison.model == RETRIEVAL:
-        key = next(m.key for m in comparison.whole.metrics if "/distinct_items_at_" in m.key)
-        metric = _find(key, comparison)
+        metric = next(m for m in comparison.whole.metrics if "/distinct_items_at_" in m.key)
+        key = metric.key
         one_list = metric.against[_POPULARITY].value or 0.0
         limit = f"more than {one_list:g}, one list for everybody less what each has seen"
         value = metric.value or 0.0
@@ -327,9 +315,9 @@ def _calibration(
             continue
         limit = f"at most {config.max_relative_ece:g} of the mean of the label"
         name = f"ece of {task.name} {limit}"
-        metric = _find(metric_key(RANKING, "ece", task=task.name), comparison)
+        metric = comparison.whole.metric(metric_key(RANKING, "ece", task=task.name))
         rate = comparison.facts.get(f"{task.name}/mean_label")
-        if metric.value is None or not rate:
+        if metric is None or metric.value is None or not rate:
             yield _not_applied("calibration", name, limit, f"{task.name} has no positive to compare with")
             continue
         share = metric.value / rate

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from schema.contract import TaskKind
 from schema.errors import ConfigError, DataError, ShapeError
 from trainer.metrics import FloatArray, IntArray
 
@@ -19,10 +20,22 @@ RETRIEVAL_BASELINES = (POPULARITY, RECENT_POPULARITY, ITEM_KNN, IALS, NEWEST, RA
 GLOBAL_MEAN, GLOBAL_MEDIAN, ITEM_MEAN = "global_mean", "global_median", "item_mean"
 LOGISTIC_REGRESSION, RIDGE_REGRESSION, LIGHTGBM = "logistic_regression", "ridge_regression", "lightgbm"
 RANKING_BASELINES = (GLOBAL_MEAN, GLOBAL_MEDIAN, ITEM_MEAN, LOGISTIC_REGRESSION, RIDGE_REGRESSION, LIGHTGBM)
+# Of them, those that predict no binary task, and those that predict nothing else.
+_NOT_BINARY, _BINARY_ONLY = (GLOBAL_MEDIAN, RIDGE_REGRESSION), (LOGISTIC_REGRESSION,)
 
 SECONDS_PER_DAY = 86_400
 # Bounds the memory of a chunk of users times items to some tens of megabytes.
 _CELLS_PER_CHUNK = 8_000_000
+
+
+def ranking_baselines(kind: TaskKind) -> tuple[str, ...]:
+    """The baselines that predict tasks of a kind.
+
+    >>> ranking_baselines(TaskKind.BINARY)
+    ('global_mean', 'item_mean', 'logistic_regression', 'lightgbm')
+    """
+    others = _NOT_BINARY if kind is TaskKind.BINARY else _BINARY_ONLY
+    return tuple(name for name in RANKING_BASELINES if name not in others)
 
 
 def popularity(item_codes: IntArray, num_items: int) -> FloatArray:

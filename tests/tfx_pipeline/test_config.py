@@ -152,6 +152,18 @@ def test_a_model_without_a_gate_is_an_error(write: Write, missing: str) -> None:
         ({"metric": "retrieval/recal_at_10", "min": 0.1}, "the nearest one is 'retrieval/recall_at_10'"),
         ({"metric": "ranking/click/mae", "max": 1}, "unknown metric 'ranking/click/mae'"),
         ({"metric": "ranking/click/auc", "beats": ["ials"]}, "to beat 'ials'; baselines are: global_mean"),
+        (
+            {"metric": "ranking/watch_time/mae", "beats": ["logistic_regression"]},
+            "to beat 'logistic_regression'; baselines are: global_mean, global_median",
+        ),
+        (
+            {"metric": "ranking/click/auc", "beats": ["global_median"]},
+            "to beat 'global_median'; baselines are",
+        ),
+        (
+            {"metric": "retrieval/coverage_at_10", "beats": ["popularity"]},
+            "'retrieval/coverage_at_10' is one number for all users, without an interval; to beat",
+        ),
     ],
 )
 def test_a_gate_that_would_judge_nothing_is_an_error(

@@ -32,7 +32,7 @@ def metric_key(stage: str, metric: str, *, task: str | None = None, k: int | Non
 
 
 def retrieval_metric_names(ks: Sequence[int]) -> list[str]:
-    """Metrics of lists against held-out items, `recall_at_10` and so on: both Evaluator and comparison have them.
+    """Metrics of lists against held-out items, which both Evaluator and comparison have.
 
     Means over users first, then the number of distinct items.
     """
