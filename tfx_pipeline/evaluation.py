@@ -38,7 +38,7 @@ from trainer.comparison import (
 from trainer.input_pipeline import expand
 from trainer.metrics import CatalogueFacts, IntArray
 from trainer.ranking_baselines import baseline_predictions
-from trainer.ranking_comparison import JudgedRows, compare_ranking, predictions_table
+from trainer.ranking_comparison import JudgedRows, compare_ranking, predictions_table, why_not_numbers
 from trainer.ranking_features import RankingTables
 from trainer.retrieval_baselines import EvalUsers, TrainPositives, baseline_lists
 from trainer.retrieval_comparison import JudgedLists, compare_retrieval, lists_table, positives_table
@@ -192,7 +192,7 @@ def judge_ranking(
     serialized = rows["serialized"].to_list()
     predictions = {CANDIDATE: predicted(candidate, serialized, spec)}
     absent: dict[str, str] = {}
-    found = _of_last_blessed(last_blessed, lambda folder: predicted(folder, serialized, spec), absent)
+    found = _of_last_blessed(last_blessed, lambda folder: _numbers(folder, serialized, spec), absent)
     if found is not None:
         predictions[LAST_BLESSED] = found
     notes: dict[str, str] = {}
@@ -345,6 +345,14 @@ def predicted(folder: Path, examples: Sequence[bytes], spec: DatasetSpec) -> dic
         task.name: np.concatenate([part[task.name] for part in parts]).astype(np.float64)
         for task in spec.tasks
     }
+
+
+def _numbers(folder: Path, examples: Sequence[bytes], spec: DatasetSpec) -> dict[str, np.ndarray]:
+    """What a model predicts, if these are numbers: a rival of which nothing is known proves nothing."""
+    found = predicted(folder, examples, spec)
+    if why := why_not_numbers(found, list(found)):
+        raise ServingError(f"{folder}: {why}")
+    return found
 
 
 def _codes(lists: np.ndarray, code_of: dict[str, int]) -> IntArray:

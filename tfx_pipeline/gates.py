@@ -271,8 +271,12 @@ def _collapse(comparison: Comparison, tasks: Sequence[TaskSpec]) -> Iterator[Gat
         of_labels = comparison.facts.get(f"{task.name}/label_std")
         limit = f"at least {_MIN_STD_SHARE:.0%} of that of the labels"
         name = f"spread of {task.name} {limit}"
-        if not of_labels or spread is None:
+        if not of_labels:
             yield _not_applied("collapse", name, limit, f"the labels of {task.name} do not vary")
+            continue
+        if spread is None:
+            reason = f"predictions of {task.name} have no standard deviation: some are NaN or infinite"
+            yield _result("collapse", name, False, None, limit, reason)
             continue
         reason = (
             f"predictions of {task.name} have a standard deviation of {spread:.4g}, labels of "
@@ -315,10 +319,15 @@ def _calibration(
             continue
         limit = f"at most {config.max_relative_ece:g} of the mean of the label"
         name = f"ece of {task.name} {limit}"
-        metric = comparison.whole.metric(metric_key(RANKING, "ece", task=task.name))
+        key = metric_key(RANKING, "ece", task=task.name)
+        metric = next(m for m in comparison.whole.metrics if m.key == key)
         rate = comparison.facts.get(f"{task.name}/mean_label")
-        if metric is None or metric.value is None or not rate:
+        if not rate:
             yield _not_applied("calibration", name, limit, f"{task.name} has no positive to compare with")
+            continue
+        if metric.value is None:
+            reason = f"ece of {task.name} is undefined: {metric.note}"
+            yield _result("calibration", name, False, None, limit, reason)
             continue
         share = metric.value / rate
         reason = (

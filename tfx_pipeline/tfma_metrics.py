@@ -401,5 +401,9 @@ class _GatherAndJudge(beam.CombineFn):
 
     def extract_output(self, accumulator: _Columns) -> dict[tfma.metrics.MetricKey, float]:
         labels, predictions, users = (np.array(column) for column in accumulator)
-        values = metrics.ranking_metrics(self._kind, labels, predictions, users)
+        if np.isfinite(predictions).all():
+            values = metrics.ranking_metrics(self._kind, labels, predictions, users)
+        else:
+            # Not defined: to say so is for the gates, which tell the reason in a line.
+            values = dict.fromkeys(metrics.RANKING_METRICS[self._kind], float("nan"))
         return dict(zip(self._keys, [*values.values(), float(len(labels))], strict=True))

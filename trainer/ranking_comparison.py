@@ -115,12 +115,18 @@ def _measure(judged: JudgedRows, task: TaskSpec, users: IntArray, mask: BoolArra
     rows = np.flatnonzero(mask & ~np.isnan(labels))
     in_slice = np.unique(users[mask])
     codes = np.searchsorted(in_slice, users[rows])
-    sums: dict[str, dict[str, UserSums]] = {}
+    names = metrics.RANKING_METRICS[task.kind]
+    sums: dict[str, dict[str, UserSums | float]] = {}
     for model, predictions in judged.predictions.items():
-        if task.name in predictions:
+        if task.name not in predictions:
+            continue
+        if np.isfinite(predictions[task.name][rows]).all():
             found = ranking_sums(task.kind, labels[rows], predictions[task.name][rows], codes)
             sums[model] = {name: _with_users(metric, codes, len(in_slice)) for name, metric in found.items()}
-    why = _why_undefined(labels[rows], task)
+        else:
+            sums[model] = dict.fromkeys(names, np.nan)
+    why = why_not_numbers(judged.predictions[CANDIDATE], [task.name], rows)
+    why = why or _why_undefined(labels[rows], task)
     return {
         metrics.metric_key(STAGE, name, task=task.name): Measured(
             len(rows),
@@ -130,6 +136,25 @@ def _measure(judged: JudgedRows, task: TaskSpec, users: IntArray, mask: BoolArra
         )
         for name, metric in sums[CANDIDATE].items()
     }
+
+
+def why_not_numbers(
+    predictions: Mapping[str, FloatArray], tasks: Sequence[str], rows: IntArray | None = None
+) -> str:
+    """Which predictions are NaN or infinite, in words; "" when none is.
+
+    Args:
+      predictions: task -> float64 [n].
+      tasks: to look at.
+      rows: to look at; None are all.
+    """
+    found = []
+    for task in tasks:
+        values = predictions[task] if rows is None else predictions[task][rows]
+        num_bad = int(np.count_nonzero(~np.isfinite(values)))
+        if num_bad:
+            found.append(f"{num_bad:,} of {len(values):,} predictions of {task} are NaN or infinite")
+    return "; ".join(found)
 
 
 def _with_users(metric: UserSums, codes: IntArray, num_users: int) -> UserSums:

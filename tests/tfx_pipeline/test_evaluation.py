@@ -1,6 +1,7 @@
 """Reading what a model is judged on: examples and the rows they came from, models that do not answer."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from schema.errors import DataError, ServingError
 from tests.trainer.ranking_tables import SPEC, log
 from tfx_pipeline import evaluation
 from tfx_pipeline.evaluation import EvaluationSettings, judge_ranking, read_judged_users, read_test_rows
-from trainer.comparison import BootstrapSettings
+from trainer.comparison import BootstrapSettings, Comparison
 from trainer.ranking_features import RankingTables
 
 SETTINGS = EvaluationSettings((10,), (("country",),), BootstrapSettings(num_resamples=100))
@@ -119,6 +120,40 @@ def test_a_last_blessed_model_that_does_not_answer_is_said_and_not_compared(
     assert {"", "country = de", "country = (missing)", "surface = 0", "user_type = warm"} <= names
     judged.write(tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"comparison.json", "predictions.parquet"}
+
+
+def test_predictions_that_are_not_numbers_are_undefined_or_absent_and_never_an_error(
+    tables: RankingTables, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoilt = ""
+
+    def answer(folder: Path, serialized: list[bytes], spec: object) -> dict[str, np.ndarray]:
+        noise = np.random.default_rng(0).random(len(serialized))
+        clicks = np.where(noise < 0.5, np.nan, noise) if folder.name == spoilt else noise
+        return {"click": clicks, "watch": noise}
+
+    def judged() -> Comparison:
+        found = judge_ranking(
+            tables, [str(examples)], tmp_path / "new", tmp_path / "old", SETTINGS, with_baselines=False
+        )
+        found.write(tmp_path)
+        return found.comparison
+
+    monkeypatch.setattr(evaluation, "predicted", answer)
+    spoilt = "new"
+    compared = judged()
+    auc, mae = compared.whole.metric("ranking/click/auc"), compared.whole.metric("ranking/watch/mae")
+    assert auc is not None and mae is not None
+    assert auc.value is None and auc.against["last_blessed"].difference is None
+    assert re.fullmatch(r"\d+ of \d+ predictions of click are NaN or infinite", auc.note)
+    assert compared.facts["click/prediction_std"] is None
+    # The other task is none the worse for it.
+    assert mae.against["last_blessed"].difference == 0
+
+    spoilt = "old"
+    compared = judged()
+    assert re.search(r"old: \d+ of \d+ predictions of click are NaN", compared.absent["last_blessed"])
+    assert compared.rivals == ()
 
 
 @pytest.mark.parametrize("ask", [evaluation.retrieved, evaluation.predicted])

@@ -364,6 +364,22 @@ def test_each_sabotage_fails_its_own_gate_alone_and_the_reason_is_one_line(
         assert [gate.kind for gate in failed] == [kind]
 
 
+def test_predictions_that_are_not_numbers_fail_every_gate_on_them_with_the_reason() -> None:
+    note = "3 of 500 predictions of click are NaN or infinite"
+    undefined = {
+        name: dataclasses.replace(metric(key, None), note=note) for name, key in (("auc", AUC), ("ece", ECE))
+    }
+    evidence = with_metrics("ranking", **undefined)
+    facts = {**evidence.comparison.facts, "click/prediction_std": None}
+    evidence = dataclasses.replace(evidence, comparison=dataclasses.replace(evidence.comparison, facts=facts))
+    result = judge(evidence, GATES, CONFIG, TASKS)
+    failed = [gate.kind for gate in result.gates if gate.verdict is Verdict.FAILED]
+    assert failed == ["value", "no_worse", "must_beat", "value", "collapse", "calibration"]
+    assert f"ranking/click/auc is undefined: {note}, required: at least 0.6" in result.reason
+    assert "predictions of click have no standard deviation: some are NaN or infinite" in result.reason
+    assert f"ece of click is undefined: {note}" in result.reason
+
+
 def test_lower_is_better_for_errors_in_every_comparison() -> None:
     worse = with_metrics("ranking", ece=metric(ECE, 0.02, last_blessed=change(0.008, 0.012)))
     better = with_metrics("ranking", ece=metric(ECE, 0.02, last_blessed=change(0.032, -0.012)))

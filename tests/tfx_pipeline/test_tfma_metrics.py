@@ -309,6 +309,17 @@ def test_figures_do_not_depend_on_how_beam_splits_the_rows(evaluation, seed, num
         )
 
 
+def test_predictions_that_are_not_numbers_make_a_task_undefined_and_stop_nothing(evaluation):
+    names = [*metrics.RANKING_METRICS[TaskKind.BINARY], "num_examples"]
+    judge = evaluation.module._GatherAndJudge(names, TaskKind.BINARY)
+    rows = judge.create_accumulator()
+    for row in ((1.0, 0.5, 1), (0.0, math.nan, 1), (0.0, 0.1, 2)):
+        rows = judge.add_input(rows, row)
+    *values, num_examples = judge.extract_output(rows).values()
+    assert len(values) == len(names) - 1 and all(math.isnan(value) for value in values)
+    assert num_examples == 3
+
+
 def test_evaluation_of_one_model_has_no_baseline_figures(evaluation):
     assert evaluation.module.read_metrics(evaluation.alone, "baseline") == []
 
