@@ -395,6 +395,22 @@ def validation(model: str, gates: tuple[GateResult, ...]) -> Validation:
     return Validation(model, not failed, "; ".join(failed), gates)
 
 
+def why_held_back(model: str, blessed: Mapping[str, bool]) -> str | None:
+    """Why a blessed model is not pushed: the other one is not blessed; None when that is not so.
+
+    Args:
+      model: `retrieval` or `ranking`.
+      blessed: per model, whether it is.
+
+    >>> why_held_back("ranking", {"retrieval": False, "ranking": True})
+    'bundles are pushed together, and retrieval is not blessed'
+    """
+    refused = [other for other, is_blessed in blessed.items() if not is_blessed]
+    if not blessed[model] or not refused:
+        return None
+    return f"bundles are pushed together, and {refused[0]} is not blessed"
+
+
 def write_validation(result: Validation, folder: Path) -> None:
     """Writes gates.json."""
     folder.mkdir(parents=True, exist_ok=True)

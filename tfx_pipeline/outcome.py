@@ -10,6 +10,7 @@ from ml_metadata.proto import metadata_store_pb2
 
 from schema.errors import DataError
 from tfx_pipeline.config import MODELS
+from tfx_pipeline.gates import why_held_back
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +48,8 @@ def read_outcome(metadata_path: Path) -> Outcome:
         if not blessed[model]:
             reasons[model] = blessing.custom_properties["reason"].string_value
     for model in MODELS:
-        refused = [other for other in MODELS if not blessed[other]]
-        if blessed[model] and refused and model not in reasons:
-            reasons[model] = f"bundles are pushed together, and {refused[0]} is not blessed"
+        if held_back := why_held_back(model, blessed):
+            reasons[model] = held_back
     return Outcome(
         user_states_uri=outputs["UserStateGen", "examples"].uri,
         report_uri=outputs["ReportWriter", "report"].uri,

@@ -117,6 +117,14 @@ def test_failed_infra_validation_is_the_reason_when_a_blessed_model_is_not_pushe
     assert "gRPC and REST recommend different items" in page.text("verdict")
 
 
+def test_a_blessed_model_whose_partner_is_not_blessed_says_so(sources, tmp_path):
+    models = {**sources.models}
+    models["retrieval"] = dataclasses.replace(models["retrieval"], pushed_version=None)
+    page, _, _ = report(dataclasses.replace(sources, models=models), tmp_path / "report")
+    assert "Bundles are pushed together, and ranking is not blessed." in page.text("verdict")
+    assert "its log says why" not in page.text("verdict")
+
+
 def test_metrics_stand_beside_rivals_with_difference_interval_and_best_value(whole):
     page, _, text = whole
     metrics = page.text("metrics")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from tfx_pipeline.gates import Verdict
+from tfx_pipeline.gates import Verdict, why_held_back
 from tfx_pipeline.report import formatting, metric_keys
 from tfx_pipeline.report.facts import Against, RunFacts
 from trainer.comparison import LAST_BLESSED
@@ -65,6 +65,9 @@ def verdict(name: str, facts: RunFacts) -> ModelVerdict:
         state, sentence = "released", f"blessed and pushed as version {model.pushed_version}"
     elif model.blessed:
         state, sentence = "held", "blessed, but not pushed"
+        held_back = why_held_back(name, {other: facts.models[other].blessed for other in facts.models})
+        if held_back:
+            reasons.append(f"{held_back[0].upper()}{held_back[1:]}.")
         reasons = reasons or ["The Pusher recorded no version; its log says why."]
     else:
         state, sentence = "rejected", "not blessed, so not pushed"
