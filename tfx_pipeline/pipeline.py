@@ -35,7 +35,7 @@ from tfx_pipeline.components.model_validator import ModelValidator
 from tfx_pipeline.components.pusher import AtomicPusher
 from tfx_pipeline.components.report_writer import ReportWriter
 from tfx_pipeline.components.trainer import ModelTrainer
-from tfx_pipeline.config import BUNDLES, CUTOFFS, MODELS, RANKING, RETRIEVAL, DriftConfig, RunConfig
+from tfx_pipeline.config import BUNDLES, CUTOFFS, MODELS, RANKING, RETRIEVAL, RunConfig
 from tfx_pipeline.evaluation import evaluation_settings
 from tfx_pipeline.tfma_metrics import ranking_eval_config, retrieval_eval_config
 from trainer import features
@@ -122,7 +122,7 @@ def create_pipeline(
         last_statistics=last_statistics.outputs[STATISTICS],
         schema=schema.outputs["schema"],
         dataset=dataset,
-        config=(config.validation.drift or DriftConfig()).model_dump_json(),
+        config=config.validation.drift.model_dump_json() if config.validation.drift else "",
         code_version=locations.code_version,
     )
     nodes: list[BaseNode] = [

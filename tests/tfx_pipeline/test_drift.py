@@ -6,12 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import tensorflow_data_validation as tfdv
+from tfx.types.standard_artifacts import ExampleStatistics, Schema
 
 from schema.errors import DataError
 from tests.trainer.ranking_tables import SPEC
-from tfx_pipeline.config import DriftConfig
+from tfx_pipeline.components.drift_validator import Drift, DriftValidator
+from tfx_pipeline.config import BUNDLES, DriftConfig, load_run_config
 from tfx_pipeline.drift import compared_features, drift, read_drift, write_drift
 from tfx_pipeline.drift_facts import DriftFacts, FeatureDrift
+from tfx_pipeline.pipeline import PipelineLocations, create_pipeline
 
 
 def frame(share_of_de: float, clicks: float) -> pd.DataFrame:
@@ -60,6 +63,28 @@ def test_ignored_features_and_those_of_several_values_are_not_compared() -> None
 )
 def test_a_distance_that_nobody_can_tell_is_too_far(distance: float | None, is_too_far: bool) -> None:
     assert FeatureDrift("country", distance, 0.1).is_too_far is is_too_far
+
+
+def test_without_limits_nothing_is_compared_and_the_facts_say_so(tmp_path: Path) -> None:
+    facts, statistics, schema = Drift(), ExampleStatistics(), Schema()
+    facts.uri = str(tmp_path / "drift")
+    # Neither statistics nor schema are there to be read.
+    DriftValidator.EXECUTOR_SPEC.executor_class().Do(
+        {"statistics": [statistics], "schema": [schema], "last_statistics": []},
+        {"drift_facts": [facts]},
+        {"dataset": SPEC.model_dump_json(), "config": "", "code_version": ""},
+    )
+    assert read_drift(tmp_path / "drift") == DriftFacts(
+        {}, {"train_to_eval": "switched off", "last_run": "switched off"}
+    )
+
+
+def test_the_setting_that_switches_drift_off_reaches_the_component() -> None:
+    for overrides, limits in (((), DriftConfig().model_dump_json()), (("validation.drift=null",), "")):
+        locations = PipelineLocations("t", 0, "p", "s", "v", dict.fromkeys(BUNDLES, ""))
+        pipeline = create_pipeline(load_run_config("simulated", overrides), locations)
+        (node,) = [node for node in pipeline.components if node.id == "DriftValidator"]
+        assert node.exec_properties["config"] == limits
 
 
 def test_drift_survives_its_file(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tfx.types.standard_artifacts import ExampleStatistics, Schema
 from schema.contract import dataset_spec_from_json
 from tfx_pipeline.config import DriftConfig
 from tfx_pipeline.drift import drift, write_drift
-from tfx_pipeline.drift_facts import LAST_RUN, TRAIN_TO_EVAL
+from tfx_pipeline.drift_facts import LAST_RUN, TRAIN_TO_EVAL, DriftFacts
 
 
 class Drift(Artifact):
@@ -39,10 +39,14 @@ def DriftValidator(
       schema: of the interactions.
       drift_facts: the result.
       dataset: the declaration, as JSON.
-      config: a DriftConfig, as JSON.
+      config: a DriftConfig, as JSON; "" compares nothing.
       code_version: not read: it is there for the cache.
       last_statistics: of the last run on other examples; None when there is none.
     """
+    if not config:
+        off = dict.fromkeys((TRAIN_TO_EVAL, LAST_RUN), "switched off")
+        write_drift(DriftFacts({}, off), {}, Path(drift_facts.uri))
+        return
     train = _load(statistics, "train")
     others, absent = {TRAIN_TO_EVAL: _load(statistics, "eval")}, {}
     if last_statistics is None:
