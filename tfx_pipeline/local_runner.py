@@ -185,6 +185,7 @@ def code_version() -> str:
 def locations(paths: RunPaths, tables_dir: Path) -> Any:
     """The PipelineLocations of a local run."""
     from tfx_pipeline.components.pusher import newest_version
+    from tfx_pipeline.outcome import latest_failed_infra
     from tfx_pipeline.pipeline import PipelineLocations
 
     summary: TablesSummary = read_summary(tables_dir)
@@ -195,6 +196,7 @@ def locations(paths: RunPaths, tables_dir: Path) -> Any:
         serving_models=str(paths.serving_models.resolve()),
         code_version=code_version(),
         released={name: newest_version(str(paths.serving_models.resolve() / name)) for name in BUNDLES},
+        failed_infra=latest_failed_infra(paths.metadata),
     )
 
 

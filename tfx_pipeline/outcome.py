@@ -12,6 +12,9 @@ from schema.errors import DataError
 from tfx_pipeline.config import MODELS
 from tfx_pipeline.gates import why_held_back
 
+# TFX's name of the artifact; importing its class takes ten seconds.
+_INFRA_BLESSING = "InfraBlessing"
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -59,6 +62,19 @@ def read_outcome(metadata_path: Path) -> Outcome:
     )
 
 
+def latest_failed_infra(metadata_path: Path) -> str:
+    """The id of the latest refusal of infra validation; "" when there was none."""
+    if not metadata_path.is_file():
+        return ""
+    store = _open(metadata_path)
+    blessings = store.get_artifacts_by_type(_INFRA_BLESSING)
+    # What has no verdict is of a run that was broken off.
+    verdicts = {
+        b.id: b.custom_properties["blessed"].int_value for b in blessings if "blessed" in b.custom_properties
+    }
+    return str(max((i for i, is_blessed in verdicts.items() if not is_blessed), default=""))
+
+
 def read_artifact_uris(metadata_path: Path) -> dict[tuple[str, str], str]:
     """Where the newest run's artifacts are, by (component id, output key).
 
@@ -69,14 +85,18 @@ def read_artifact_uris(metadata_path: Path) -> dict[tuple[str, str], str]:
 
 
 def _newest_outputs(metadata_path: Path) -> dict[tuple[str, str], metadata_store_pb2.Artifact]:
-    connection = metadata_store_pb2.ConnectionConfig()
-    connection.sqlite.filename_uri = str(metadata_path)
-    connection.sqlite.connection_mode = metadata_store_pb2.SqliteMetadataSourceConfig.READONLY
-    store = mlmd.MetadataStore(connection)
+    store = _open(metadata_path)
     runs = store.get_contexts_by_type("pipeline_run")
     if not runs:
         raise DataError(f"{metadata_path} holds no pipeline run")
     return _outputs(store, max(runs, key=lambda run: run.id))
+
+
+def _open(metadata_path: Path) -> mlmd.MetadataStore:
+    connection = metadata_store_pb2.ConnectionConfig()
+    connection.sqlite.filename_uri = str(metadata_path)
+    connection.sqlite.connection_mode = metadata_store_pb2.SqliteMetadataSourceConfig.READONLY
+    return mlmd.MetadataStore(connection)
 
 
 def _outputs(

@@ -57,6 +57,7 @@ class PipelineLocations:
       code_version: changes with the code, so that no component reuses what older code made.
       released: per model, the newest pushed version, "" before the first; a Pusher whose released version
         is gone or no longer the newest pushes again.
+      failed_infra: the latest refusal of infra validation, "" before the first; a new one makes it ask again.
     """
 
     tables_dir: str
@@ -65,6 +66,7 @@ class PipelineLocations:
     serving_models: str
     code_version: str
     released: Mapping[str, str]
+    failed_infra: str = ""
 
 
 def create_pipeline(
@@ -192,6 +194,7 @@ def create_pipeline(
         user_states=user_states.outputs["examples"],
         dataset=dataset,
         slo=config.slo.model_dump_json() if config.slo else "",
+        failed_before=locations.failed_infra,
         code_version=locations.code_version,
     )
     nodes += [builder, infra]

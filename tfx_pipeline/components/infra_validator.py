@@ -53,9 +53,14 @@ def ServingValidator(
     blessing: OutputArtifact[InfraBlessing],
     dataset: Parameter[str],
     slo: Parameter[str],
+    failed_before: Parameter[str],
     code_version: Parameter[str],
 ) -> None:
-    """Blesses all bundles together, or none; the reason is beside the blessing in reason.txt."""
+    """Blesses all bundles together, or none; the reason is beside the blessing in reason.txt.
+
+    How fast a machine answers, and whether a server starts, is not a matter of the models alone: a refusal is
+    not for the cache. `failed_before` names the latest one, so that the next run asks again.
+    """
     models = (retrieval_model, ranking_model, retrieval_exact_model, funnel_model, funnel_exact_model)
     folders = {name: Path(model.uri) / "Format-Serving" for name, model in zip(BUNDLES, models, strict=True)}
     spec = dataset_spec_from_json(dataset)
