@@ -62,7 +62,10 @@ def _ask_rest(rest: httpx.Client, model: str, golden: GoldenRequest) -> dict[str
     inputs = {name: _to_json(array) for name, array in golden.inputs.items()}
     # httpx' own encoder refuses NaN, which stands for a missing number and goes as a bare token.
     body = json.dumps({"signature_name": golden.signature, "inputs": inputs})
-    response = rest.post(f"/v1/models/{model}:predict", content=body)
+    try:
+        response = rest.post(f"/v1/models/{model}:predict", content=body)
+    except httpx.HTTPError as error:
+        raise ServingError(f"model {model!r} over REST does not answer a golden request: {error}") from error
     if response.is_error:
         raise ServingError(f"model {model!r} over REST refuses a golden request: {response.text}")
     outputs: Mapping[str, Any] = response.json()["outputs"]

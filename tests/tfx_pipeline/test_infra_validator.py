@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import tensorflow as tf
 
 from schema.contract import DatasetSpec, load_dataset_spec
 from schema.errors import BundleError, ServingError
+from serving import replay
 from serving.client import Recommendation, Recommendations
 from serving.slo import Slo
 from tests.serving import models
@@ -192,6 +194,19 @@ def test_a_model_that_answers_otherwise_than_when_it_was_trained_is_not_blessed(
     write_golden_requests(folders["retrieval"], [dataclasses.replace(golden, outputs=changed)])
     with pytest.raises(ServingError, match=r"over gRPC: .* other 'scores' than the trained"):
         validate_serving(folders, [state()], spec)
+
+
+def test_a_server_that_stops_answering_over_rest_is_not_blessed(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    golden = read_golden_requests(folders["retrieval"])
+    monkeypatch.setattr(replay, "_ask_grpc", lambda stub, model, request: request.outputs)
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with pytest.raises(ServingError, match="'retrieval' over REST does not answer a golden request"):
+        replay.check_golden_requests(
+            "retrieval", golden, f"grpc://127.0.0.1:{port}", f"http://127.0.0.1:{port}"
+        )
 
 
 def test_a_folder_without_a_model_is_not_blessed(folders: dict[str, Path], spec: DatasetSpec) -> None:
