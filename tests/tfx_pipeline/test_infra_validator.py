@@ -105,8 +105,8 @@ def spec() -> DatasetSpec:
 
 def sample(spec: tf.TensorSpec) -> np.ndarray:
     """A request of one user: two items wanted, and everything else missing."""
-    shape = [1] * spec.shape.rank
-    if spec.name == "k":
+    shape = [size or 1 for size in spec.shape]
+    if spec.name in ("k", "num_candidates"):
         return np.full(shape, 2, np.int32)
     return np.full(shape, raw_inputs.MISSING[spec.dtype.name], spec.dtype.as_numpy_dtype)
 
@@ -120,12 +120,26 @@ def folders(tmp_path: Path) -> dict[str, Path]:
     models.save(models.Retrieval(), retrieval)
     models.save(models.Ranking(), ranking)
     for folder, served in ((retrieval, models.Retrieval()), (ranking, models.Ranking())):
-        Fingerprint({"transform": "a"}).write(folder)
-        specs = {spec.name: spec for spec in served.serve.input_signature}
-        inputs = {name: sample(spec) for name, spec in specs.items()}
-        golden = answered("serving_default", inputs, lambda raw, model=served: model.serve(**raw))
-        write_golden_requests(folder, [golden])
+        complete(folder, served)
     return {"retrieval": retrieval, "ranking": ranking}
+
+
+def complete(folder: Path, served: Any) -> None:
+    """Adds fingerprint and golden requests to a saved model."""
+    Fingerprint({"transform": "a"}).write(folder)
+    specs = {spec.name: spec for spec in served.serve.input_signature}
+    inputs = {name: sample(spec) for name, spec in specs.items()}
+    write_golden_requests(folder, [answered("serving_default", inputs, lambda raw: served.serve(**raw))])
+
+
+class Forgetful(models.Ranking):
+    """A ranker of another catalogue."""
+
+    @tf.function(input_signature=models.Ranking.serve.input_signature)
+    def serve(self, user_id, age, event_time_unix_s, history_item_ids, candidate_item_ids):
+        query = (user_id, age, event_time_unix_s, history_item_ids, candidate_item_ids)
+        answer = models.Ranking.serve.python_function(self, *query)
+        return {**answer, "item_is_known": tf.zeros_like(answer["item_is_known"])}
 
 
 def test_a_corrupt_model_is_not_blessed_and_the_reason_is_short(
@@ -149,6 +163,20 @@ def test_sound_models_answer_for_every_user_and_a_stranger(
     answers = validate_serving(folders, [state(), state("known-u2", ())], spec)
     assert [given["user_is_known"] for given in answers] == [True, True, False]
     assert [given["history"] for given in answers] == [["item0"], [], []]
+
+
+def test_a_ranker_of_another_catalogue_is_not_blessed_though_the_one_call_model_answers(
+    folders: dict[str, Path], spec: DatasetSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(infra_validator, "_K", models.MAX_K)
+    for name, served in (("funnel", models.Funnel()), ("ranking", Forgetful())):
+        folder = tmp_path / f"new-{name}" / "Format-Serving"
+        folder.parent.mkdir()
+        models.save(served, folder)
+        complete(folder, served)
+        folders[name] = folder
+    with pytest.raises(ServingError, match="which is not in the ranker's catalogue"):
+        validate_serving(folders, [state()], spec)
 
 
 def test_sound_models_that_miss_the_objective_are_not_blessed(

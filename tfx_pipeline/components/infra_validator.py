@@ -17,7 +17,7 @@ from tfx.types.standard_artifacts import Examples, InfraBlessing, Model
 
 from schema.contract import DatasetSpec, dataset_spec_from_json
 from schema.errors import ServingError
-from serving.client import Recommendations, RecommenderClient
+from serving.client import Recommendations, RecommenderClient, TwoCalls
 from serving.process import ModelServerProcess
 from serving.replay import check_golden_requests
 from serving.slo import Slo
@@ -100,7 +100,9 @@ def validate_serving(
     spec: DatasetSpec,
     then: Callable[[str], None] | None = None,
 ) -> list[dict[str, object]]:
-    """Serves the bundles and asks for recommendations and golden requests over gRPC and REST.
+    """Serves the bundles and asks for recommendations, in one call and in two, and golden requests.
+
+    Over gRPC and REST; the two calls, which any client may make, over gRPC alone.
 
     Args:
       folders: SavedModel folder by name of the bundle.
@@ -154,16 +156,18 @@ def _ask(
         ModelServerProcess(models) as server,
         RecommenderClient(server.grpc_target, timeout_s=_TIMEOUT_S) as grpc_client,
         RecommenderClient(server.rest_target, timeout_s=_TIMEOUT_S) as rest_client,
+        # The clients above ask the one-call model first, which cannot retrieve what it cannot rank.
+        RecommenderClient(server.grpc_target, timeout_s=_TIMEOUT_S, layouts=[TwoCalls()]) as in_two_calls,
     ):
         for name, requests in golden.items():
             check_golden_requests(name, requests, server.grpc_target, server.rest_target)
         for state in states:
             exclude = state.seen_item_ids[-5:]
-            over_grpc, over_rest = (
+            over_grpc, over_rest, of_two = (
                 client.recommend(state.request, k=_K, exclude_item_ids=exclude, num_candidates=_K)
-                for client in (grpc_client, rest_client)
+                for client in (grpc_client, rest_client, in_two_calls)
             )
-            for answer in (over_grpc, over_rest):
+            for answer in (over_grpc, over_rest, of_two):
                 _check(answer, state, exclude, tasks)
             _check_equal(over_grpc, over_rest, state)
             recommended.append(
