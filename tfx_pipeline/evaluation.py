@@ -54,6 +54,7 @@ from trainer.slices import (
 
 LISTS_FILE = "lists.parquet"
 _SIGNATURE = "serving_examples"
+_ITEM_IDS = "item_ids"
 _USERS_PER_CALL = 512
 _ROWS_PER_CALL = 4_096
 # Values of an attribute that the diversity of lists is measured by, the most frequent.
@@ -319,15 +320,18 @@ def retrieved(folder: Path, examples: Sequence[bytes], k: int) -> np.ndarray:
     if not (folder / "saved_model.pb").is_file():
         raise ServingError(f"{folder} holds no SavedModel")
     loaded = tf.saved_model.load(str(folder))
-    if _SIGNATURE not in loaded.signatures:
-        raise ServingError(f"{folder} is no retrieval model: it has no signature {_SIGNATURE}")
-    signature, parts = loaded.signatures[_SIGNATURE], []
+    signature, parts = loaded.signatures.get(_SIGNATURE), []
+    # A ranker has a signature of this name, too.
+    if signature is None or _ITEM_IDS not in signature.structured_outputs:
+        raise ServingError(
+            f"{folder} is no retrieval model: it has no signature {_SIGNATURE} with the output {_ITEM_IDS}"
+        )
     for start in range(0, len(examples), _USERS_PER_CALL):
         try:
             answer = signature(examples=tf.constant(examples[start : start + _USERS_PER_CALL], tf.string))
         except tf.errors.InvalidArgumentError as error:
             raise ServingError(f"{folder} refuses the examples: {error.message}") from error
-        parts.append(answer["item_ids"].numpy()[:, :k])
+        parts.append(answer[_ITEM_IDS].numpy()[:, :k])
     return np.concatenate(parts).astype(str)
 
 

@@ -156,6 +156,21 @@ def test_predictions_that_are_not_numbers_are_undefined_or_absent_and_never_an_e
     assert compared.rivals == ()
 
 
+class Ranker(tf.Module):
+    """The signature of a ranker on examples."""
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="examples")])
+    def serve(self, examples: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"click": tf.zeros(tf.shape(examples))}
+
+
+def test_a_ranker_is_refused_where_a_retrieval_model_is_asked(tmp_path: Path) -> None:
+    ranker = Ranker()
+    tf.saved_model.save(ranker, str(tmp_path), signatures={"serving_examples": ranker.serve})
+    with pytest.raises(ServingError, match=r"is no retrieval model: .* with the output item_ids"):
+        evaluation.retrieved(tmp_path, [b""], 10)
+
+
 @pytest.mark.parametrize("ask", [evaluation.retrieved, evaluation.predicted])
 def test_a_folder_without_a_model_is_named(ask: object, tmp_path: Path) -> None:
     with pytest.raises(ServingError, match="holds no SavedModel"):
