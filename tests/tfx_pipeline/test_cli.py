@@ -87,8 +87,10 @@ def test_help_of_every_command_shows_an_example(command: str, flag: str) -> None
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_that_uses_a_run_takes_output_dir_with_the_same_default(command: str) -> None:
     text = " ".join(funnel(command, "--help").output.split())
-    assert ("--output-dir DIRECTORY" in text) == (command != "compile")
-    assert ("[default: runs/default]" in text) == (command != "compile")
+    # The graph alone, and one bundle alone.
+    uses_a_run = command not in ("compile", "audit-placement")
+    assert ("--output-dir DIRECTORY" in text) == uses_a_run
+    assert ("[default: runs/default]" in text) == uses_a_run
 
 
 def test_the_version_is_that_of_the_package() -> None:
