@@ -230,22 +230,36 @@ def _beats(gate: Gate, baseline: str, metric: MetricResult, comparison: Comparis
 
 
 def _agreement(evidence: Evidence) -> GateResult:
-    """TFMA and the comparison, which judge apart from each other, say the same."""
-    limit = f"at most {AGREEMENT_TOLERANCE:g} apart"
-    name = f"evaluations {limit}"
-    ours = {metric.key: metric.value for metric in evidence.comparison.whole.metrics}
+    """TFMA and the comparison, which judge apart from each other, say the same.
+
+    Of retrieval one list may differ: they ask the model in other batches, in which sums of floats differ in
+    their last digit, and of two items that score the same to six digits another one may come in last.
+    """
+    name = f"evaluations at most {AGREEMENT_TOLERANCE:g} apart"
+    if evidence.comparison.model == RETRIEVAL:
+        name += ", or one list"
+    ours = {metric.key: metric for metric in evidence.comparison.whole.metrics}
     for whose, known in (("the Evaluator", evidence.evaluator), ("the comparison", ours)):
         missing = [key for key in evidence.evaluated if key not in known]
         if missing:
             reason = f"{whose} lacks {', '.join(missing)}, which the Evaluator is configured to compute"
-            return _result("agreement", name, False, None, limit, reason)
-    apart = {key: _gap(evidence.evaluator[key], ours[key]) for key in evidence.evaluated}
-    worst = max(apart, key=lambda key: apart[key])
-    gap = apart[worst]
+            return _result("agreement", name, False, None, "no metric missing", reason)
+    gaps = {key: _gap(evidence.evaluator[key], ours[key].value) for key in evidence.evaluated}
+    allowed = {key: _allowed_gap(evidence.comparison.model, ours[key]) for key in evidence.evaluated}
+    worst = max(gaps, key=lambda key: gaps[key] / allowed[key])
+    gap, limit = gaps[worst], f"at most {allowed[worst]:.2g} apart"
     reason = f"the Evaluator and the comparison are {gap:.2g} apart on {worst}, required: {limit}"
     return _result(
-        "agreement", name, gap <= AGREEMENT_TOLERANCE, gap if math.isfinite(gap) else None, limit, reason
+        "agreement", name, gap <= allowed[worst], gap if math.isfinite(gap) else None, limit, reason
     )
+
+
+def _allowed_gap(model: str, metric: MetricResult) -> float:
+    """How far Evaluator and comparison may be apart; see `_agreement`."""
+    if model != RETRIEVAL:
+        return AGREEMENT_TOLERANCE
+    one_list = 1.0 / max(metric.count, 1) if has_interval(metric.key) else 1.0
+    return max(AGREEMENT_TOLERANCE, one_list)
 
 
 def _gap(first: float | None, second: float | None) -> float:

@@ -249,6 +249,13 @@ SABOTAGES = [
         id="evaluations-disagree",
     ),
     pytest.param(
+        with_evidence("retrieval", evaluator={RECALL: 0.3 + 0.0021, DISTINCT: 200.0}),
+        "agreement",
+        "the Evaluator and the comparison are 0.0021 apart on retrieval/recall_at_100, "
+        "required: at most 0.002 apart",
+        id="evaluations-disagree-by-more-than-a-list",
+    ),
+    pytest.param(
         with_evidence("ranking", evaluator={AUC: None, ECE: 0.02}),
         "agreement",
         "the Evaluator and the comparison are inf apart on ranking/click/auc, required: at most 1e-06 apart",
@@ -348,6 +355,11 @@ SABOTAGES = [
         id="data-unlike-the-last-run",
     ),
 ]
+
+
+def test_lists_of_the_evaluations_may_differ_by_what_one_of_500_users_is_worth() -> None:
+    evidence = with_evidence("retrieval", evaluator={RECALL: 0.3 + 0.0019, DISTINCT: 201.0})
+    assert judge(evidence, GATES, CONFIG, TASKS).blessed
 
 
 @pytest.mark.parametrize(("evidence", "kind", "reason"), SABOTAGES)
