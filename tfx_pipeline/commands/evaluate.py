@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -94,16 +95,17 @@ def _judge_and_show(model: str, run: RunResult, paths: RunPaths, slices: int) ->
 def _metrics_table(comparison: Comparison) -> Table:
     whole = comparison.whole
     interval = f"{100 * comparison.confidence:g} % interval"
-    table = Table(title=f"{comparison.model}: {whole.num_users:,} users, whole test split")
+    title = f"{comparison.model}: {whole.num_users:,} users, whole test split"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
     table.add_column("metric", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column(interval, justify="right", no_wrap=True)
     for rival in comparison.rivals:
-        table.add_column(rival.name.replace("_", " "), justify="right")
+        table.add_column(rival.name.replace("_", " "), justify="right", overflow="fold", min_width=8)
     for metric in whole.metrics:
         against = (metric.against.get(rival.name) for rival in comparison.rivals)
         differences = [
-            "" if a is None or a.difference is None else f"{a.difference:+.4f}{_star(a.p_value)}"
+            "" if a is None or a.difference is None else f"{_difference(a.difference)}{_star(a.p_value)}"
             for a in against
         ]
         name = metric.key.removeprefix(f"{comparison.model}/")
@@ -169,6 +171,11 @@ def _spread_over_seeds(
 
 def _number(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.4f}"
+
+
+def _difference(value: float) -> str:
+    """At most seven characters."""
+    return f"{value:+.4f}" if abs(value) < 10 else f"{value:+.0f}"
 
 
 def _range(low: float | None, high: float | None) -> str:
