@@ -160,9 +160,6 @@ async def _serve(flags: argparse.Namespace, link: WorkerLink | None = None) -> i
             # Once a worker listens the kernel gives it connections, so it listens only when it can answer.
             models = _load_models(flags, configs, link)
             rest_socket = _bind(grpc_server, flags, stack, reuse_port=True)
-        # TensorFlow and the graphs are a million objects that stay; the collector need not walk them again.
-        gc.collect()
-        gc.freeze()
         batcher = _create_batcher(batching)
         stop = asyncio.Event()
         for signal_number in (signal.SIGTERM, signal.SIGINT):
@@ -274,6 +271,10 @@ def _load_models(
     from serving.loader import LoadSettings
     from serving.manager import ModelManager
 
+    # What was imported is a million objects that stay: the collector need not walk them again. The models do
+    # not stay, so they are loaded after this.
+    gc.collect()
+    gc.freeze()
     # Workers share the cores; left to itself each would take all of them.
     cores = (os.cpu_count() or 1) // flags.num_workers if flags.num_workers > 1 else 0
     if num_threads := flags.tensorflow_intra_op_parallelism or flags.tensorflow_session_parallelism or cores:

@@ -8,8 +8,10 @@ import weakref
 import grpc
 import numpy as np
 import pytest
+import tensorflow as tf
 from tensorflow_serving.apis import get_model_status_pb2, model_pb2
 
+from serving import loader
 from serving.config import ModelConfig, VersionPolicy, format_model_config
 from serving.loader import LoadSettings, Model
 from serving.manager import ModelManager
@@ -204,6 +206,31 @@ def test_the_memory_of_a_version_is_free_once_it_is_replaced_and_its_requests_ar
         manager._refresh()
         assert answer(manager) == 2
         assert first() is None
+    finally:
+        gc.enable()
+
+
+def test_no_graph_stays_of_versions_that_were_replaced_or_did_not_load(world, monkeypatch):
+    # What pytest records of it would hold the frames of the failure.
+    monkeypatch.setattr(loader.logger, "exception", lambda *args: None)
+
+    def num_graphs() -> int:
+        return sum(isinstance(value, tf.Graph) for value in gc.get_objects())
+
+    world.add(1)
+    manager = ModelManager()
+    manager.load(world.config())
+    world.add(2)
+    gc.disable()  # left to itself the collector may not come for hours
+    try:
+        manager._refresh()
+        before = num_graphs()
+        world.add(3)
+        world.add(4)
+        world.damage(4)
+        manager._refresh()
+        assert answer(manager) == 3
+        assert num_graphs() == before
     finally:
         gc.enable()
 
