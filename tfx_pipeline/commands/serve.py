@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -30,6 +31,9 @@ def serve(port: int, rest_api_port: int, host: str, output_dir: Path) -> None:
       funnel serve
       funnel serve --output-dir runs/kuairand --port 9500 --rest-api-port 9501
     """
+    # TensorFlow reads it when it is imported, which here is before the server could set it.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
     from serving.config import format_model_config
     from serving.model_server import main as serve_models
     from tfx_pipeline.recommend import serving_folder
