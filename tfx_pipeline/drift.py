@@ -7,23 +7,20 @@ wide, so that a few far outliers can move it without a change: such features are
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pydantic
 import tensorflow_data_validation as tfdv
 from tensorflow_metadata.proto.v0 import anomalies_pb2, schema_pb2, statistics_pb2
 
 from schema.contract import DatasetSpec, FeatureKind
-from schema.errors import DataError
 from tfx_pipeline.config import DriftConfig
 from tfx_pipeline.drift_facts import TRAIN_TO_EVAL, DriftFacts, FeatureDrift
 from trainer import features
 from trainer.comparison import defined
+from trainer.facts_file import read_facts, write_facts
 
 DRIFT_FILE = "drift.json"
 # TFDV's findings, beside DRIFT_FILE, as binary protos of tensorflow_metadata: <comparison>.Anomalies.pb.
@@ -97,9 +94,7 @@ def write_drift(facts: DriftFacts, anomalies: Mapping[str, anomalies_pb2.Anomali
     folder.mkdir(parents=True, exist_ok=True)
     for name, found in anomalies.items():
         (folder / ANOMALIES_FILE.format(name)).write_bytes(found.SerializeToString())
-    (folder / DRIFT_FILE).write_text(
-        json.dumps(dataclasses.asdict(facts), indent=1, allow_nan=False), encoding="utf-8"
-    )
+    write_facts(facts, folder / DRIFT_FILE)
 
 
 def read_drift(folder: Path) -> DriftFacts:
@@ -108,10 +103,4 @@ def read_drift(folder: Path) -> DriftFacts:
     Raises:
       DataError: there is none, or it has another form.
     """
-    path = folder / DRIFT_FILE
-    try:
-        return pydantic.TypeAdapter(DriftFacts).validate_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"there is no {path}") from error
-    except pydantic.ValidationError as error:
-        raise DataError(f"{path} has another form than expected: {error.errors()[0]['msg']}") from error
+    return read_facts(DriftFacts, folder / DRIFT_FILE)

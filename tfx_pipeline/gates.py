@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import pydantic
-
 from schema.contract import TaskKind, TaskSpec
-from schema.errors import DataError
 from tfx_pipeline.config import RANKING, RETRIEVAL, Gate, ValidationConfig
 from tfx_pipeline.drift_facts import LAST_RUN, TRAIN_TO_EVAL, DriftFacts, FeatureDrift
 from trainer.comparison import LAST_BLESSED, NO_BLESSED_MODEL, Against, Comparison, MetricResult
+from trainer.facts_file import read_facts, write_facts
 from trainer.metrics import has_interval, lower_is_better, metric_key
 from trainer.uncertainty import PairedDifference, no_worse
 
@@ -427,9 +424,7 @@ def why_held_back(model: str, blessed: Mapping[str, bool]) -> str | None:
 
 def write_validation(result: Validation, folder: Path) -> None:
     """Writes gates.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(dataclasses.asdict(result), indent=1, allow_nan=False)
-    (folder / GATES_FILE).write_text(text, encoding="utf-8")
+    write_facts(result, folder / GATES_FILE)
 
 
 def read_validation(folder: Path) -> Validation:
@@ -438,12 +433,4 @@ def read_validation(folder: Path) -> Validation:
     Raises:
       DataError: there is none, or it has another form.
     """
-    path = folder / GATES_FILE
-    try:
-        return pydantic.TypeAdapter(Validation).validate_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"there is no {path}") from error
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "top level"
-        raise DataError(f"{path} has another form than expected, {where}: {first['msg']}") from error
+    return read_facts(Validation, folder / GATES_FILE)

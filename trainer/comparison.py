@@ -9,14 +9,11 @@ Letters: U = users of a slice.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import pydantic
-
-from schema.errors import DataError
+from trainer.facts_file import read_facts, write_facts
 from trainer.uncertainty import MIN_USERS, PairedDifference, UserSums, intervals, paired_differences
 
 COMPARISON_FILE = "comparison.json"
@@ -269,9 +266,7 @@ def slice_name(key: SliceKey) -> str:
 
 def write_comparison(comparison: Comparison, folder: Path) -> None:
     """Writes comparison.json; values that are not defined are null."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(dataclasses.asdict(comparison), indent=1, allow_nan=False)
-    (folder / COMPARISON_FILE).write_text(text, encoding="utf-8")
+    write_facts(comparison, folder / COMPARISON_FILE)
 
 
 def read_comparison(folder: Path) -> Comparison:
@@ -280,12 +275,4 @@ def read_comparison(folder: Path) -> Comparison:
     Raises:
       DataError: there is none, or it has another form.
     """
-    path = folder / COMPARISON_FILE
-    try:
-        return pydantic.TypeAdapter(Comparison).validate_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"there is no {path}") from error
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "top level"
-        raise DataError(f"{path} has another form than expected, {where}: {first['msg']}") from error
+    return read_facts(Comparison, folder / COMPARISON_FILE)

@@ -10,14 +10,13 @@ Letters: P = held-out positives, pairs of a user and an item.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import pydantic
 
-from schema.errors import DataError, ShapeError
+from schema.errors import ShapeError
+from trainer.facts_file import read_facts, write_facts
 from trainer.metrics import BoolArray
 
 WATERFALL_FILE = "waterfall.json"
@@ -184,9 +183,7 @@ def _share(mask: BoolArray, total: int) -> float | None:
 
 def write_waterfall(waterfall: Waterfall, folder: Path) -> None:
     """Writes waterfall.json into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(dataclasses.asdict(waterfall), indent=1, allow_nan=False)
-    (folder / WATERFALL_FILE).write_text(text, encoding="utf-8")
+    write_facts(waterfall, folder / WATERFALL_FILE)
 
 
 def read_waterfall(folder: Path) -> Waterfall:
@@ -195,10 +192,4 @@ def read_waterfall(folder: Path) -> Waterfall:
     Raises:
       DataError: no such file, or one of another version of Funnel.
     """
-    path = folder / WATERFALL_FILE
-    if not path.is_file():
-        raise DataError(f"no {path}; 'funnel run' with the same settings writes it")
-    try:
-        return pydantic.TypeAdapter(Waterfall).validate_json(path.read_bytes())
-    except pydantic.ValidationError as error:
-        raise DataError(f"{path} cannot be read by this version of Funnel; run 'funnel run' again") from error
+    return read_facts(Waterfall, folder / WATERFALL_FILE)
