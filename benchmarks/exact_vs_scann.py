@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from benchmarks.vectors import clustered_vectors
 from trainer.index import ExactIndex
-from trainer.index_tuning import ExactResults, tuned_index
+from trainer.index_tuning import ExactResults, RequiredRecall, tuned_index
 
 _SAMPLE_QUERIES = 256
 
@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             with tf.device("CPU:0"):
                 exact = ExactIndex(vectors)
                 truth = ExactResults.of(exact, asked, args.k)
-                scann = tuned_index(vectors, ExactResults.of(exact, sample, args.k), args.min_recall)
+                sampled = ExactResults.of(exact, sample, args.k)
+                scann = tuned_index(vectors, sampled, RequiredRecall(args.min_recall))
             rows, scores = scann.search(tf.constant(asked), tf.constant(args.k))
             recall = truth.found_by(rows.numpy(), scores.numpy()).mean()
             on_gpu = None

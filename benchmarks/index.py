@@ -34,7 +34,8 @@ import tensorflow_recommenders as tfrs
 
 from benchmarks.vectors import clustered_vectors
 from trainer.config import IndexConfig
-from trainer.index_build import IndexFacts, build_index
+from trainer.index_build import build_index
+from trainer.index_facts import IndexFacts
 from trainer.served_index import EXCLUDED, K, ServedIndex
 
 NEIGHBOURS = 100

@@ -297,7 +297,7 @@ def _collapse(comparison: Comparison, tasks: Sequence[TaskSpec]) -> Iterator[Gat
 
 
 def _index(recall: Mapping[str, float | None] | None, config: ValidationConfig) -> Iterator[GateResult]:
-    """The index finds what exact search finds, in all and among head, tail and new items."""
+    """The index finds what exact search finds, in all and among head, torso, tail and cold items."""
     if recall is None:
         if config.min_index_recall is not None:
             reason = "the export says nothing of its index"

@@ -29,7 +29,7 @@ from tfx_pipeline.warmup import add_warmup_requests
 from trainer import features, run_bundles, run_ranking, run_retrieval
 from trainer.checkpoint import Checkpoint, catalogue_files, read_checkpoint
 from trainer.fingerprint import Fingerprint, check_together
-from trainer.index_build import IndexFacts
+from trainer.index_facts import IndexFacts
 
 # The Pusher's, which clears it too.
 _STAGING = ".staging"

@@ -25,12 +25,15 @@ class IndexConfig(_Config):
         loads into any model server and runs on GPUs, at the cost of scoring every item.
       min_recall: smallest share of the exact top k that ScaNN must find, for every k up to max_k; it is tuned
         to the least work that does, and an index that finds less is not exported.
+      min_slice_recall: the same among head, torso, tail and cold items, each by itself, where the sample
+        holds enough exact results to tell; the gate `validation.min_index_slice_recall` judges the outcome.
       allow_list: categorical or multi-categorical item features that requests may filter by; each adds the
         request input `allow_<feature>`.
     """
 
     kind: Literal["scann", "exact"] = "scann"
     min_recall: float = pydantic.Field(default=0.98, ge=0, le=1)
+    min_slice_recall: float = pydantic.Field(default=0.93, ge=0, le=1)
     allow_list: tuple[str, ...] = ()
 
 

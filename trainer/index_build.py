@@ -1,11 +1,10 @@
-"""Builds the candidate index of an export: checks, tuning, and its recall against exact search.
+"""Builds the candidate index of an export: checks, tuning, its recall and time against exact search.
 
 Letters: I = items, D = width of a vector, S = sample queries.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -17,69 +16,11 @@ from schema.errors import IndexBuildError
 from trainer.allow_lists import AllowLists
 from trainer.config import IndexConfig
 from trainer.index import DIMENSIONS_PER_BLOCK, CandidateIndex, ExactIndex, Restriction
-from trainer.index_tuning import ExactResults, tuned_index
-
-# Share of the known items, by popularity, that makes the head.
-_HEAD_SHARE = 0.1
-HEAD, TAIL, NEW = "head", "tail", "new"
+from trainer.index_facts import EffortFacts, IndexFacts
+from trainer.index_tradeoff import search_points
+from trainer.index_tuning import ExactResults, RequiredRecall, recall_by_slice, tuned_index
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class EffortFacts:
-    """How hard ScaNN searches for up to k neighbours, and what share of the exact top k that finds."""
-
-    k: int
-    num_leaves_to_search: int
-    num_reordering_candidates: int
-    recall: float
-
-
-@dataclasses.dataclass(frozen=True)
-class IndexFacts:
-    """What was built, for reports.
-
-    Attributes:
-      num_items: catalogue rows, all of which are indexed.
-      vector_width: width of a vector, the item bias included.
-      settings: ScaNN settings that hold for every k, by the library's names; num_leaves 0 = no partition.
-      efforts: settings that depend on k, ascending; none when every search is exact.
-      k: neighbours per query in the comparison with exact search: the largest k of a request.
-      recall: share of the exact top k that the index finds, mean over the sample queries, 0 to 1.
-      recall_by_slice: of the exact top k that belong to a slice of items, the share that the index finds;
-        None where no exact result belongs to the slice.
-      num_sample_queries: queries that recall was measured on.
-      build_s: seconds for building and tuning.
-    """
-
-    num_items: int
-    vector_width: int
-    settings: Mapping[str, int]
-    efforts: tuple[EffortFacts, ...]
-    k: int
-    recall: float
-    recall_by_slice: Mapping[str, float | None]
-    num_sample_queries: int
-    build_s: float
-
-
-def item_slices(num_positives: np.ndarray, is_known: np.ndarray) -> dict[str, np.ndarray]:
-    """Head, tail and new items.
-
-    Args:
-      num_positives: float or int [I], how popular each item is in training.
-      is_known: bool [I], whether the item is in the training vocabulary.
-
-    Returns:
-      bool [I] by slice: `new` items are not known; of the known ones the most popular tenth is the `head`
-      (the first in the catalogue where equally popular), the others are the `tail`.
-    """
-    known = np.flatnonzero(is_known)
-    by_popularity = known[np.argsort(-np.asarray(num_positives)[known], kind="stable")]
-    head = np.zeros(len(is_known), bool)
-    head[by_popularity[: round(_HEAD_SHARE * len(known))]] = True
-    return {HEAD: head, TAIL: is_known & ~head, NEW: ~is_known}
 
 
 def build_index(
@@ -99,7 +40,7 @@ def build_index(
       sample_queries: float32 [S, D] or [S, M, D], real query vectors to measure recall on.
       config: kind of index, required recall, and attributes with allow-lists.
       max_k: the largest k of a request.
-      slices: bool [I] by name, groups of items whose recall is reported apart; see `item_slices`.
+      slices: bool [I] by name, groups of items whose recall is judged and reported apart.
       attributes: values of the items, str [I] or [I, W], by attribute of `config.allow_list`.
 
     Raises:
@@ -123,7 +64,8 @@ def build_index(
         index = CandidateIndex(exact_index, None, allow_lists)
         settings = {}
     else:
-        approximate = tuned_index(vectors, exact, config.min_recall)
+        required = RequiredRecall(config.min_recall, config.min_slice_recall, slices or {})
+        approximate = tuned_index(vectors, exact, required)
         # The exact twin reads the vectors that ScaNN keeps for reordering: they are stored and loaded once.
         index = CandidateIndex(ExactIndex(approximate.vectors), approximate, allow_lists)
         settings = {"num_leaves": approximate.num_leaves}
@@ -142,10 +84,7 @@ def build_index(
     )
     found = _found(index, exact, k)
     recall = float(found.mean())
-    by_slice = {
-        name: float(found[of_slice].mean()) if of_slice.any() else None
-        for name, of_slice in ((name, mask[exact.rows]) for name, mask in (slices or {}).items())
-    }
+    by_slice = recall_by_slice(found, exact.rows, slices or {})
     logger.info(
         "index kind=%s items=%d settings=%s efforts=%s recall_at_%d=%.4f recall_by_slice=%s",
         *(config.kind, len(vectors), settings, effort_facts, k, recall, by_slice),
@@ -167,6 +106,7 @@ def build_index(
         recall_by_slice=by_slice,
         num_sample_queries=len(sample_queries),
         build_s=time.monotonic() - started,
+        points=tuple(search_points(index, exact, slices or {})),
     )
     return index, facts
 

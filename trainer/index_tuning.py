@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -28,6 +28,9 @@ _LEAF_STEP = 1.25
 _REORDERING = (2.0, 1.5, 1.0, 3.0, 5.0, 8.0)
 # Tried where none of those is enough: a few neighbours among very many close items need tens of candidates.
 _MORE_REORDERING = (13.0, 21.0, 34.0)
+# With fewer exact results of a slice of items, the share that is found says little: .93 of so many has a
+# standard error of .008.
+_ENOUGH_RESULTS = 1_000
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +100,52 @@ class ExactResults:
         return np.asarray(hits) | (as_good & (exact_scores <= last + rounding))
 
 
+def recall_by_slice(
+    found: np.ndarray, rows: np.ndarray, slices: Mapping[str, np.ndarray]
+) -> dict[str, float | None]:
+    """Of the exact results that belong to each slice of items, the share that was found; None without any.
+
+    Args:
+      found: bool [S, k], which of the exact results were found.
+      rows: int32 [S, k], the exact results.
+      slices: bool [I] by name.
+    """
+    of_slice = {name: mask[rows] for name, mask in slices.items()}
+    return {name: float(found[mask].mean()) if mask.any() else None for name, mask in of_slice.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class RequiredRecall:
+    """What share of the exact results an effort has to find.
+
+    Attributes:
+      overall: of the exact top k, 0 to 1. It is to hold for other queries than the sampled ones too: the
+        sampling error is kept as a margin.
+      in_slice: of those of each slice of items, where the sample holds enough of them to tell.
+      slices: bool [I] by name.
+    """
+
+    overall: float
+    in_slice: float = 0.0
+    slices: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def is_met(self, found: np.ndarray, rows: np.ndarray) -> bool:
+        """Whether a search finds enough.
+
+        Queries differ much in recall; the mean of a sample alone would pick, of many efforts, lucky ones. So
+        the least mean is taken that the sample makes likely: the mean less 1.64 standard errors.
+
+        Args:
+          found: bool [S, k], which of the exact results were found.
+          rows: int32 [S, k], the exact results.
+        """
+        by_query = found.mean(axis=1)
+        if by_query.mean() - 1.64 * by_query.std() / math.sqrt(len(by_query)) < self.overall:
+            return False
+        judged = {name: mask for name, mask in self.slices.items() if mask[rows].sum() >= _ENOUGH_RESULTS}
+        return all((share or 0.0) >= self.in_slice for share in recall_by_slice(found, rows, judged).values())
+
+
 def levels(max_k: int) -> list[int]:
     """The k that efforts are tuned for, ascending: max_k, its half, and so on."""
     ks = [max_k]
@@ -105,14 +154,13 @@ def levels(max_k: int) -> list[int]:
     return ks[::-1]
 
 
-def tuned_index(vectors: np.ndarray, exact: ExactResults, min_recall: float) -> ScannIndex:
+def tuned_index(vectors: np.ndarray, exact: ExactResults, required: RequiredRecall) -> ScannIndex:
     """Builds ScaNN with the number of leaves and the efforts that reach the recall with the least work.
 
     Args:
       vectors: float32 [I, D].
       exact: results to compare with; their K is the largest k that efforts are tuned for.
-      min_recall: share of the exact top k to find, at every level of k, 0 to 1. It is to hold for other
-        queries than the sampled ones too: the sampling error is kept as a margin.
+      required: recall to reach at every level of k.
 
     Returns:
       The index with its efforts set. Where scoring every item is the least work there is no partition.
@@ -124,7 +172,7 @@ def tuned_index(vectors: np.ndarray, exact: ExactResults, min_recall: float) -> 
     best_index: ScannIndex | None = None
     for share in _LEAVES if num_items >= _MIN_ITEMS_TO_PARTITION else ():
         index = ScannIndex.build(vectors, round(share * math.sqrt(num_items)))
-        efforts = [_cheapest(index, model, exact, k, min_recall) for k in levels(max_k)]
+        efforts = [_cheapest(index, model, exact, k, required) for k in levels(max_k)]
         # Every level counts the same: the ratio of two works is their difference on a log scale.
         work = math.exp(np.mean([math.log(model.work(index.num_leaves, effort)) for effort in efforts]))
         logger.info("index num_leaves=%d work=%.1f us efforts=%s", index.num_leaves, work / 1e3, efforts)
@@ -135,7 +183,9 @@ def tuned_index(vectors: np.ndarray, exact: ExactResults, min_recall: float) -> 
     return best_index
 
 
-def _cheapest(index: ScannIndex, model: WorkModel, exact: ExactResults, k: int, min_recall: float) -> Effort:
+def _cheapest(
+    index: ScannIndex, model: WorkModel, exact: ExactResults, k: int, required: RequiredRecall
+) -> Effort:
     """The least work that finds enough of the top k; everything there is when nothing less does."""
     everything = best = Effort(k, index.num_leaves, index.num_items)
     ladder = _leaf_ladder(index.num_leaves)
@@ -150,7 +200,7 @@ def _cheapest(index: ScannIndex, model: WorkModel, exact: ExactResults, k: int, 
         low, high = 0, len(cheaper)
         while low < high:
             middle = (low + high) // 2
-            if _lowest_recall(index, cheaper[middle], exact) >= min_recall:
+            if required.is_met(_found(index, cheaper[middle], exact), exact.rows[:, :k]):
                 high = middle
             else:
                 low = middle + 1
@@ -166,16 +216,12 @@ def _leaf_ladder(num_leaves: int) -> Sequence[int]:
     return rungs
 
 
-def _lowest_recall(index: ScannIndex, effort: Effort, exact: ExactResults) -> float:
-    """The least recall over all queries that the sample makes likely: the mean less 1.64 standard errors.
-
-    Queries differ much in recall; the mean of a sample alone would pick, of many efforts, lucky ones.
-    """
+def _found(index: ScannIndex, effort: Effort, exact: ExactResults) -> np.ndarray:
+    """Which of the exact top k the index finds with an effort: bool [S, k]."""
     rows, scores = index.search_with(
         exact.queries,
         tf.constant(effort.k),
         tf.constant(effort.num_leaves_to_search),
         tf.constant(effort.num_reordering_candidates),
     )
-    by_query = exact.found_by(rows.numpy(), scores.numpy()).mean(axis=1)
-    return float(by_query.mean() - 1.64 * by_query.std() / math.sqrt(len(by_query)))
+    return exact.found_by(rows.numpy(), scores.numpy())

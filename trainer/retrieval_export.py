@@ -25,7 +25,7 @@ from trainer.catalogue import Catalogue
 from trainer.fingerprint import Fingerprint
 from trainer.golden import GoldenRequest
 from trainer.index import CandidateIndex, Effort, ExactIndex, ScannIndex
-from trainer.index_build import IndexFacts
+from trainer.index_facts import IndexFacts
 from trainer.retrieval import RetrievalModel
 from trainer.served_index import LOOKUP, ServedIndex, check_round_trip
 

@@ -33,7 +33,8 @@ from trainer.fingerprint import (
     hash_variables,
 )
 from trainer.hard_negatives import known_positives
-from trainer.index_build import IndexFacts, build_index, item_slices
+from trainer.index_build import build_index
+from trainer.index_facts import IndexFacts
 from trainer.input_pipeline import expand, load_catalogue, shuffled_batches, windows
 from trainer.item_vectors import cooccurrence_vectors
 from trainer.popularity import daily_popularity
@@ -43,6 +44,7 @@ from trainer.retrieval import RetrievalModel, count_positives, fit, is_positive,
 from trainer.retrieval_export import ServedRetrieval, export
 from trainer.retrieval_validation import ValidationUsers, load_validation_users
 from trainer.sample_requests import golden_requests, sample_users
+from trainer.slices import popularity_masks
 from trainer.warm_start import check_no_future, towers, vocabularies, warm_start
 
 TRAINING_LOG = "training_log.json"
@@ -267,7 +269,7 @@ def _export(
         arrays["sample_queries"],
         config.index,
         config.max_k,
-        slices=item_slices(arrays["num_positives"][ids], ids > features.OOV_ID),
+        slices=popularity_masks(arrays["num_positives"][ids], ids > features.OOV_ID),
         attributes=attributes(catalogue_files, spec, config.index.allow_list),
     )
     layer = transform_output.transform_features_layer()

@@ -120,6 +120,12 @@ def popularity_segments(num_positives: Sequence[int] | np.ndarray, is_known: Boo
     return [str(segment) for segment in segments]
 
 
+def popularity_masks(num_positives: Sequence[int] | np.ndarray, is_known: BoolArray) -> dict[str, BoolArray]:
+    """The items of each segment of `popularity_segments`: bool [I] by segment, head first."""
+    segments = np.asarray(popularity_segments(num_positives, is_known))
+    return {segment: segments == segment for segment in (HEAD, TORSO, TAIL, COLD_ITEM)}
+
+
 def as_text(values: pl.Series) -> pl.Series:
     """A dimension as text: numbers in quarters, at most MAX_VALUES values, null as `(missing)`.
 

@@ -336,8 +336,27 @@ def make_sources(tmp_path):
             {"k": k, "num_leaves_to_search": k // 5, "num_reordering_candidates": 2 * k, "recall": recall}
             for k, recall in ((50, 0.98), (500, 0.9731))
         ],
-        "recall_by_slice": {"head": 1.0, "new": None},
+        "recall_by_slice": {"head": 1.0, "cold": None},
         "num_sample_queries": 256,
+        "points": [
+            {
+                "k": k,
+                "num_leaves_to_search": leaves,
+                "num_reordering_candidates": candidates,
+                "is_chosen": is_chosen,
+                "recall": recall,
+                "recall_by_slice": {"head": recall, "cold": None},
+                "p50_ms": time,
+                "p95_ms": 2 * time,
+            }
+            for k, leaves, candidates, is_chosen, recall, time in (
+                (50, 5, 100, False, 0.91, 0.25),
+                (50, 10, 100, True, 0.98, 0.5),
+                (50, None, None, False, 1.0, 4.0),
+                (500, 100, 1000, True, 0.9731, 0.75),
+                (500, None, None, False, 1.0, 5.0),
+            )
+        ],
     }
     write_json(tmp_path / "model" / "Format-Serving" / "assets.extra" / "index.json", index)
     write_json(tmp_path / "retrieval_run" / "training_log.json", retrieval_log)

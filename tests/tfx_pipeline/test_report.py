@@ -365,8 +365,9 @@ def test_cost_scores_index_waterfall_and_drift_say_their_numbers(whole):
     assert re.search(r"15 of 15 \d+ 0\.92\d\d 0\.9\d\d\d \(0\.8\d+ to 0\.9\d+\)", page.text("calibration"))
     assert "1 examples whose prediction or label is not a number are left out." in page.text("scores")
     index = page.text("index")
-    assert "up to 50 10 100 98.0 %" in index
-    assert "new undefined" in index
+    assert "up to 50 98.0 % 98.0 % undefined 0.5000 1.000 4.000" in index
+    assert "50, ScaNN 5 100 91.0 % 91.0 % undefined 0.2500 0.5000" in index
+    assert "50, ScaNN (served) 10 100" in index and "500, exact search – – 100.0 %" in index
     assert "500 requests at 50 per second, 0.2 % without an answer" in index
     assert "total 4.25 9.00 12.50 20.00 the client was busy" in index
     waterfall = page.text("waterfall")
@@ -381,6 +382,13 @@ def test_cost_scores_index_waterfall_and_drift_say_their_numbers(whole):
 def test_plots_tell_values_and_intervals(whole):
     _, _, text = whole
     assert "0.2512 (0.2412 to 0.2612)" in text[text.index("data-readings") :]
+
+
+def test_an_index_of_an_older_export_has_no_times(sources, tmp_path):
+    path = tmp_path / "model" / "Format-Serving" / "assets.extra" / "index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "points": []}))
+    page, _, _ = report(sources, tmp_path / "report")
+    assert "Recall against the time of a query is not available" in page.text("index")
 
 
 def test_facts_survive_a_way_through_json(sources, tmp_path):

@@ -11,8 +11,9 @@ from schema.errors import IndexBuildError
 from trainer import index_tuning
 from trainer.config import IndexConfig
 from trainer.index import CandidateIndex, Effort, ExactIndex, Restriction, ScannIndex
-from trainer.index_build import IndexFacts, build_index, item_slices
-from trainer.index_tuning import ExactResults, WorkModel, levels
+from trainer.index_build import build_index
+from trainer.index_facts import IndexFacts
+from trainer.index_tuning import ExactResults, RequiredRecall, WorkModel, levels, recall_by_slice
 
 LARGE = 2_500
 
@@ -73,7 +74,8 @@ def test_less_is_searched_when_less_recall_is_required(
     exact = ExactResults.of(ExactIndex(_vectors(LARGE)), _queries(), 20)
     index = ScannIndex.build(_vectors(LARGE), 50)
     work = [
-        model.work(50, index_tuning._cheapest(index, model, exact, 20, recall)) for recall in (0.6, 0.9, 0.99)
+        model.work(50, index_tuning._cheapest(index, model, exact, 20, RequiredRecall(recall)))
+        for recall in (0.6, 0.9, 0.99)
     ]
     assert work[0] < work[1] < work[2]
 
@@ -82,27 +84,43 @@ def test_the_cheapest_of_all_sufficient_efforts_is_taken() -> None:
     model = WorkModel(LARGE, 8)
     exact = ExactResults.of(ExactIndex(_vectors(LARGE)), _queries(), 20)
     index = ScannIndex.build(_vectors(LARGE), 50)
+    required = RequiredRecall(0.9)
     sufficient = [
         effort
         for multiple in index_tuning._REORDERING
         for leaves in index_tuning._leaf_ladder(50)
-        if index_tuning._lowest_recall(index, effort := Effort(20, leaves, int(multiple * 20)), exact) >= 0.9
+        for effort in [Effort(20, leaves, int(multiple * 20))]
+        if required.is_met(index_tuning._found(index, effort, exact), exact.rows)
     ]
-    chosen = index_tuning._cheapest(index, model, exact, 20, 0.9)
+    chosen = index_tuning._cheapest(index, model, exact, 20, required)
     assert model.work(50, chosen) == min(model.work(50, effort) for effort in sufficient)
 
 
 def test_the_sampling_error_of_recall_is_kept_as_a_margin() -> None:
-    exact = ExactResults.of(ExactIndex(_vectors(LARGE)), _queries(), 20)
-    index = ScannIndex.build(_vectors(LARGE), 50)
-    effort = Effort(20, 5, 40)
-    rows, _ = index.search_with(*(tf.constant(v) for v in (_queries(), 20, 5, 40)))
-    by_query = [len(set(a) & set(b)) / 20 for a, b in zip(rows.numpy(), exact.rows, strict=True)]
-    error = (sum((r - np.mean(by_query)) ** 2 for r in by_query) / 32) ** 0.5 / 32**0.5
-    assert 0.2 < np.mean(by_query) < 0.95
-    assert index_tuning._lowest_recall(index, effort, exact) == pytest.approx(
-        np.mean(by_query) - 1.64 * error
-    )
+    """Of ten results 8, 9, 9, 10 are found: mean .9, standard error .0707 / 2; less 1.64 of it, .842."""
+    found = np.arange(10) < np.array([[8], [9], [9], [10]])
+    rows = np.zeros((4, 10), int)
+    assert RequiredRecall(0.842).is_met(found, rows)
+    assert not RequiredRecall(0.843).is_met(found, rows)
+
+
+def test_a_slice_of_items_has_to_be_found_too_where_there_are_enough_results_to_tell() -> None:
+    """Item 1 is found in half of the lists, item 0 in all."""
+    rows = np.tile([0, 1], (1_000, 1))
+    found = np.stack([np.ones(1_000, bool), np.arange(1_000) % 2 == 0], axis=1)
+    slices = {"one": np.array([False, True])}
+    assert RequiredRecall(0.7, 0.5, slices).is_met(found, rows)
+    assert not RequiredRecall(0.7, 0.51, slices).is_met(found, rows)
+    # 999 results of it say too little.
+    assert RequiredRecall(0.7, 0.51, slices).is_met(found[1:], rows[1:])
+
+
+def test_recall_by_slice_counts_exact_results_not_queries() -> None:
+    rows = np.array([[0, 1], [0, 2]])
+    found = np.array([[True, False], [True, True]])
+    slices = {"head": np.array([True, False, False]), "tail": np.array([False, True, True])}
+    slices["cold"] = np.zeros(3, bool)
+    assert recall_by_slice(found, rows, slices) == {"head": 1.0, "tail": 0.5, "cold": None}
 
 
 def test_levels_halve_from_the_largest_k() -> None:
@@ -147,16 +165,7 @@ def test_several_query_vectors_can_be_tuned_for() -> None:
     assert facts.recall >= 0.95 and facts.num_sample_queries == 12
 
 
-def test_slices_are_the_popular_tenth_the_rest_and_the_unknown() -> None:
-    popularity = np.array([5, 0, 9, 1, 1, 1, 1, 1, 1, 1, 1, 99])
-    is_known = np.array([True] * 11 + [False])
-    slices = item_slices(popularity, is_known)
-    assert np.flatnonzero(slices["head"]).tolist() == [2]
-    assert np.flatnonzero(slices["new"]).tolist() == [11]
-    assert np.flatnonzero(slices["tail"]).tolist() == [0, 1, 3, 4, 5, 6, 7, 8, 9, 10]
-
-
-def test_recall_is_told_by_slice() -> None:
+def test_what_was_found_is_told_by_query_and_item() -> None:
     vectors, queries = np.eye(4, dtype=np.float32), np.array([[4, 3, 2, 1], [1, 2, 3, 4]], np.float32)
     exact = ExactResults.of(ExactIndex(vectors), queries, 2)
     assert exact.rows.tolist() == [[0, 1], [3, 2]]
@@ -222,7 +231,7 @@ def test_an_allow_list_without_values_is_refused() -> None:
 
 
 def test_recall_below_the_required_one_is_refused_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_little(vectors: np.ndarray, exact: ExactResults, min_recall: float) -> ScannIndex:
+    def too_little(vectors: np.ndarray, exact: ExactResults, required: RequiredRecall) -> ScannIndex:
         index = ScannIndex.build(vectors, 50)
         index.efforts = [Effort(20, 1, 20)]
         return index

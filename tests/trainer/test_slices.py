@@ -9,7 +9,14 @@ import pytest
 from schema.errors import ConfigError
 from tests.trainer.ranking_tables import SPEC
 from trainer import slices
-from trainer.slices import activity_deciles, as_text, dimensions, popularity_segments, slices_of
+from trainer.slices import (
+    activity_deciles,
+    as_text,
+    dimensions,
+    popularity_masks,
+    popularity_segments,
+    slices_of,
+)
 
 
 def test_the_examples_of_the_documentation_hold() -> None:
@@ -26,6 +33,14 @@ def test_equally_active_users_share_a_decile_and_a_hundred_make_ten_of_each() ->
 def test_head_torso_and_tail_are_a_tenth_four_tenths_and_the_rest_of_the_known_items() -> None:
     segments = popularity_segments(np.arange(20, 0, -1), np.array([True] * 10 + [False] * 10))
     assert segments == ["head"] + ["torso"] * 4 + ["tail"] * 5 + ["cold"] * 10
+
+
+def test_masks_of_the_segments_hold_each_item_once() -> None:
+    popularity = np.array([5.0, 0, 9, 1, 1, 1, 1, 1, 1, 1, 99])
+    masks = popularity_masks(popularity, np.array([True] * 10 + [False]))
+    assert {name: np.flatnonzero(mask).tolist() for name, mask in masks.items()} == {
+        "head": [2], "torso": [0, 3, 4, 5], "tail": [1, 6, 7, 8, 9], "cold": [10],
+    }  # fmt: skip
 
 
 def test_numbers_are_cut_into_quarters_named_by_their_bounds() -> None:

@@ -10,7 +10,8 @@ from markupsafe import Markup
 
 from tfx_pipeline.config import RETRIEVAL
 from tfx_pipeline.report import formatting, metric_keys, plots
-from tfx_pipeline.report.facts import IndexFacts, RunFacts
+from tfx_pipeline.report.facts import RunFacts
+from trainer.index_facts import IndexFacts, SearchPoint
 from trainer.waterfall import Waterfall
 
 _THIS_MODEL = "this model"
@@ -66,15 +67,16 @@ def training_plot(name: str, facts: RunFacts) -> Markup | None:
     if not log:
         return None
     epochs = [float(record.get("epoch") or place) for place, record in enumerate(log, 1)]
-    kept = (epochs[best_epoch(name, log)], "kept weights")
+    kept = epochs[best_epoch(name, log)]
     panels = []
     for title, keys in (("Loss", _loss_keys(log)), ("Validation metrics", _validation_keys(name, log))):
         if keys:
             lines = {log_label(key): [record.get(key) for record in log] for key in keys}
-            panels.append(plots.Panel(f"{name.capitalize()}: {title.lower()}", "epoch", epochs, lines, kept))
+            title = f"{name.capitalize()}: {title.lower()}"
+            panels.append(plots.Panel(title, "epoch", epochs, lines, marks={"kept weights": kept}))
     if not panels:
         return None
-    alt = f"Training of the {name} model over {len(log)} epochs; the weights of epoch {kept[0]:g} were kept."
+    alt = f"Training of the {name} model over {len(log)} epochs; the weights of epoch {kept:g} were kept."
     return plots.line_plot(f"training-{name}", alt, panels)
 
 
@@ -110,29 +112,30 @@ def scores_plot(facts: RunFacts) -> Markup:
 
 
 def index_plot(index: IndexFacts) -> Markup:
-    """Recall and work of ScaNN by how many items are asked for; the index has efforts."""
-    x = [float(effort.k) for effort in index.efforts]
-    panels = [
-        plots.Panel(
-            "Exact results found",
-            "items asked for",
-            x,
-            {"recall": [effort.recall for effort in index.efforts]},
-            is_logarithmic=True,
-        ),
-        plots.Panel(
-            "Work",
-            "items asked for",
-            x,
-            {
-                "leaves searched": [float(effort.num_leaves_to_search) for effort in index.efforts],
-                "candidates reordered": [float(effort.num_reordering_candidates) for effort in index.efforts],
-            },
-            is_logarithmic=True,
-        ),
-    ]
-    alt = f"Recall of ScaNN against exact search, and its work, by how many items are asked for; {_SEE_TABLE}"
-    return plots.line_plot("index-effort", alt, panels)
+    """Recall of the index against the time of a query, one panel per k; the index has points."""
+    panels = []
+    for k, group in itertools.groupby(index.points, key=lambda point: point.k):
+        points = sorted(group, key=lambda point: point.p50_ms)
+        lines: dict[str, list[float | None]] = {"all items": [point.recall for point in points]}
+        lines |= {
+            name: [point.recall_by_slice[name] for point in points] for name in points[0].recall_by_slice
+        }
+        marks = {_mark(point): point.p50_ms for point in points if _mark(point)}
+        x = [point.p50_ms for point in points]
+        title = f"The first {k:,}: share found"
+        panels.append(plots.Panel(title, "ms per query (p50)", x, lines, marks=marks, is_scattered=True))
+    alt = (
+        "Share of the exact results that the index finds against the time of a query, by how many items are "
+        f"asked for; {_SEE_TABLE}"
+    )
+    return plots.line_plot("index-recall-latency", alt, panels)
+
+
+def _mark(point: SearchPoint) -> str:
+    """What is said of a point beside its place."""
+    if point.is_chosen:
+        return "as served"
+    return "exact search" if point.num_leaves_to_search is None else ""
 
 
 def waterfall_plot(waterfall: Waterfall) -> Markup:

@@ -29,7 +29,6 @@ from tfx_pipeline.report.facts import (
     Against,
     ExampleAnswer,
     Figure,
-    IndexFacts,
     LikePredictions,
     LoadFacts,
     ModelFacts,
@@ -39,6 +38,7 @@ from tfx_pipeline.report.facts import (
     first_line,
 )
 from trainer.comparison import CANDIDATE, LAST_BLESSED, PREDICTIONS_FILE, Comparison, read_comparison
+from trainer.index_facts import IndexFacts
 from trainer.metrics import reliability_table
 from trainer.waterfall import read_waterfall
 

@@ -20,6 +20,7 @@ from tfx_pipeline.report.data_facts import SplitAnomalies, SplitStatistics
 from tfx_pipeline.run_result import ComponentTiming
 from trainer import features
 from trainer.comparison import LAST_BLESSED
+from trainer.index_facts import IndexFacts
 from trainer.waterfall import Waterfall
 
 COLD_USERS = f"{features.USER_TYPE} = {features.COLD}"
@@ -161,37 +162,6 @@ class ExampleAnswer:
     user_is_known: bool
     history: tuple[str, ...]
     items: tuple[AnswerItem, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class SearchEffort:
-    """How hard ScaNN looks for k items, and which share of the exact results it finds then."""
-
-    k: int
-    num_leaves_to_search: int
-    num_reordering_candidates: int
-    recall: Number
-
-
-@dataclasses.dataclass(frozen=True)
-class IndexFacts:
-    """The candidate index, as `trainer.index_build` describes it.
-
-    Attributes:
-      recall: share of the k exact results that ScaNN finds, at the largest k.
-      efforts: from the smallest k to the largest; none of an exact index.
-      recall_by_slice: the same for head, tail and new items.
-    """
-
-    num_items: int
-    vector_width: int
-    settings: Mapping[str, Number]
-    k: int
-    recall: Number
-    build_s: Number
-    efforts: tuple[SearchEffort, ...] = ()
-    recall_by_slice: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
-    num_sample_queries: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

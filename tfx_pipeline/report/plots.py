@@ -38,6 +38,8 @@ _PANEL_HEIGHT_INCHES = 3.1
 _ROW_HEIGHT_INCHES = 0.35
 _MOST_TICKS = 10
 _MOST_COLUMNS = 3
+# Of a legend that all panels share.
+_LEGEND_COLUMNS = 7
 
 _STYLE = {
     "svg.fonttype": "none",
@@ -75,19 +77,20 @@ class Panel:
       xlabel: what runs along the horizontal axis.
       x: positions, shared by all lines.
       lines: label -> values; None leaves a gap.
-      marked_x: a position to mark, and the words beside it.
+      marks: words -> a position on the horizontal axis, marked by a line.
       bands: label of a line -> lower and upper bounds, drawn as a band around it.
       x_labels: what stands at the positions; the numbers themselves when empty.
       diagonal: draws where y equals x, for plots of predictions against outcomes.
       is_logarithmic: of the horizontal axis.
       is_histogram: draws steps instead of dots joined by lines.
+      is_scattered: draws dots that no line joins.
     """
 
     title: str
     xlabel: str
     x: Sequence[float]
     lines: Mapping[str, Sequence[float | None]]
-    marked_x: tuple[float, str] | None = None
+    marks: Mapping[str, float] = dataclasses.field(default_factory=dict)
     bands: Mapping[str, tuple[Sequence[float | None], Sequence[float | None]]] = dataclasses.field(
         default_factory=dict
     )
@@ -95,6 +98,7 @@ class Panel:
     diagonal: bool = False
     is_logarithmic: bool = False
     is_histogram: bool = False
+    is_scattered: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +133,13 @@ def line_plot(name: str, alt: str, panels: Sequence[Panel]) -> Markup:
         figure, axes = _subplots(len(panels), _PANEL_HEIGHT_INCHES)
         for axis, panel in zip(axes, panels, strict=True):
             _draw_panel(axis, panel)
-            _legend_below(figure, axis, columns=2 if len(panels) > 1 else 4)
+        if len(panels) > 1 and len({(*panel.lines, *panel.marks) for panel in panels}) == 1:
+            figure.legend(
+                *axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=_LEGEND_COLUMNS
+            )
+        else:
+            for axis in axes:
+                _legend_below(figure, axis, columns=2 if len(panels) > 1 else 4)
         _lay_out(figure)
         readings = [
             reading
@@ -146,6 +156,8 @@ def _draw_panel(axis: Axes, panel: Panel) -> None:
         style = _line_style(place)
         if panel.is_histogram:
             style |= {"drawstyle": "steps-mid", "marker": ""}
+        if panel.is_scattered:
+            style |= {"linestyle": "none", "markersize": 6}
         if label in panel.bands:
             low, high = map(_with_gaps, panel.bands[label])
             axis.fill_between(panel.x, low, high, color=style["color"], alpha=0.16, linewidth=0)
@@ -164,9 +176,8 @@ def _draw_panel(axis: Axes, panel: Panel) -> None:
     axis.margins(y=0.12)
     if panel.diagonal:
         axis.axline((0, 0), slope=1, color=_INK, linewidth=0.9, linestyle=(0, (2, 2)), label="perfect")
-    if panel.marked_x is not None:
-        x, text = panel.marked_x
-        axis.axvline(x, color=_INK, linewidth=0.9, linestyle=(0, (2, 2)), label=text)
+    for (text, x), dashes in zip(panel.marks.items(), ((2, 2), (6, 2)), strict=False):
+        axis.axvline(x, color=_INK, linewidth=0.9, linestyle=(0, dashes), label=text)
 
 
 def _panel_readings(figure: Figure, axis: Axes, panel: Panel) -> list[_Reading]:

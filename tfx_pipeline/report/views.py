@@ -18,7 +18,6 @@ from tfx_pipeline.report.facts import (
     Differences,
     ExampleAnswer,
     Figure,
-    IndexFacts,
     LoadFacts,
     RunFacts,
     Setting,
@@ -26,6 +25,7 @@ from tfx_pipeline.report.facts import (
 )
 from tfx_pipeline.report.verdicts import headline_key
 from trainer.comparison import LAST_BLESSED
+from trainer.index_facts import IndexFacts, SearchPoint
 from trainer.score import formula
 from trainer.waterfall import Waterfall
 
@@ -479,31 +479,55 @@ def index_facts(index: IndexFacts) -> list[tuple[str, str]]:
     return [(label, formatting.number(value)) for label, value in rows]
 
 
-def efforts_table(index: IndexFacts) -> Table:
-    """How hard ScaNN looks, by how many items are asked for."""
-    rows = [
-        Row(
-            f"up to {formatting.number(effort.k)}",
-            "",
-            (
-                Cell(formatting.number(effort.num_leaves_to_search)),
-                Cell(formatting.number(effort.num_reordering_candidates)),
-                Cell(formatting.share(effort.recall)),
-            ),
-        )
-        for effort in index.efforts
-    ]
-    columns = ("Items asked for", "Leaves searched", "Candidates reordered", "Exact results found")
-    return Table("Effort of the search by k", columns, tuple(rows))
-
-
-def index_slices_table(index: IndexFacts) -> Table:
-    """Recall of the index against exact search by kind of item."""
-    rows = [Row(name, "", (Cell(formatting.share(value)),)) for name, value in index.recall_by_slice.items()]
+def chosen_points_table(index: IndexFacts) -> Table:
+    """How k items are searched for: what is found, in all and by kind of item, and how long it takes."""
+    exact = {point.k: point for point in index.points if point.num_leaves_to_search is None}
+    rows = []
+    for point in index.points:
+        if point.is_chosen:
+            exact_ms = exact[point.k].p50_ms
+            time_of_exact = Cell(formatting.decimal(exact_ms), value=exact_ms)
+            rows.append(
+                Row(f"up to {formatting.number(point.k)}", "", (*_search_cells(point), time_of_exact))
+            )
+    columns = ("Items asked for", *_search_columns(index), "Exact search, p50 ms")
     return Table(
-        f"Exact results found among the first {formatting.number(index.k)}, by kind of item",
-        ("Items", "Found"),
+        "The search as it is served: exact results found, and time of a query",
+        columns,
         tuple(rows),
+        note=(
+            f"Measured at export, over {index.num_sample_queries:,} queries of real users. Times are those "
+            "of one query in the process that exported, the search alone; a server adds the tower and the "
+            "network. Few of the first items are tail or cold: their shares at small k rest on few results."
+        ),
+    )
+
+
+def points_table(index: IndexFacts) -> Table:
+    """Every setting that was measured, by k."""
+    rows = []
+    for point in index.points:
+        way = "exact search" if point.num_leaves_to_search is None else "ScaNN"
+        label = f"{formatting.number(point.k)}, {way}{' (served)' if point.is_chosen else ''}"
+        effort = [
+            Cell(_NOT_MEASURED if value is None else formatting.number(value), value=value)
+            for value in (point.num_leaves_to_search, point.num_reordering_candidates)
+        ]
+        rows.append(Row(label, "", (*effort, *_search_cells(point))))
+    columns = ("Items asked for", "Leaves searched", "Candidates reordered", *_search_columns(index))
+    return Table("Every setting that was measured", columns, tuple(rows), name="index-points")
+
+
+def _search_columns(index: IndexFacts) -> tuple[str, ...]:
+    return ("Found", *(f"of {name}" for name in index.points[0].recall_by_slice), "p50 ms", "p95 ms")
+
+
+def _search_cells(point: SearchPoint) -> tuple[Cell, ...]:
+    shares = [point.recall, *point.recall_by_slice.values()]
+    times = (point.p50_ms, point.p95_ms)
+    return (
+        *(Cell(formatting.share(share), value=share) for share in shares),
+        *(Cell(formatting.decimal(time), value=time) for time in times),
     )
 
 
