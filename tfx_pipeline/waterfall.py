@@ -23,11 +23,23 @@ from schema.errors import DataError, ServingError
 from schema.tables import INTERACTIONS, ITEMS
 from tfx_pipeline.user_states import UserState, find_user_states, padded, query_arrays, ranking_arrays
 from trainer import features
+from trainer.metrics import BoolArray
 from trainer.ranking_export import CANDIDATES, PRE_RANK
 from trainer.slices import ITEM_POPULARITY, MISSING, popularity_segments
-from trainer.waterfall import Stage, Waterfall, in_lists, losses, source_facts
+from trainer.waterfall import (
+    Positives,
+    SliceLosses,
+    SourceFacts,
+    Stage,
+    Waterfall,
+    in_lists,
+    losses,
+    rule,
+    source_facts,
+)
 
 TWO_TOWER = "two-tower"
+WATCHED = "chosen before"
 _SERVED = "serving_default"
 _SEED = 7
 _USERS_PER_SEARCH = 256
@@ -54,12 +66,19 @@ class FunnelSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Lists:
-    """What each user gets at the stages, best first."""
+class FunnelLists:
+    """Item ids that each of U users gets at the steps of the funnel, best first.
 
-    retrieved: list[list[str]]
-    to_ranker: list[list[str]]
-    shown: list[list[str]]
+    Attributes:
+      sources: source of candidates -> [U] lists, at most `depth` long.
+      to_ranker: [U], what the ranker scores.
+      shown: [U].
+      has_preranker: whether a pre-ranker chose what the ranker scores.
+    """
+
+    sources: Mapping[str, Sequence[Sequence[str]]]
+    to_ranker: Sequence[Sequence[str]]
+    shown: Sequence[Sequence[str]]
     has_preranker: bool
 
 
@@ -98,36 +117,54 @@ def measure_waterfall(
     lists = _ask(models, states, spec, settings)
 
     place = {state.user_id: row for row, state in enumerate(states)}
-    positives = positives.filter(pl.col(features.USER_ID).is_in(sampled.implode()))
-    users = np.array([place[user_id] for user_id in positives[features.USER_ID]])
-    items = positives[features.ITEM_ID].to_list()
+    table = positives.filter(pl.col(features.USER_ID).is_in(sampled.implode()))
+    followed = Positives(
+        np.array([place[user_id] for user_id in table[features.USER_ID]], np.int64),
+        table[features.ITEM_ID].to_list(),
+        _dimensions(table, states, interactions, catalogue, spec),
+    )
     known = set(catalogue)
-    in_catalogue = np.array([item in known for item in items])
-    unseen = ~in_lists(users, items, [state.seen_item_ids for state in states])
-    sources = {TWO_TOWER: in_lists(users, items, lists.retrieved)}
+    in_catalogue = np.fromiter((item in known for item in followed.items), np.bool_, len(followed))
+    watched = in_lists(followed, [state.seen_item_ids for state in states])
+    slices, sources = follow(followed, in_catalogue, {WATCHED: watched}, lists, settings)
+    waterfall = Waterfall(len(states), len(everyone), settings.k, settings.num_candidates, slices, sources)
+    seconds = time.monotonic() - started
+    _logger.info("phase=waterfall users=%d positives=%d wall=%.1f s", len(states), len(followed), seconds)
+    return waterfall
+
+
+def follow(
+    positives: Positives,
+    in_catalogue: BoolArray,
+    rules: Mapping[str, BoolArray],
+    lists: FunnelLists,
+    settings: FunnelSettings,
+) -> tuple[tuple[SliceLosses, ...], tuple[SourceFacts, ...]]:
+    """Sends positives through the stages of the funnel, whatever its sources and rules.
+
+    Args:
+      positives: P pairs of one of U users and an item.
+      in_catalogue: bool [P], whether there is such an item.
+      rules: name -> bool [P], whether the rule removes each positive; they apply before candidates are
+        looked for.
+      lists: what the users get.
+      settings: how the funnel was asked.
+
+    Returns:
+      What became of the positives, in all and by slice; what each source contributes.
+    """
+    sources = {name: in_lists(positives, found) for name, found in lists.sources.items()}
+    cut = "cut by the pre-ranker" if lists.has_preranker else "cut after retrieval"
     stages = [
         Stage("not in the catalogue", in_catalogue),
-        Stage("chosen before, left out", unseen),
+        *(rule(name, removed) for name, removed in rules.items()),
         Stage(f"not among the {settings.depth} of any source", np.any(list(sources.values()), axis=0)),
-        Stage(
-            f"cut by the pre-ranker at {settings.num_candidates}"
-            if lists.has_preranker
-            else f"cut after retrieval at {settings.num_candidates}",
-            in_lists(users, items, lists.to_ranker),
-        ),
-        Stage(f"ranked below {settings.k}", in_lists(users, items, lists.shown)),
+        Stage(f"{cut} at {settings.num_candidates}", in_lists(positives, lists.to_ranker)),
+        Stage(f"ranked below {settings.k}", in_lists(positives, lists.shown)),
     ]
-    waterfall = Waterfall(
-        len(states),
-        len(everyone),
-        settings.k,
-        settings.num_candidates,
-        losses(stages, _dimensions(positives, states, interactions, catalogue, spec)),
-        source_facts(sources, {TWO_TOWER: settings.depth}, in_catalogue & unseen),
-    )
-    seconds = time.monotonic() - started
-    _logger.info("phase=waterfall users=%d positives=%d wall=%.1f s", len(states), len(items), seconds)
-    return waterfall
+    findable = np.all([in_catalogue, *(~removed for removed in rules.values())], axis=0)
+    depths = dict.fromkeys(sources, settings.depth)
+    return losses(positives, stages), source_facts(positives, sources, depths, findable)
 
 
 def _test_positives(interactions: pl.DataFrame, spec: DatasetSpec) -> pl.DataFrame:
@@ -165,7 +202,7 @@ def _dimensions(
 
 def _ask(
     models: Mapping[str, Path], states: Sequence[UserState], spec: DatasetSpec, settings: FunnelSettings
-) -> _Lists:
+) -> FunnelLists:
     retrieval, ranking = (_Model(models[name]) for name in ("retrieval", "ranking"))
     has_preranker = ranking.has(PRE_RANK)
     retrieved: list[list[str]] = []
@@ -194,7 +231,7 @@ def _ask(
             [ids[place] for place in np.argsort(-row[: len(ids)], kind="stable")[: settings.k]]
             for ids, row in zip(candidates, scores, strict=True)
         ]
-    return _Lists(retrieved, to_ranker, shown, has_preranker)
+    return FunnelLists({TWO_TOWER: retrieved}, to_ranker, shown, has_preranker)
 
 
 class _Model:

@@ -202,10 +202,12 @@ def waterfall_facts():
         k=20,
         num_candidates=200,
         slices=(
-            waterfall.SliceLosses({}, 100, dict(zip(LOSSES, (5, 20, 45), strict=True)), 30),
+            waterfall.SliceLosses(
+                {}, 100, dict(zip(LOSSES, (5, 20, 45), strict=True)), 30, {LOSSES[0]: (0.012, 0.089)}
+            ),
             waterfall.SliceLosses({"user_type": "cold"}, 10, dict(zip(LOSSES, (0, 6, 3), strict=True)), 1),
         ),
-        sources=(waterfall.SourceFacts("two_tower", 500, 0.8, 0.7, {"popularity": 0.125}),),
+        sources=(waterfall.SourceFacts("two_tower", 500, 0.8, 0.7, {"popularity": 0.125}, (0.75, 0.85)),),
     )
 
 

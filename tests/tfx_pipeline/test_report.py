@@ -372,8 +372,9 @@ def test_cost_scores_index_waterfall_and_drift_say_their_numbers(whole):
     assert "total 4.25 9.00 12.50 20.00 the client was busy" in index
     waterfall = page.text("waterfall")
     assert "Of 100 items that 50 of 80 users with one went on to choose, 30 (30.0 %) were among" in waterfall
+    assert "all 100 5.0 % (1.2 to 8.9 %) 5 20.0 % 20" in waterfall
     assert "user_type = cold 10 0.0 % 0 60.0 % 6 30.0 % 3 10.0 % 1" in waterfall
-    assert "two tower 500 80.0 % 70.0 % popularity 12.5 %" in waterfall
+    assert "two tower 500 80.0 % (75.0 to 85.0 %) 70.0 % popularity 12.5 %" in waterfall
     anomalies = page.text("anomalies")
     assert "device 0.3100 0.1500 too far age 0.0200 0.2000 near enough" in anomalies
     assert "last run’s train split: not measured, there was no run on other data before." in anomalies

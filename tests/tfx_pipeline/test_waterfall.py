@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import polars as pl
 import pytest
 import tensorflow as tf
@@ -17,9 +18,9 @@ from schema.tables import INTERACTIONS, ITEMS
 from tfx_pipeline.cli import main
 from tfx_pipeline.examples import ExampleSettings, example_batch, user_state_columns
 from tfx_pipeline.leakage.recorded import user_state_dtypes
-from tfx_pipeline.waterfall import TWO_TOWER, FunnelSettings, measure_waterfall
+from tfx_pipeline.waterfall import TWO_TOWER, FunnelLists, FunnelSettings, follow, measure_waterfall
 from trainer import raw_inputs
-from trainer.waterfall import Waterfall
+from trainer.waterfall import Positives, Waterfall, in_lists
 
 NUM_ITEMS = 12
 TRAIN_END = 1_000
@@ -145,7 +146,7 @@ def test_every_positive_is_lost_where_it_was_lost(measure: Callable[..., Waterfa
     assert found.whole.num_positives == 7
     assert found.whole.lost == {
         "not in the catalogue": 1,
-        "chosen before, left out": 1,
+        "removed by a rule: chosen before": 1,
         "not among the 8 of any source": 1,
         "cut after retrieval at 6": 1,
         "ranked below 2": 1,
@@ -179,6 +180,36 @@ def test_a_preranker_takes_the_place_of_the_cut(measure: Callable[..., Waterfall
     assert found.whole.lost["cut by the pre-ranker at 6"] == 1  # ann's i9
     assert found.whole.lost["ranked below 2"] == 2  # ann's i3, cat's i4
     assert found.whole.shown == 1
+
+
+def test_two_sources_and_two_rules_lose_and_find_what_they_should() -> None:
+    """A funnel with a second source and a second rule needs their lists alone.
+
+    ann and ben chose i0 to i5 each. Rules remove i0 of ann (chosen before) and i5 of both (not allowed). The
+    towers find i1, i2, i3, trending finds i3, i4; the ranker gets i2, i3, i4 and shows i3 and i4.
+    """
+    followed = Positives(np.repeat([0, 1], 6), [f"i{n}" for n in range(6)] * 2, {"half": ["a", "b"] * 6})
+    both = [["i3", "i4"]] * 2
+    lists = FunnelLists(
+        {"towers": [["i1", "i2", "i3"]] * 2, "trending": both}, [["i2", *both[0]]] * 2, both, False
+    )
+    rules = {"chosen before": [["i0"], []], "not allowed": [["i5"]] * 2}
+    removed = {name: in_lists(followed, items) for name, items in rules.items()}
+    slices, (towers, trending) = follow(followed, np.ones(12, bool), removed, lists, FunnelSettings(3, 2, 3))
+    assert slices[0].lost == {
+        "not in the catalogue": 0,
+        "removed by a rule: chosen before": 1,
+        "removed by a rule: not allowed": 2,
+        "not among the 3 of any source": 1,  # ben's i0
+        "cut after retrieval at 3": 2,  # i1
+        "ranked below 2": 2,  # i2
+    }
+    assert [(part.num_positives, part.shown) for part in slices] == [(12, 4), (6, 2), (6, 2)]
+    # Nine may be recommended: the towers find six of them, i3 is also trending.
+    assert (towers.recall, towers.unique_recall) == pytest.approx((6 / 9, 4 / 9))
+    assert (trending.recall, trending.unique_recall) == pytest.approx((4 / 9, 2 / 9))
+    assert towers.overlap == pytest.approx({"trending": 2 / 6})
+    assert trending.overlap == pytest.approx({"towers": 2 / 4})
 
 
 def test_a_sample_of_users_is_told_as_such(measure: Callable[..., Waterfall]) -> None:

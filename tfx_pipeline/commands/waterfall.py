@@ -56,7 +56,7 @@ def waterfall(k: int, num_candidates: int, users: int, json_dir: Path | None, ou
     with CONSOLE.status("loading TensorFlow …") as status:
         from tfx_pipeline.outcome import read_artifact_uris
         from tfx_pipeline.waterfall import FunnelSettings, measure_waterfall
-        from trainer.waterfall import Waterfall, write_waterfall
+        from trainer.waterfall import SHOWN, Waterfall, write_waterfall
 
         quiet_libraries(None)
         uris = read_artifact_uris(RunPaths(output_dir).metadata)
@@ -73,7 +73,7 @@ def waterfall(k: int, num_candidates: int, users: int, json_dir: Path | None, ou
         )
     say(
         f"[bold]{result.dataset}[/bold]: {found.whole.num_positives:,} positives of {found.num_users:,} of "
-        f"{found.num_users_with_positives:,} test users"
+        f"{found.num_users_with_positives:,} test users; grey: {found.confidence:.0%} intervals over users"
     )
     table = Table()
     table.add_column("slice", no_wrap=True)
@@ -86,8 +86,12 @@ def waterfall(k: int, num_candidates: int, users: int, json_dir: Path | None, ou
         ((dimension, value),) = part.slice.items() or [("all", "")]
         if dimension != before:
             table.add_section()
-        counts = (*part.lost.values(), part.shown)
-        cells = (f"{count / part.num_positives:.1%}" if part.num_positives else "" for count in counts)
+        cells = []
+        for end, count in {**part.lost, SHOWN: part.shown}.items():
+            cells.append(f"{count / part.num_positives:.1%}" if part.num_positives else "")
+            if end in part.bounds:
+                low, high = part.bounds[end]
+                cells[-1] += f"\n[dim]{100 * low:.1f}–{100 * high:.1f}[/dim]"
         heading = dimension if dimension != before else ""
         table.add_row(
             heading, escape(value), f"{part.num_positives:,}", *cells, style="" if part.slice else "bold"

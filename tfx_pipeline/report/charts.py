@@ -12,7 +12,7 @@ from tfx_pipeline.config import RETRIEVAL
 from tfx_pipeline.report import formatting, metric_keys, plots
 from tfx_pipeline.report.facts import RunFacts
 from trainer.index_facts import IndexFacts, SearchPoint
-from trainer.waterfall import Waterfall
+from trainer.waterfall import SHOWN, Waterfall
 
 _THIS_MODEL = "this model"
 _HAPPENED = "what happened"
@@ -142,7 +142,7 @@ def waterfall_plot(waterfall: Waterfall) -> Markup:
     """What became of the positives as stacked bars, one for all and one per slice."""
     rows = {
         f"{formatting.conditions(part.slice)} ({part.num_positives:,})": {
-            loss: count / part.num_positives for loss, count in (*part.lost.items(), ("shown", part.shown))
+            loss: count / part.num_positives for loss, count in (*part.lost.items(), (SHOWN, part.shown))
         }
         for part in waterfall.slices
         if part.num_positives

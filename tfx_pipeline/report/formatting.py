@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 UNDEFINED = "undefined"
+NO_BREAK = "\u00a0"
 _MINUS = "\u2212"
 _SCIENTIFIC_BELOW = 1e-4
 _EXACT_BELOW = 1e15
@@ -55,7 +56,7 @@ def difference(value: float | None) -> str:
 
 def share(value: float | None) -> str:
     """0.1234 as 12.3 %."""
-    return UNDEFINED if value is None or math.isnan(value) else typeset(f"{100 * value:,.1f}\u00a0%")
+    return UNDEFINED if value is None or math.isnan(value) else typeset(f"{100 * value:,.1f}{NO_BREAK}%")
 
 
 def mebibytes(value: int) -> str:

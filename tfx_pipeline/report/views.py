@@ -27,7 +27,7 @@ from tfx_pipeline.report.verdicts import headline_key
 from trainer.comparison import LAST_BLESSED
 from trainer.index_facts import IndexFacts, SearchPoint
 from trainer.score import formula
-from trainer.waterfall import Waterfall
+from trainer.waterfall import SHOWN, Waterfall
 
 _SLICES_SHOWN = 200
 _MOVERS_SHOWN = 6
@@ -299,19 +299,33 @@ def waterfall_table(waterfall: Waterfall) -> Table:
     """What became of the positives, in all and by slice, in shares."""
     rows = []
     for part in waterfall.slices:
-        counts = [*part.lost.values(), part.shown]
-        cells = [
-            Cell(
-                formatting.share(count / part.num_positives if part.num_positives else None),
-                note=formatting.number(count),
-                value=count / part.num_positives if part.num_positives else None,
+        cells = []
+        for end, count in {**part.lost, SHOWN: part.shown}.items():
+            share = count / part.num_positives if part.num_positives else None
+            cells.append(
+                Cell(
+                    formatting.share(share),
+                    note=formatting.number(count),
+                    value=share,
+                    interval=_share_bounds(part.bounds.get(end)),
+                )
             )
-            for count in counts
-        ]
         size = Cell(formatting.number(part.num_positives), value=part.num_positives)
         rows.append(Row(formatting.conditions(part.slice), "", (size, *cells)))
-    columns = ("Positives", "how many", *waterfall.whole.lost, "shown")
-    return Table("Where positives were lost, by slice", columns, tuple(rows), name="waterfall")
+    columns = ("Positives", "how many", *waterfall.whole.lost, SHOWN)
+    note = (
+        f"Small figures: the {waterfall.confidence:.0%} interval over users, and how many. "
+        "Shares of 0 and 100 %, and of fewer than ten users, have none."
+    )
+    return Table("Where positives were lost, by slice", columns, tuple(rows), note, name="waterfall")
+
+
+def _share_bounds(bounds: tuple[float, float] | None) -> str:
+    """`(12.1 to 13.9 %)`; empty where none was measured."""
+    if bounds is None:
+        return ""
+    low, high = map(formatting.share, bounds)
+    return f"({low.removesuffix(f'{formatting.NO_BREAK}%')} to {high})"
 
 
 def sources_table(waterfall: Waterfall) -> Table:
@@ -323,8 +337,16 @@ def sources_table(waterfall: Waterfall) -> Table:
         )
         cells = (
             Cell(formatting.number(source.depth), value=source.depth),
-            Cell(formatting.share(source.recall), value=source.recall),
-            Cell(formatting.share(source.unique_recall), value=source.unique_recall),
+            Cell(
+                formatting.share(source.recall),
+                value=source.recall,
+                interval=_share_bounds(source.recall_bounds),
+            ),
+            Cell(
+                formatting.share(source.unique_recall),
+                value=source.unique_recall,
+                interval=_share_bounds(source.unique_bounds),
+            ),
             Cell(overlap or "no other source"),
         )
         rows.append(Row(formatting.words(source.name), "", cells))
