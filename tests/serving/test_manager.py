@@ -9,6 +9,7 @@ import grpc
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow_serving.apis import get_model_status_pb2, model_pb2
 
 from serving import loader
@@ -145,6 +146,21 @@ def test_a_version_that_does_not_load_makes_place_for_the_next_older_one(world):
     failed = manager.statuses(spec(version=3))[3]
     assert failed.code != grpc.StatusCode.OK
     assert failed.message
+
+
+def test_a_version_whose_signature_names_what_its_graph_lacks_does_not_load(world):
+    world.add(1)
+    manager = ModelManager(NO_RETRY)
+    manager.load(world.config())
+    world.add(2)
+    file = world.base_path / "2" / "saved_model.pb"
+    saved_model = saved_model_pb2.SavedModel.FromString(file.read_bytes())
+    signature = saved_model.meta_graphs[0].signature_def["which_version"]
+    next(iter(signature.outputs.values())).name = "nowhere:0"
+    file.write_bytes(saved_model.SerializeToString())
+    manager._refresh()
+    assert answer(manager) == 1
+    assert "nowhere" in manager.statuses(spec())[2].message
 
 
 def test_a_version_is_tried_again_as_often_as_asked_and_once_its_files_change(world, monkeypatch):
