@@ -179,6 +179,19 @@ def feature_space(spec: DatasetSpec) -> FeatureSpace:
     return FeatureSpace(tuple(query), tuple(candidate), tuple(cross), tuple(labels))
 
 
+def shared_spaces(space: FeatureSpace) -> tuple[tuple[Feature, Feature], ...]:
+    """Query and candidate features of one vocabulary, whose values can thus be compared: (query, candidate).
+
+    The creators that somebody has subscribed to and the creator of an item, for instance.
+    """
+    return tuple(
+        (left, right)
+        for left in space.query
+        for right in space.candidate
+        if left.is_categorical and right.is_categorical and left.space == right.space
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class RawInput:
     """One raw feature of an example or of a serving request.

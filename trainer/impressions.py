@@ -146,7 +146,7 @@ class PastOutcomes(tf.keras.layers.Layer):
             of_user.append(shown & same & (impressions.surface >= ft.FIRST_VOCABULARY_ID))
         num_candidates = tf.shape(label_means)[1]
         groups = [tf.repeat(group[:, tf.newaxis], num_candidates, axis=1) for group in of_user]
-        groups += [_shares(values, impressions.keys[key]) for key, values in candidates.items()]
+        groups += [shares_value(values, impressions.keys[key]) for key, values in candidates.items()]
 
         group = tf.stack(groups, axis=2)  # [U, N, G, L]
         counted = tf.cast(group, tf.float32)
@@ -162,8 +162,8 @@ class PastOutcomes(tf.keras.layers.Layer):
         return tf.reshape(table, [tf.shape(table)[0], num_candidates, width])
 
 
-def _shares(candidates: tf.Tensor, impressions: tf.Tensor) -> tf.Tensor:
-    """Whether an impression has a known value in common with a candidate: bool [U, N, L].
+def shares_value(candidates: tf.Tensor, impressions: tf.Tensor) -> tf.Tensor:
+    """Whether a candidate has a known value in common with an impression: bool [U, N, L].
 
     Args:
       candidates: int [U, N, T].

@@ -33,7 +33,7 @@ from trainer.encoder import (
     with_powers,
 )
 from trainer.experts import experts
-from trainer.impressions import Impressions, ItemAttributes, PastOutcomes, read_impressions
+from trainer.impressions import Impressions, ItemAttributes, PastOutcomes, read_impressions, shares_value
 from trainer.interactions import interaction
 from trainer.label_statistics import LabelStatistics
 from trainer.loss_balancing import LossBalancer
@@ -85,6 +85,12 @@ def _initializer(bias: Sequence[float], tower: PositionBias | None) -> Callable[
     return initial
 
 
+def _values(features: Mapping[str, tf.Tensor], feature: ft.Feature) -> tf.Tensor:
+    """Ids of a categorical feature, int [B, T]; T is 1 where it has one value."""
+    ids = features[feature.id_name]
+    return ids if feature.is_list else ids[:, tf.newaxis]
+
+
 class EncodedQuery(NamedTuple):
     """The query side of the ranker, computed once per request.
 
@@ -96,6 +102,7 @@ class EncodedQuery(NamedTuple):
       events: float32 [U, L, W], embeddings of what the impressions showed.
       event_features: float32 [U, L, F], what became of them, and when.
       crossed: int [U] of the query features that are crossed with those of candidates.
+      shared: int [U, L] of the query features whose values candidates may have too.
     """
 
     parts: tuple[tf.Tensor, ...]
@@ -105,6 +112,7 @@ class EncodedQuery(NamedTuple):
     events: tf.Tensor
     event_features: tf.Tensor
     crossed: Mapping[str, tf.Tensor]
+    shared: Mapping[str, tf.Tensor]
 
 
 class RankingModel(tfrs.models.Model):
@@ -152,6 +160,11 @@ class RankingModel(tfrs.models.Model):
         pairs = [(space.find(left), space.find(right)) for left, right in config.crosses]
         self.cross_encoder = CrossEncoder(pairs, vocabulary_sizes)
         self.past_outcomes = PastOutcomes(spec, statistics)
+        self.shared = [
+            (left, right)
+            for left, right in ft.shared_spaces(space)
+            if not {left.name, right.name} & {ft.HISTORY, *ignored}
+        ]
         self.keys = {key: space.find(key) for key in spec.counters.keys}
         width = sum(self.tables.widths[feature.space] for feature in self.keys.values())
         self.behaviour = behaviour(config.behaviour, width)
@@ -211,6 +224,7 @@ class RankingModel(tfrs.models.Model):
             self._embed_keys(impressions.keys),
             tf.concat([impressions.labels, impressions.log_age[..., tf.newaxis]], axis=-1),
             {category_name(left): features[category_name(left)] for left, _ in self.cross_encoder.pairs},
+            {left.name: _values(features, left) for left, _ in self.shared},
         )
 
     def logits(
@@ -243,7 +257,7 @@ class RankingModel(tfrs.models.Model):
 
         item = self.tables(ft.ITEM_SPACE, features[self._item_id])
         match = item * tf.repeat(query.history, num_candidates, axis=0)
-        keys = {name: grouped(self._values(features, name)) for name in self.keys}
+        keys = {name: grouped(_values(features, key)) for name, key in self.keys.items()}
         past = self.past_outcomes(query.impressions, query.surface, keys, grouped(features[ft.LABEL_MEANS]))
         counters = tf.ensure_shape(features[ft.COUNTERS], [None, self._num_counters])
         attended = self.behaviour.match(
@@ -255,6 +269,11 @@ class RankingModel(tfrs.models.Model):
         parts += [flat(past), flat(attended)]
         crossed = {name: tf.repeat(ids, num_candidates) for name, ids in query.crossed.items()}
         parts += self.cross_encoder(crossed, features)
+        for left, right in self.shared:
+            is_shared = shares_value(
+                grouped(_values(features, right)), query.shared[left.name][:, tf.newaxis]
+            )
+            parts.append(tf.cast(tf.reshape(is_shared, [-1, 1]), tf.float32))
         return self._heads(parts, training)
 
     def _heads(self, parts: Sequence[tf.Tensor], training: bool) -> dict[str, tf.Tensor]:
@@ -270,11 +289,6 @@ class RankingModel(tfrs.models.Model):
                 representation = self.balancer.probe(name, representation)
             logits[name] = head(representation)
         return logits
-
-    def _values(self, features: Mapping[str, tf.Tensor], key: str) -> tf.Tensor:
-        """Ids of a key of the counters, int [B, T]."""
-        ids = features[self.keys[key].id_name]
-        return ids if self.keys[key].is_list else ids[:, tf.newaxis]
 
     def _embed_keys(self, keys: Mapping[str, tf.Tensor]) -> tf.Tensor:
         """What an item shares with others as one vector: [..., T] ids by key to float32 [..., W]."""

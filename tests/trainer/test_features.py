@@ -70,6 +70,15 @@ def test_history_and_candidate_share_one_vocabulary() -> None:
     assert space.find("history_item_ids").space == space.find("item_id").space != space.find("user_id").space
 
 
+def test_features_of_both_sides_are_compared_where_they_share_a_vocabulary() -> None:
+    pairs = features.shared_spaces(features.feature_space(load_dataset_spec("simulated")))
+    assert {(query.name, candidate.name) for query, candidate in pairs} == {
+        ("history_item_ids", "item_id"),
+        ("user_language", "item_language"),
+        ("subscribed_creators", "creator_id"),
+    }
+
+
 def test_the_schema_lists_every_raw_feature_and_hides_labels_from_serving() -> None:
     spec = load_dataset_spec("simulated")
     schema = interactions_schema(spec)

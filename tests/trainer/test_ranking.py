@@ -187,6 +187,26 @@ def test_history_changes_the_preference_between_items_even_without_hidden_layers
     assert abs((first - second) - (first_later - second_later)) > 1e-4
 
 
+def test_a_candidate_with_a_value_that_the_query_names_too_is_told_from_others() -> None:
+    followed = {"name": "followed", "kind": "multi_categorical", "space": "creator_id"}
+    spec = world.spec(
+        users={"files": ["users.csv"], "columns": {"user_id": "user_id"}, "features": [followed]}
+    )
+    rows = {name: np.repeat(column[:1], 4, axis=0) for name, column in world.rows(64, seed=1).items()}
+    linear = {"experts": ExpertsConfig(hidden_layers=()), "interaction": InteractionConfig(kind="none")}
+    rows["followed_ids"] = np.array([[3, 2], [3, 4], [0, 0], [1, 0]], np.int32)
+    # The creator that the first follows, not one that the second does, one of nobody's, an unknown one.
+    rows["creator_id_id"] = np.array([2, 2, 2, 1], np.int32)
+    statistics = label_statistics([world.rows(64, seed=1)], spec.tasks)
+    config = CONFIG.model_copy(update=linear)
+    model = RankingModel(spec, world.VOCABULARY_SIZES, statistics, world.attributes(spec), config)
+    before = model(rows)["click"].numpy()[:, 0]
+    kernel = model.heads["click"].kernel
+    # What both sides name is the last of the inputs.
+    kernel.assign(np.eye(1, kernel.shape[0], kernel.shape[0] - 1).T)
+    np.testing.assert_allclose(model(rows)["click"].numpy()[:, 0] - before, [1, 0, 0, 0], atol=1e-6)
+
+
 def test_candidates_of_one_query_get_the_logits_of_rows_of_their_own() -> None:
     rows = world.rows(12, seed=2)
     model = untrained(rows)
