@@ -42,7 +42,12 @@ from trainer import features
 
 PIPELINE_NAME = "funnel"
 # Beam starts no process of its own: importing TFX in every worker costs more than the work on one machine.
-LOCAL_BEAM_ARGS = ("--direct_running_mode=in_memory", "--direct_num_workers=1")
+# No container is started either: unless one is named, TFX packs itself up for one, 2 s for each component.
+LOCAL_BEAM_ARGS = (
+    "--direct_running_mode=in_memory",
+    "--direct_num_workers=1",
+    "--sdk_container_image=none",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +172,7 @@ def create_pipeline(
             example_splits=judged_splits[model],
             model=trainers[model].outputs["model"],
             eval_config=eval_configs[model],
+            module_path="tfx_pipeline.tfma_metrics",
         ).with_id(f"Evaluator.{model}")
         comparisons[model] = ModelComparison(
             model=trainers[model].outputs["model"],

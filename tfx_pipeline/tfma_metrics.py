@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import apache_beam as beam
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 import scann  # noqa: F401  Registers the ops of the retrieval model in every Beam worker that loads this module.
 import tensorflow_model_analysis as tfma
 from tensorflow_model_analysis.metrics import metric_util
@@ -30,6 +32,8 @@ NUM_COLD_ITEM_QUERIES = "num_cold_item_queries"
 NUM_POSITIVE_ITEMS = "num_positive_items"
 NUM_EXAMPLES = "num_examples"
 
+# Features that metrics read besides labels.
+_READ_BY_METRICS = (features.USER_ID, features.COLD_TEST_ITEMS)
 # No item, in lists of ids.
 _PADDING = {"", b""}
 
@@ -135,6 +139,46 @@ def ranking_eval_config(
         for task in tasks
     ]
     return _eval_config(tfma.ModelSpec(label_keys={task.name: task.label for task in tasks}), specs, slices)
+
+
+def custom_extractors(
+    eval_shared_model: tfma.types.MaybeMultipleEvalSharedModels,
+    eval_config: tfma.EvalConfig,
+    tensor_adapter_config: Any,
+) -> list[tfma.extractors.Extractor]:
+    """TFMA's extractors behind one that drops what is not judged; the Evaluator finds it by its name.
+
+    Examples without a label are not asked about, and features that no metric reads are not taken apart row by
+    row, which is what TFMA spends most of its time on. The model still sees whole examples: they are
+    serialized.
+    """
+    rest = tfma.default_extractors(
+        eval_shared_model=eval_shared_model,
+        eval_config=eval_config,
+        tensor_adapter_config=tensor_adapter_config,
+    )
+    labels = {
+        name
+        for model in eval_config.model_specs
+        for name in (model.label_key, *model.label_keys.values())
+        if name
+    }
+    slices = {name for spec in eval_config.slicing_specs for name in spec.feature_keys}
+    judged = beam.FlatMap(_judged, labels=labels, kept={*labels, *slices, *_READ_BY_METRICS})
+    return [tfma.extractors.Extractor("KeepWhatIsJudged", judged), *rest]
+
+
+def _judged(extracts: Any, labels: set[str], kept: set[str]) -> Iterator[Any]:
+    """The examples of a batch with a label, and of them the features to keep; nothing if there are none."""
+    batch: pa.RecordBatch = extracts[tfma.ARROW_RECORD_BATCH_KEY]
+    has_label = np.zeros(len(batch), np.bool_)
+    for name in labels.intersection(batch.schema.names):
+        lengths = pc.fill_null(pc.list_value_length(batch.column(name)), 0)
+        has_label |= lengths.to_numpy(zero_copy_only=False) > 0
+    if has_label.any():
+        columns = [n for n in batch.schema.names if n in kept or n == tfma.constants.ARROW_INPUT_COLUMN]
+        smaller = pa.RecordBatch.from_arrays([batch.column(name) for name in columns], columns)
+        yield {**extracts, tfma.ARROW_RECORD_BATCH_KEY: smaller.filter(pa.array(has_label))}
 
 
 def read_metrics(eval_result_dir: str, model_name: str = tfma.CANDIDATE_KEY) -> list[MetricValue]:

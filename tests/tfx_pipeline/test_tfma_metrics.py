@@ -135,16 +135,14 @@ def evaluation(tmp_path_factory):
         config = tfma.utils.update_eval_config_with_defaults(
             config, has_baseline="baseline" in models, rubber_stamp=True
         )
+        loaded = [
+            tfma.default_eval_shared_model(str(folder / path), model_name=model_name, eval_config=config)
+            for model_name, path in models.items()
+        ]
         tfma.run_model_analysis(
-            eval_shared_model=[
-                tfma.default_eval_shared_model(
-                    str(folder / path),
-                    model_name=model_name,
-                    eval_config=config,
-                )
-                for model_name, path in models.items()
-            ],
+            eval_shared_model=loaded,
             eval_config=config,
+            extractors=tfma_metrics.custom_extractors(loaded, config, None),
             data_location=str(folder / data),
             output_path=str(folder / name),
         )
@@ -318,6 +316,35 @@ def test_predictions_that_are_not_numbers_make_a_task_undefined_and_stop_nothing
     *values, num_examples = judge.extract_output(rows).values()
     assert len(values) == len(names) - 1 and all(math.isnan(value) for value in values)
     assert num_examples == 3
+
+
+def test_only_labelled_examples_and_features_that_metrics_read_reach_the_model(evaluation):
+    import pyarrow as pa
+
+    key, raw = evaluation.tfma.ARROW_RECORD_BATCH_KEY, evaluation.tfma.constants.ARROW_INPUT_COLUMN
+    columns = {
+        "click": [[1.0], None, [], None],
+        "watch": [None, None, [], [7.0]],
+        "user_id": [[b"a"], [b"b"], [b"c"], [b"d"]],
+        "country": [[b"x"]] * 4,
+        raw: [[b"0"], [b"1"], [b"2"], [b"3"]],
+    }
+
+    def judged(rows, labels):
+        batch = pa.RecordBatch.from_pydict({name: values[rows] for name, values in columns.items()})
+        return [
+            e[key].to_pydict() for e in evaluation.module._judged({key: batch}, labels, {*labels, "user_id"})
+        ]
+
+    (both,) = judged(slice(4), {"click", "watch"})
+    assert both == {
+        "click": [[1.0], None],
+        "watch": [None, [7.0]],
+        "user_id": [[b"a"], [b"d"]],
+        raw: [[b"0"], [b"3"]],
+    }
+    assert judged(slice(1, 3), {"click", "watch"}) == []
+    assert judged(slice(4), {"another"}) == []
 
 
 def test_evaluation_of_one_model_has_no_baseline_figures(evaluation):
