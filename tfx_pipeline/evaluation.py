@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import scann  # noqa: F401  registers the operations of the index
 import tensorflow as tf
 
@@ -252,14 +253,13 @@ def read_judged_users(user_states: Sequence[str], spec: DatasetSpec) -> pl.DataF
     files = tf.data.TFRecordDataset(expand(user_states), compression_type="GZIP")
     for batch in files.batch(8_192):
         values = tf.io.parse_example(batch, parser)
-        columns = [pl.Series(name, _decoded(_first(values[name], "")), pl.String) for name in single]
-        columns.append(pl.Series("serialized", batch.numpy().tolist(), pl.Binary))
-        for name in lists:
-            ids = [_decoded(row) for row in _split(values[name])]
-            columns.append(pl.Series(name, ids, pl.List(pl.String)))
-        part = pl.DataFrame(columns)
-        held_out = pl.col(features.TEST_ITEMS).list.len() + pl.col(features.EVAL_ITEMS).list.len()
-        parts.append(part.filter(held_out > 0))
+        num_held_out = values[features.TEST_ITEMS].row_lengths() + values[features.EVAL_ITEMS].row_lengths()
+        kept = {name: tf.ragged.boolean_mask(column, num_held_out > 0) for name, column in values.items()}
+        columns = [pl.Series(name, _decoded(_first(kept[name], "")), pl.String) for name in single]
+        examples = tf.boolean_mask(batch, num_held_out > 0)
+        columns.append(pl.Series("serialized", examples.numpy().tolist(), pl.Binary))
+        columns += [_id_lists(name, kept[name]) for name in lists]
+        parts.append(pl.DataFrame(columns))
     return pl.concat(parts)
 
 
@@ -487,5 +487,6 @@ def _first(ragged: tf.RaggedTensor, missing: str | float) -> np.ndarray:
     return ragged.to_tensor(missing, shape=[None, 1])[:, 0].numpy()
 
 
-def _split(ragged: tf.RaggedTensor) -> list[np.ndarray]:
-    return np.split(ragged.values.numpy(), ragged.row_splits.numpy()[1:-1])
+def _id_lists(name: str, ragged: tf.RaggedTensor) -> pl.Series:
+    ids = pa.array(ragged.values.numpy(), pa.large_binary()).cast(pa.large_string())
+    return pl.Series(name, pa.LargeListArray.from_arrays(ragged.row_splits.numpy(), ids))

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from trainer.facts_file import read_facts, write_facts
-from trainer.uncertainty import MIN_USERS, PairedDifference, UserSums, intervals, paired_differences
+from trainer.uncertainty import MIN_USERS, PairedDifference, UserSums, intervals_and_differences
 
 COMPARISON_FILE = "comparison.json"
 PREDICTIONS_FILE = "predictions.parquet"
@@ -185,19 +185,17 @@ def slice_result(
       measured: metric key -> the metric; all are over the same U users in the same order.
       settings: of the intervals.
     """
-    ours = {name: m.candidate for name, m in measured.items() if isinstance(m.candidate, UserSums)}
-    own = intervals(ours, confidence=settings.confidence, num_resamples=settings.num_resamples)
-    # One call for all rivals: drawing the users is what takes time.
-    pairs = {
-        (name, rival): (m.candidate, theirs)
-        for name, m in measured.items()
-        for rival, theirs in m.rivals.items()
-        if isinstance(m.candidate, UserSums) and isinstance(theirs, UserSums)
-    }
-    labels = {pair: str(number) for number, pair in enumerate(pairs)}
-    differences = paired_differences(
-        {labels[pair]: first for pair, (first, _) in pairs.items()},
-        {labels[pair]: second for pair, (_, second) in pairs.items()},
+    rivals = dict.fromkeys(rival for m in measured.values() for rival in m.rivals)
+    own, differences = intervals_and_differences(
+        {name: m.candidate for name, m in measured.items() if isinstance(m.candidate, UserSums)},
+        {
+            rival: {
+                name: metric
+                for name, m in measured.items()
+                if isinstance(metric := m.rivals.get(rival), UserSums)
+            }
+            for rival in rivals
+        },
         confidence=settings.confidence,
         num_resamples=settings.num_resamples,
     )
@@ -211,7 +209,7 @@ def slice_result(
         elif interval and math.isnan(low):
             note = f"{interval.num_users} users, of {MIN_USERS} that an interval takes"
         against = {
-            rival: _against(value, _value(theirs), differences.get(labels.get((name, rival), "")))
+            rival: _against(value, _value(theirs), differences[rival].get(name))
             for rival, theirs in m.rivals.items()
         }
         results.append(

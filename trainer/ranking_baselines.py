@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import lightgbm
@@ -32,6 +33,7 @@ from trainer.baselines import (
 )
 from trainer.features import HOUR_OF_DAY, ITEM_ID, SURFACE, USER_ID
 from trainer.ranking_features import (
+    BoolArray,
     FeatureMatrix,
     FloatArray,
     History,
@@ -111,33 +113,45 @@ def baseline_predictions(
     linear_train, linear_asked = encode(on_train), encode(on_asked)
     item_ids = tables.interactions[ITEM_ID].to_numpy()
     predictions: dict[str, dict[str, FloatArray]] = {}
-    for task in tables.spec.tasks:
-        labels = tables.labels(task.label)
-        known = train[~np.isnan(labels[train])]
-        has_train, has_eval = ~np.isnan(labels[fitted_on]), ~np.isnan(labels[judged_on])
-        if not has_train.any() or not has_eval.any():
-            continue
-        mean = np.full(len(asked), labels[known].mean())
-        found = {
-            GLOBAL_MEAN: mean,
-            ITEM_MEAN: item_mean(item_ids[known].tolist(), labels[known], item_ids[asked].tolist()),
-        }
-        targets, is_time = labels[fitted_on][has_train], task.label == WATCH_TIME
-        if task.kind is not TaskKind.BINARY:
-            found[GLOBAL_MEDIAN] = np.full(len(asked), np.median(labels[known]))
-            model = ridge_regression(linear_train[has_train], targets, _RIDGE, is_time, _MAX_ITERATIONS)
-            found[RIDGE_REGRESSION] = model(linear_asked)
-        elif len(np.unique(targets)) == 2:
-            model = logistic_regression(linear_train[has_train], targets, _INVERSE_RIDGE, _MAX_ITERATIONS)
-            found[LOGISTIC_REGRESSION] = model(linear_asked)
-        judged = {"eval": (on_eval.take(has_eval), labels[judged_on][has_eval])}
-        settings = _tree_settings(task, seed)
-        trees = boosted_trees(
-            on_train.take(has_train), targets, judged, settings, _MAX_TREES, _PATIENCE_TREES
+
+    def trees(task: TaskSpec, labels: FloatArray, has_train: BoolArray, has_eval: BoolArray) -> FloatArray:
+        models = boosted_trees(
+            on_train.take(has_train),
+            labels[fitted_on][has_train],
+            {"eval": (on_eval.take(has_eval), labels[judged_on][has_eval])},
+            _tree_settings(task, seed),
+            _MAX_TREES,
+            _PATIENCE_TREES,
         )
-        found[LIGHTGBM] = trees["eval"](on_asked)
-        for name, values in found.items():
-            predictions.setdefault(name, {})[task.name] = values
+        return models["eval"](on_asked)
+
+    # Trees grow in a thread beside the linear models, which take as long.
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        grown: dict[str, Future[FloatArray]] = {}
+        for task in tables.spec.tasks:
+            labels = tables.labels(task.label)
+            known = train[~np.isnan(labels[train])]
+            has_train, has_eval = ~np.isnan(labels[fitted_on]), ~np.isnan(labels[judged_on])
+            if not has_train.any() or not has_eval.any():
+                continue
+            grown[task.name] = beside.submit(trees, task, labels, has_train, has_eval)
+            mean = np.full(len(asked), labels[known].mean())
+            found = {
+                GLOBAL_MEAN: mean,
+                ITEM_MEAN: item_mean(item_ids[known].tolist(), labels[known], item_ids[asked].tolist()),
+            }
+            targets, is_time = labels[fitted_on][has_train], task.label == WATCH_TIME
+            if task.kind is not TaskKind.BINARY:
+                found[GLOBAL_MEDIAN] = np.full(len(asked), np.median(labels[known]))
+                model = ridge_regression(linear_train[has_train], targets, _RIDGE, is_time, _MAX_ITERATIONS)
+                found[RIDGE_REGRESSION] = model(linear_asked)
+            elif len(np.unique(targets)) == 2:
+                model = logistic_regression(linear_train[has_train], targets, _INVERSE_RIDGE, _MAX_ITERATIONS)
+                found[LOGISTIC_REGRESSION] = model(linear_asked)
+            for name, values in found.items():
+                predictions.setdefault(name, {})[task.name] = values
+        for name, future in grown.items():
+            predictions.setdefault(LIGHTGBM, {})[name] = future.result()
     rows = f"on {len(fitted_on):,} of {len(train):,} train rows"
     notes = {
         GLOBAL_MEAN: "mean of the train split",

@@ -82,9 +82,10 @@ def compare_retrieval(
     user, item = (judged.positives[name].to_numpy() for name in ("user", "item"))
     ranks = {name: positive_ranks(lists, user, item) for name, lists in judged.lists.items()}
     is_cold = judged.positives["is_cold"].to_numpy()
+    of_lists = _list_metrics(judged, min(ks))
     results = []
     for part in slices_of(judged.positives, by):
-        measured = _measure(judged, ranks, user, is_cold, part, ks)
+        measured = _measure(judged, ranks, of_lists, user, is_cold, part, ks)
         num_users = len(np.unique(user[part.mask]))
         results.append(slice_result(part.key, num_users, num_users, measured, settings))
     headline = metrics.metric_key(STAGE, "recall", k=max(ks))
@@ -131,6 +132,7 @@ def positive_ranks(lists: IntArray, user: IntArray, item: IntArray) -> IntArray:
 def _measure(
     judged: JudgedLists,
     ranks: Mapping[str, IntArray],
+    of_lists: Mapping[str, Mapping[str, FloatArray]],
     user: IntArray,
     is_cold: BoolArray,
     part: Slice,
@@ -165,21 +167,40 @@ def _measure(
         {rival: num_distinct[rival] for rival in rivals},
         _NO_POSITIVE,
     )
-    return measured | _measure_lists(judged, users, min(ks))
+    return measured | _measure_lists(judged, of_lists, users, min(ks))
 
 
-def _measure_lists(judged: JudgedLists, users: IntArray, k: int) -> dict[str, Measured]:
-    """What the first k of the lists say by themselves: how wide, new, alike, popular and fresh they are."""
+def _list_metrics(judged: JudgedLists, k: int) -> dict[str, dict[str, FloatArray]]:
+    """What the first k of each list say by themselves: model -> metric -> float64 [U]."""
     facts = judged.catalogue
     if facts is None:
         return {}
-    num_items = len(facts.num_choosers)
-    by_user: dict[str, dict[str, UserSums]] = {}
-    together: dict[str, dict[str, float]] = {}
-    for model, lists in judged.lists.items():
-        known = np.where(lists[users] < num_items, lists[users], -1)
-        by_user[model] = retrieval_sums(metrics.list_metrics(known, k, facts, judged.asked_unix_s))
-        together[model] = metrics.aggregate_metrics(known, k, num_items)
+    return {
+        model: metrics.list_metrics(_known(lists, facts), k, facts, judged.asked_unix_s)
+        for model, lists in judged.lists.items()
+    }
+
+
+def _known(lists: IntArray, facts: metrics.CatalogueFacts) -> IntArray:
+    """The lists with items outside the catalogue as padding."""
+    return np.where(lists < len(facts.num_choosers), lists, -1)
+
+
+def _measure_lists(
+    judged: JudgedLists, of_lists: Mapping[str, Mapping[str, FloatArray]], users: IntArray, k: int
+) -> dict[str, Measured]:
+    """How wide, new, alike, popular and fresh the first k of the lists of some users are."""
+    facts = judged.catalogue
+    if facts is None:
+        return {}
+    by_user = {
+        model: retrieval_sums({name: column[users] for name, column in values.items()})
+        for model, values in of_lists.items()
+    }
+    together = {
+        model: metrics.aggregate_metrics(_known(lists[users], facts), k, len(facts.num_choosers))
+        for model, lists in judged.lists.items()
+    }
     rivals = [model for model in judged.lists if model != CANDIDATE]
     return {
         metrics.metric_key(STAGE, name): Measured(

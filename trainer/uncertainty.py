@@ -37,6 +37,8 @@ MIN_USERS = 10
 
 # Bounds the memory of the weights of some resamples to 32 MB.
 _CELLS_PER_CHUNK = 4_000_000
+# Sums of the same numbers differ by less, in any order; metrics that differ by less are equal.
+_ROUNDING = 1e-10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,22 +226,9 @@ def intervals(
       ConfigError: confidence or num_resamples is out of range.
       ShapeError: the metrics differ in the number of users.
     """
-    _check(confidence, num_resamples)
-    noises = [UserSums(m.sums, m.noise) for m in statistics.values() if m.noise is not None]
-    draws = iter(_resample([*statistics.values(), *noises], num_resamples, seed))
-    result = {}
-    for name, metric in statistics.items():
-        num_users = int(metric.says_something.sum())
-        low, high = _bounds(next(draws), confidence, num_users)
-        result[name] = Interval(metric.value, low, high, confidence, num_users)
-    for name, metric in statistics.items():
-        if metric.noise is None:
-            continue
-        # Taken also where it is not used: the next metric's noise is the next draw.
-        _, moved = _bounds(next(draws), confidence, result[name].num_users)
-        if not math.isnan(result[name].low):
-            result[name] = dataclasses.replace(result[name], low=max(0.0, metric.value - moved))
-    return result
+    return intervals_and_differences(
+        statistics, {}, confidence=confidence, num_resamples=num_resamples, seed=seed
+    )[0]
 
 
 def paired_differences(
@@ -267,24 +256,76 @@ def paired_differences(
     Raises:
       ConfigError, ShapeError: as `intervals`.
     """
-    _check(confidence, num_resamples)
-    names = [name for name in candidate if name in other]
-    # Apart, so that sums which are equal stay equal to the last bit.
-    draws = [_resample([side[name] for name in names], num_resamples, seed) for side in (candidate, other)]
-    result = {}
-    for name, ours, theirs in zip(names, *draws, strict=True):
-        if len(candidate[name].sums) != len(other[name].sums):
-            raise ShapeError(
-                f"{name} over {len(candidate[name].sums)} and {len(other[name].sums)} users; "
-                "expected the same users in the same order for both models."
-            )
-        first, second = candidate[name], other[name]
-        num_users = int((first.says_something | second.says_something).sum())
-        value = first.value - second.value
-        low, high = _bounds(ours - theirs, confidence, num_users)
-        p_value = math.nan if math.isnan(low) else _p_value(ours - theirs)
-        result[name] = PairedDifference(value, low, high, confidence, p_value, num_users)
-    return result
+    return intervals_and_differences(
+        candidate, {"other": other}, confidence=confidence, num_resamples=num_resamples, seed=seed
+    )[1]["other"]
+
+
+def intervals_and_differences(
+    candidate: Mapping[str, UserSums],
+    rivals: Mapping[str, Mapping[str, UserSums]],
+    *,
+    confidence: float = 0.95,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+) -> tuple[dict[str, Interval], dict[str, dict[str, PairedDifference]]]:
+    """`intervals` of a candidate and its `paired_differences` to each rival, from one set of draws.
+
+    To draw the users is what takes time.
+
+    Args:
+      candidate: metrics over users.
+      rivals: rival -> metrics over the same users.
+      confidence, num_resamples, seed: as `intervals`.
+
+    Returns:
+      Metric name -> interval; and rival -> metric name -> difference, of the metrics that both have.
+
+    Raises:
+      ConfigError, ShapeError: as `intervals`.
+    """
+    if not 0 < confidence < 1:
+        raise ConfigError(f"confidence is {confidence}; expected a share between 0 and 1, such as 0.95.")
+    if num_resamples < 100:
+        raise ConfigError(f"num_resamples is {num_resamples}; expected at least 100.")
+    shared = {
+        rival: {name: metric for name, metric in theirs.items() if name in candidate}
+        for rival, theirs in rivals.items()
+    }
+    everything = [*candidate.values(), *(metric for theirs in shared.values() for metric in theirs.values())]
+    drawn = iter(_resampled_sums([metric.sums for metric in everything], num_resamples, seed))
+    ours = {name: next(drawn) for name in candidate}
+    own = {name: _interval(metric, ours[name], confidence) for name, metric in candidate.items()}
+    differences = {
+        rival: {
+            name: _difference(candidate[name], metric, ours[name], next(drawn), confidence)
+            for name, metric in theirs.items()
+        }
+        for rival, theirs in shared.items()
+    }
+    return own, differences
+
+
+def _interval(metric: UserSums, drawn: FloatArray, confidence: float) -> Interval:
+    """The interval of a metric from its sums in the draws, float64 [R, M]."""
+    num_users = int(metric.says_something.sum())
+    low, high = _bounds(metric.combine(drawn), confidence, num_users)
+    if metric.noise is not None and not math.isnan(low):
+        _, moved = _bounds(metric.noise(drawn), confidence, num_users)
+        low = max(0.0, metric.value - moved)
+    return Interval(metric.value, low, high, confidence, num_users)
+
+
+def _difference(
+    first: UserSums, second: UserSums, drawn_first: FloatArray, drawn_second: FloatArray, confidence: float
+) -> PairedDifference:
+    """The difference of two metrics from their sums in the same draws, float64 [R, M]."""
+    num_users = int((first.says_something | second.says_something).sum())
+    ours, theirs = first.combine(drawn_first), second.combine(drawn_second)
+    changes = np.where(np.isclose(ours, theirs, rtol=_ROUNDING, atol=0.0), 0.0, ours - theirs)
+    low, high = _bounds(changes, confidence, num_users)
+    p_value = math.nan if math.isnan(low) else _p_value(changes)
+    return PairedDifference(first.value - second.value, low, high, confidence, p_value, num_users)
 
 
 def no_worse(difference: PairedDifference, margin: float, lower_is_better: bool) -> NonInferiority:
@@ -378,27 +419,20 @@ def _ece_sums(labels: FloatArray, predictions: FloatArray, users: IntArray) -> U
     )
 
 
-def _check(confidence: float, num_resamples: int) -> None:
-    if not 0 < confidence < 1:
-        raise ConfigError(f"confidence is {confidence}; expected a share between 0 and 1, such as 0.95.")
-    if num_resamples < 100:
-        raise ConfigError(f"num_resamples is {num_resamples}; expected at least 100.")
-
-
-def _resample(statistics: Sequence[UserSums], num_resamples: int, seed: int) -> list[FloatArray]:
-    """The metrics on R draws of the users: float64 [R] each."""
-    sizes = {len(metric.sums) for metric in statistics}
+def _resampled_sums(sums: Sequence[FloatArray], num_resamples: int, seed: int) -> list[FloatArray]:
+    """Sums over users, float64 [U, M] each, in R draws of the users: float64 [R, M] each."""
+    sizes = {len(columns) for columns in sums}
     if len(sizes) > 1:
         raise ShapeError(
             f"metrics over {sorted(sizes)} users; expected the same users in the same order for all of them."
         )
-    if not statistics:
+    if not sums:
         return []
     (num_users,) = sizes
     if not num_users:
-        return [np.full(num_resamples, np.nan)] * len(statistics)
-    sums = np.concatenate([metric.sums for metric in statistics], axis=1)
-    ends = np.cumsum([metric.sums.shape[1] for metric in statistics])[:-1]
+        return [np.full((num_resamples, columns.shape[1]), np.nan) for columns in sums]
+    ends = np.cumsum([columns.shape[1] for columns in sums])[:-1]
+    together = np.concatenate(sums, axis=1)
     generator = np.random.default_rng(seed)
     chunks = []
     chunk = max(1, _CELLS_PER_CHUNK // num_users)
@@ -407,9 +441,8 @@ def _resample(statistics: Sequence[UserSums], num_resamples: int, seed: int) -> 
         drawn = generator.integers(num_users, size=(size, num_users))
         drawn += np.arange(size)[:, None] * num_users
         weights = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
-        chunks.append(weights.astype(np.float64) @ sums)
-    columns = np.split(np.concatenate(chunks), ends, axis=1)
-    return [metric.combine(column) for metric, column in zip(statistics, columns, strict=True)]
+        chunks.append(weights.astype(np.float64) @ together)
+    return np.split(np.concatenate(chunks), ends, axis=1)
 
 
 def _bounds(draws: FloatArray, confidence: float, num_users: int) -> tuple[float, float]:
