@@ -1,25 +1,27 @@
-"""The exported candidate index against other libraries, in one run: recall, speed, build time and size.
+"""The exported candidate index against other libraries: recall, speed, build time and size.
 
 Example:
-  python -m benchmarks.index --items 200000 --width 128
-  python -m benchmarks.index --items 1000000 --width 64
+  python -m benchmarks.index build --items 200000 --width 128 --dir runs/index-200k
+  python -m benchmarks.index measure --dir runs/index-200k
+  python -m benchmarks.index build --items 1000000 --width 64 --dir runs/index-1m
+  python -m benchmarks.index measure --dir runs/index-1m
 
-Needs the extras `benchmarks` and `index-benchmark`. Every library is tuned to the same recall at 100 by its
-own settings, and then all take turns, one thread per query. Speed is counted in queries per second of
-processor time, all threads of the process together; a busy machine lowers all figures, by what the
-contenders lose of its caches.
+Needs the extras `benchmarks` and `index-benchmark`. Building takes minutes and may share the machine;
+measuring takes two and wants it idle. Every library is tuned to the same recall at 100 by its own settings,
+and then all take turns, one thread per query. Speed is counted in queries per second of processor time, all
+threads together; a busy machine lowers all figures, by what the contenders lose of its caches.
 
 Vectors: see benchmarks/vectors.py.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,45 +37,26 @@ import tensorflow_recommenders as tfrs
 from benchmarks.vectors import clustered_vectors
 from trainer.config import IndexConfig
 from trainer.index_build import build_index
-from trainer.index_facts import IndexFacts
 from trainer.served_index import EXCLUDED, K, ServedIndex
 
 NEIGHBOURS = 100
 BATCH = 256
+# Folders of what is built.
+FUNNEL, SCANN, TFRS, HNSWLIB, FAISS = "funnel", "scann", "tfrs", "hnswlib", "faiss"
 _SAMPLE_QUERIES, _QUERIES, _EXCLUDED = 1_024, 2_048, 50
 _REPEATS = 5
 _SECONDS_PER_REPEAT = 1.0
+_HNSW_EFFORTS = (100, 125, 150, 200, 250, 300, 400, 500, 700, 1_000, 1_500, 2_000, 3_000)
+# Candidates that faiss scores exactly, in neighbours.
+_K_FACTOR = 4
+_IVF_SHARES = (0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.18, 0.25)
+
+Settings = dict[str, Any]
+# Takes float32 [B, D] and returns rows [B, NEIGHBOURS], or ids "i<row>".
+Search = Callable[[np.ndarray], Any]
 
 
-@dataclass
-class Contender:
-    """A built index; `search` takes float32 [B, D] and returns rows [B, NEIGHBOURS], or ids "i<row>"."""
-
-    name: str
-    search: Callable[[np.ndarray], Any]
-    build_wall_s: float
-    build_cpu_s: float
-    size_bytes: int
-    settings: dict[str, Any]
-    recall: float = float("nan")
-    queries_per_cpu_s: dict[int, list[float]] = field(default_factory=lambda: {1: [], BATCH: []})
-    p50_ms: list[float] = field(default_factory=list)
-
-    def figures(self) -> dict[str, Any]:
-        """What was measured, the median of the repeats."""
-        return {
-            "recall_at_100": self.recall,
-            "queries_per_cpu_s_batch_1": statistics.median(self.queries_per_cpu_s[1]),
-            f"queries_per_cpu_s_batch_{BATCH}": statistics.median(self.queries_per_cpu_s[BATCH]),
-            "p50_ms_batch_1": statistics.median(self.p50_ms),
-            "build_wall_s": self.build_wall_s,
-            "build_cpu_s": self.build_cpu_s,
-            "size_bytes": self.size_bytes,
-            "settings": self.settings,
-        }
-
-
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class World:
     """Vectors of items, of queries to tune on and of others to measure with, and the exact answers."""
 
@@ -82,6 +65,59 @@ class World:
     queries: np.ndarray
     sample_exact: np.ndarray
     exact: np.ndarray
+
+    @classmethod
+    def draw(cls, num_items: int, width: int, seed: int) -> World:
+        """Makes one up."""
+        items, queries = clustered_vectors(num_items, width, _SAMPLE_QUERIES + _QUERIES, seed)
+        return cls(
+            items,
+            queries[:_SAMPLE_QUERIES],
+            queries[_SAMPLE_QUERIES:],
+            exact_rows(items, queries[:_SAMPLE_QUERIES]),
+            exact_rows(items, queries[_SAMPLE_QUERIES : _SAMPLE_QUERIES + 4 * BATCH]),
+        )
+
+
+@dataclasses.dataclass
+class Built:
+    """What building cost, and how the index is searched.
+
+    Attributes:
+      wall_s, cpu_s: of the build, tuning by the library's own means included.
+      size_bytes: on disk, which is about what it takes in memory.
+      settings: of the build, and those that reach the recall.
+    """
+
+    wall_s: float
+    cpu_s: float
+    size_bytes: int
+    settings: Settings
+
+
+@dataclasses.dataclass
+class Contender:
+    """A loaded index and its measurements."""
+
+    name: str
+    search: Search
+    built: Built
+    recall: float = float("nan")
+    queries_per_cpu_s: dict[int, list[float]] = dataclasses.field(default_factory=lambda: {1: [], BATCH: []})
+    p50_ms: list[float] = dataclasses.field(default_factory=list)
+
+    def figures(self) -> dict[str, Any]:
+        """What was measured, the median of the repeats."""
+        return {
+            "recall_at_100": self.recall,
+            "queries_per_cpu_s_batch_1": statistics.median(self.queries_per_cpu_s[1]),
+            f"queries_per_cpu_s_batch_{BATCH}": statistics.median(self.queries_per_cpu_s[BATCH]),
+            "p50_ms_batch_1": statistics.median(self.p50_ms),
+            "build_wall_s": self.built.wall_s,
+            "build_cpu_s": self.built.cpu_s,
+            "size_bytes": self.built.size_bytes,
+            "settings": self.built.settings,
+        }
 
 
 def exact_rows(items: np.ndarray, queries: np.ndarray) -> np.ndarray:
@@ -98,23 +134,11 @@ def recall(found: np.ndarray, exact: np.ndarray) -> float:
     return float(np.mean([len(np.intersect1d(a, b)) / len(b) for a, b in zip(found, exact, strict=True)]))
 
 
-class _Clock:
-    def __enter__(self) -> _Clock:
-        self.wall_s, self.cpu_s = -time.perf_counter(), -time.process_time()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.wall_s += time.perf_counter()
-        self.cpu_s += time.process_time()
-
-
-def _size(path: Path) -> int:
-    return sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
-
-
-def _tuned(found: Callable[[int], np.ndarray], efforts: list[int], world: World, target: float) -> int:
+def _tuned(
+    search_with: Callable[[int], np.ndarray], efforts: tuple[int, ...], world: World, target: float
+) -> int:
     """The first effort whose recall on the sample queries reaches the target, else the last."""
-    return next((e for e in efforts if recall(found(e), world.sample_exact) >= target), efforts[-1])
+    return next((e for e in efforts if recall(search_with(e), world.sample_exact) >= target), efforts[-1])
 
 
 class _ExportedIndex(tf.Module):
@@ -137,28 +161,35 @@ class _ExportedIndex(tf.Module):
         return {"serving_default": serve(exact=False), "serving_exact": serve(exact=True)}
 
 
-def funnel(world: World, target: float, folder: Path) -> tuple[IndexFacts, list[Contender]]:
-    """Our index: built, exported, and loaded again."""
+_SAVE_OPTIONS = tf.saved_model.SaveOptions(namespace_whitelist=["Scann"])
+
+
+def build_funnel(world: World, target: float, folder: Path) -> Settings:
+    """Our index, as it is exported."""
     ids = [f"i{row}" for row in range(len(world.items))]
-    with _Clock() as clock:
-        index, facts = build_index(
-            ids, world.items, world.sample_queries, IndexConfig(min_recall=target), NEIGHBOURS
-        )
+    index, facts = build_index(
+        ids, world.items, world.sample_queries, IndexConfig(min_recall=target), NEIGHBOURS
+    )
     module = _ExportedIndex(ServedIndex(index, ids, NEIGHBOURS))
-    options = tf.saved_model.SaveOptions(namespace_whitelist=["Scann"])
-    signatures = module.signatures(world.items.shape[1])
-    tf.saved_model.save(module, str(folder), signatures=signatures, options=options)
+    tf.saved_model.save(
+        module, str(folder), signatures=module.signatures(world.items.shape[1]), options=_SAVE_OPTIONS
+    )
+    effort = dataclasses.asdict(facts.efforts[-1])
+    del effort["recall"]
+    return {**facts.settings, **effort}
+
+
+def load_funnel(world: World, settings: Settings, folder: Path) -> dict[str, Search]:
+    """Our index, loaded again: plain requests, requests that exclude items, and exact search."""
     loaded = tf.saved_model.load(str(folder))
     rng = np.random.default_rng(1)
-    excluded_ids = np.array(ids, object)[rng.integers(len(ids), size=(BATCH, _EXCLUDED))]
+    excluded_ids = np.char.add("i", rng.integers(len(world.items), size=(BATCH, _EXCLUDED)).astype(str))
+    nothing = np.full((BATCH, 1), "")
 
-    def contender(name: str, signature: str, excluded: np.ndarray) -> Contender:
+    def search_by(signature: str, excluded: np.ndarray) -> Search:
         serve = loaded.signatures[signature]
         requests = {
-            size: {
-                K: tf.fill([size], NEIGHBOURS),
-                EXCLUDED: tf.constant(excluded[:size], tf.string),
-            }
+            size: {K: tf.fill([size], NEIGHBOURS), EXCLUDED: tf.constant(excluded[:size].astype(object))}
             for size in (1, BATCH)
         }
 
@@ -166,67 +197,65 @@ def funnel(world: World, target: float, folder: Path) -> tuple[IndexFacts, list[
             return serve(queries=tf.constant(queries), **requests[len(queries)])["item_ids"]
 
         search.keep = loaded  # type: ignore[attr-defined]  # a signature does not keep its model alive
-        settings = {**facts.settings, **{k: v for k, v in asdict(facts.efforts[-1]).items() if k != "recall"}}
-        return Contender(name, search, clock.wall_s, clock.cpu_s, _size(folder), settings)
+        return search
 
-    nothing = np.full((BATCH, 1), "", object)
-    return facts, [
-        contender("funnel, exported", "serving_default", nothing),
-        contender(f"funnel, {_EXCLUDED} excluded", "serving_default", excluded_ids),
-        contender("funnel, exact twin", "serving_exact", nothing),
-    ]
+    return {
+        "funnel, exported": search_by("serving_default", nothing),
+        f"funnel, {_EXCLUDED} excluded": search_by("serving_default", excluded_ids),
+        "funnel, exact twin": search_by("serving_exact", nothing),
+    }
 
 
-def scann_pybind(world: World, facts: IndexFacts, folder: Path) -> Contender:
+def build_scann(world: World, target: float, folder: Path) -> Settings:
     """ScaNN without TensorFlow, with the settings that our index was tuned to."""
-    effort = facts.efforts[-1]
-    with _Clock() as clock:
-        searcher = (
-            scann.scann_ops_pybind.builder(world.items, NEIGHBOURS, "dot_product")
-            .tree(facts.settings["num_leaves"], effort.num_leaves_to_search)
-            .score_ah(facts.settings["dimensions_per_block"], anisotropic_quantization_threshold=0.2)
-            .reorder(effort.num_reordering_candidates)
-            .build()
-        )
+    ours = read_built(folder.parent)[FUNNEL].settings
+    searcher = (
+        scann.scann_ops_pybind.builder(world.items, NEIGHBOURS, "dot_product")
+        .tree(ours["num_leaves"], ours["num_leaves_to_search"])
+        .score_ah(ours["dimensions_per_block"], anisotropic_quantization_threshold=0.2)
+        .reorder(ours["num_reordering_candidates"])
+        .build()
+    )
     folder.mkdir()
     searcher.serialize(str(folder))
+    return {"as": FUNNEL}
+
+
+def load_scann(world: World, settings: Settings, folder: Path) -> dict[str, Search]:
+    """ScaNN's Python binding."""
+    searcher = scann.scann_ops_pybind.load_searcher(str(folder))
 
     def search(queries: np.ndarray) -> np.ndarray:
         return (
             searcher.search(queries[0])[0][None] if len(queries) == 1 else searcher.search_batched(queries)[0]
         )
 
-    return Contender("ScaNN, pybind", search, clock.wall_s, clock.cpu_s, _size(folder), {"as": "funnel"})
+    return {"ScaNN, pybind": search}
 
 
-def tfrs_layer(world: World, facts: IndexFacts) -> Contender:
+def build_tfrs(world: World, target: float, folder: Path) -> Settings:
     """The ScaNN layer of TensorFlow Recommenders, with the same settings as far as it takes them."""
-    effort = facts.efforts[-1]
+    ours = read_built(folder.parent)[FUNNEL].settings
     layer = tfrs.layers.factorized_top_k.ScaNN(
         k=NEIGHBOURS,
-        num_leaves=facts.settings["num_leaves"],
-        num_leaves_to_search=effort.num_leaves_to_search,
-        dimensions_per_block=facts.settings["dimensions_per_block"],
-        num_reordering_candidates=effort.num_reordering_candidates,
+        num_leaves=ours["num_leaves"],
+        num_leaves_to_search=ours["num_leaves_to_search"],
+        dimensions_per_block=ours["dimensions_per_block"],
+        num_reordering_candidates=ours["num_reordering_candidates"],
     )
-    ids = tf.constant([f"i{row}" for row in range(len(world.items))])
-    with _Clock() as clock:
-        layer.index(world.items, ids)
-    serve = tf.function(layer, input_signature=[tf.TensorSpec([None, world.items.shape[1]])])
-    size = sum(
-        tf.size(v).numpy() * v.dtype.size for v in layer._serialized_searcher.variables if v.dtype.size
-    )
-    return Contender(
-        "TFRS layer",
-        lambda queries: serve(tf.constant(queries))[1],
-        clock.wall_s,
-        clock.cpu_s,
-        int(size),
-        {"as": "funnel, without the anisotropic threshold"},
-    )
+    layer.index(world.items, tf.constant([f"i{row}" for row in range(len(world.items))]))
+    layer(world.queries[:1])  # Keras saves a layer that was called
+    tf.saved_model.save(layer, str(folder), options=_SAVE_OPTIONS)
+    return {"as": f"{FUNNEL}, without the anisotropic threshold"}
 
 
-def hnsw(world: World, target: float, folder: Path) -> Contender:
+def load_tfrs(world: World, settings: Settings, folder: Path) -> dict[str, Search]:
+    """TFRS's layer."""
+    layer = tf.saved_model.load(str(folder))
+    return {"TFRS layer": lambda queries: layer(tf.constant(queries))[1]}
+
+
+def build_hnswlib(world: World, target: float, folder: Path) -> Settings:
     """hnswlib's graph. Dot products become distances by one more dimension that makes all norms equal.
 
     That is the reduction of Bachrach et al. (RecSys 2014). In hnswlib's own inner-product space, no metric,
@@ -235,56 +264,86 @@ def hnsw(world: World, target: float, folder: Path) -> Contender:
     squares = np.sum(world.items**2, axis=1, keepdims=True)
     items = np.hstack([world.items, np.sqrt(squares.max() - squares)])
     index = hnswlib.Index(space="l2", dim=items.shape[1])
-    with _Clock() as clock:
-        index.init_index(max_elements=len(items), M=16, ef_construction=200)
-        index.add_items(items)
-    index.set_num_threads(1)
-
-    def search(queries: np.ndarray) -> np.ndarray:
-        return index.knn_query(np.pad(queries, ((0, 0), (0, 1))), k=NEIGHBOURS)[0]
+    index.init_index(max_elements=len(items), M=16, ef_construction=200)
+    index.add_items(items)
+    index.save_index(str(folder))
 
     def found(ef: int) -> np.ndarray:
         index.set_ef(ef)
-        return search(world.sample_queries)
+        return index.knn_query(np.pad(world.sample_queries, ((0, 0), (0, 1))), k=NEIGHBOURS)[0]
 
-    ef = _tuned(found, [100, 125, 150, 200, 250, 300, 400, 500, 700, 1_000, 1_500, 2_000], world, target)
-    index.set_ef(ef)
-    index.save_index(str(folder))
-    settings = {"M": 16, "ef_construction": 200, "ef": ef}
-    return Contender("hnswlib", search, clock.wall_s, clock.cpu_s, _size(folder), settings)
+    return {"M": 16, "ef_construction": 200, "ef": _tuned(found, _HNSW_EFFORTS, world, target)}
 
 
-def faiss_ivf_pq(world: World, target: float, folder: Path) -> Contender:
+def load_hnswlib(world: World, settings: Settings, folder: Path) -> dict[str, Search]:
+    """hnswlib on one thread."""
+    index = hnswlib.Index(space="l2", dim=world.items.shape[1] + 1)
+    index.load_index(str(folder))
+    index.set_num_threads(1)
+    index.set_ef(settings["ef"])
+    return {
+        "hnswlib": lambda queries: index.knn_query(np.pad(queries, ((0, 0), (0, 1))), k=NEIGHBOURS)[0],
+    }
+
+
+def build_faiss(world: World, target: float, folder: Path) -> Settings:
     """faiss: partition, 4-bit product quantisation with fast scan, true scores for the best candidates."""
     num_items, width = world.items.shape
     num_leaves = round(2 * num_items**0.5)
     recipe = f"IVF{num_leaves},PQ{width // 2}x4fs,RFlat"
     index = faiss.index_factory(width, recipe, faiss.METRIC_INNER_PRODUCT)
-    with _Clock() as clock:
-        index.train(world.items[:: max(1, num_items // 200_000)])
-        index.add(world.items)
-    faiss.omp_set_num_threads(1)
-    lists = faiss.extract_index_ivf(faiss.downcast_index(index.base_index))
-    index.k_factor = 4
+    index.train(world.items[:: max(1, num_items // 200_000)])
+    index.add(world.items)
 
     def found(nprobe: int) -> np.ndarray:
-        lists.nprobe = nprobe
-        return index.search(world.sample_queries, NEIGHBOURS)[1]
+        return index.search(world.sample_queries, NEIGHBOURS, params=_faiss_effort(nprobe))[1]
 
-    ladder = [
-        max(1, round(num_leaves * share)) for share in (0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.18, 0.25)
-    ]
+    ladder = tuple(max(1, round(num_leaves * share)) for share in _IVF_SHARES)
     nprobe = _tuned(found, ladder, world, target)
-    lists.nprobe = nprobe
     faiss.write_index(index, str(folder))
-    return Contender(
-        "faiss IVF-PQ",
-        lambda queries: index.search(queries, NEIGHBOURS)[1],
-        clock.wall_s,
-        clock.cpu_s,
-        _size(folder),
-        {"recipe": recipe, "nprobe": nprobe, "k_factor": 4},
-    )
+    return {"recipe": recipe, "nprobe": nprobe, "k_factor": _K_FACTOR}
+
+
+def _faiss_effort(nprobe: int) -> faiss.SearchParameters:
+    lists = faiss.SearchParametersIVF(nprobe=nprobe)
+    return faiss.IndexRefineSearchParameters(k_factor=_K_FACTOR, base_index_params=lists)
+
+
+def load_faiss(world: World, settings: Settings, folder: Path) -> dict[str, Search]:
+    """faiss on one thread."""
+    faiss.omp_set_num_threads(1)
+    index, effort = faiss.read_index(str(folder)), _faiss_effort(settings["nprobe"])
+    return {"faiss IVF-PQ": lambda queries: index.search(queries, NEIGHBOURS, params=effort)[1]}
+
+
+# In the order of building: some take the settings of the first.
+_BUILDS: Mapping[str, Callable[[World, float, Path], Settings]] = {
+    FUNNEL: build_funnel,
+    SCANN: build_scann,
+    TFRS: build_tfrs,
+    HNSWLIB: build_hnswlib,
+    FAISS: build_faiss,
+}
+_LOADS: Mapping[str, Callable[[World, Settings, Path], dict[str, Search]]] = {
+    FUNNEL: load_funnel,
+    SCANN: load_scann,
+    TFRS: load_tfrs,
+    HNSWLIB: load_hnswlib,
+    FAISS: load_faiss,
+}
+
+
+def read_built(folder: Path) -> dict[str, Built]:
+    """What `build` has written to a folder so far."""
+    return {
+        name: Built(**json.loads((folder / f"{name}.json").read_text()))
+        for name in _BUILDS
+        if (folder / f"{name}.json").exists()
+    }
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
 
 
 def _rows(found: np.ndarray | tf.Tensor) -> np.ndarray:
@@ -293,7 +352,7 @@ def _rows(found: np.ndarray | tf.Tensor) -> np.ndarray:
     return np.array([[int(item_id[1:] or -1) for item_id in row] for row in found.numpy()])
 
 
-def measure(contenders: list[Contender], world: World) -> None:
+def measure_in_turns(contenders: list[Contender], world: World) -> None:
     """Lets the contenders take turns, so that a slow minute of the machine hits all of them."""
     batches = {
         size: [world.queries[start : start + size] for start in range(0, len(world.queries), size)]
@@ -308,12 +367,13 @@ def measure(contenders: list[Contender], world: World) -> None:
         for contender in contenders:
             for size, of_size in batches.items():
                 walls: list[float] = []
-                with _Clock() as clock:
-                    for batch in _for_a_second(of_size):
-                        started = time.perf_counter()
-                        contender.search(batch)
-                        walls.append(time.perf_counter() - started)
-                contender.queries_per_cpu_s[size].append(len(walls) * size / clock.cpu_s)
+                cpu_s = -time.process_time()
+                for batch in _for_a_second(of_size):
+                    started = time.perf_counter()
+                    contender.search(batch)
+                    walls.append(time.perf_counter() - started)
+                cpu_s += time.process_time()
+                contender.queries_per_cpu_s[size].append(len(walls) * size / cpu_s)
                 if size == 1:
                     contender.p50_ms.append(1e3 * statistics.median(walls))
 
@@ -342,52 +402,71 @@ def table(figures: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-@click.command(help=__doc__.split("\n", 1)[0])
+@click.group(help=__doc__)
+def main() -> None:
+    """See the docstring of the module."""
+
+
+_DIR = click.option("--dir", "folder", type=click.Path(path_type=Path), required=True, help="of the indexes")
+
+
+@main.command()
 @click.option("--items", default=200_000, show_default=True, type=click.IntRange(5_000), help="items")
 @click.option("--width", default=128, show_default=True, type=click.IntRange(2), help="width of a vector")
 @click.option("--min-recall", default=0.95, show_default=True, type=click.FloatRange(0, 1), help="at 100")
 @click.option("--seed", default=0, show_default=True, help="of the vectors")
+@_DIR
+def build(items: int, width: int, min_recall: float, seed: int, folder: Path) -> None:
+    """Draws the vectors, and builds and tunes every index that the folder does not hold yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vectors = folder / "vectors.npz"
+    if not vectors.exists():
+        click.echo(f"{items:,} items of width {width}: exact search for the comparison", err=True)
+        world = World.draw(items, width, seed)
+        partial = folder / "partial.npz"
+        np.savez(partial, **vars(world))
+        partial.rename(vectors)
+    world = _read_world(folder)
+    for name, build_one in _BUILDS.items():
+        if name in read_built(folder):
+            continue
+        wall_s, cpu_s = -time.perf_counter(), -time.process_time()
+        settings = build_one(world, min_recall, folder / name)
+        wall_s, cpu_s = wall_s + time.perf_counter(), cpu_s + time.process_time()
+        built = Built(wall_s, cpu_s, _size(folder / name), settings)
+        (folder / f"{name}.json").write_text(json.dumps(dataclasses.asdict(built)), encoding="utf-8")
+        click.echo(f"built {name} in {wall_s:.0f} s: {settings}", err=True)
+
+
+@main.command()
+@_DIR
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="also write the figures here")
-def main(items: int, width: int, min_recall: float, seed: int, json_file: Path | None) -> None:
-    """Builds all, measures all, prints the table."""
-    vectors, queries = clustered_vectors(items, width, _SAMPLE_QUERIES + _QUERIES, seed)
-    click.echo(f"{items:,} items of width {width}: exact search for the comparison", err=True)
-    world = World(
-        items=vectors,
-        sample_queries=queries[:_SAMPLE_QUERIES],
-        queries=queries[_SAMPLE_QUERIES:],
-        sample_exact=exact_rows(vectors, queries[:_SAMPLE_QUERIES]),
-        exact=exact_rows(vectors, queries[_SAMPLE_QUERIES : _SAMPLE_QUERIES + 4 * BATCH]),
-    )
-    with tempfile.TemporaryDirectory(prefix="funnel-index-") as name:
-        folder = Path(name)
-        facts, contenders = funnel(world, min_recall, folder / "funnel")
-        _announce(contenders[0])
-        for build in (
-            lambda: scann_pybind(world, facts, folder / "scann"),
-            lambda: tfrs_layer(world, facts),
-            lambda: hnsw(world, min_recall, folder / "hnswlib"),
-            lambda: faiss_ivf_pq(world, min_recall, folder / "faiss"),
-        ):
-            contenders.append(build())
-            _announce(contenders[-1])
-        measure(contenders, world)
+def measure(folder: Path, json_file: Path | None) -> None:
+    """Measures all indexes of a folder and prints the table."""
+    world, built = _read_world(folder), read_built(folder)
+    contenders = [
+        Contender(contender, search, built[name])
+        for name in built
+        for contender, search in _LOADS[name](world, built[name].settings, folder / name).items()
+    ]
+    measure_in_turns(contenders, world)
     figures = {contender.name: contender.figures() for contender in contenders}
-    click.echo(f"\n{items:,} items of width {width}, top {NEIGHBOURS}, tuned to recall {min_recall}")
+    items, width = world.items.shape
+    click.echo(f"\n{items:,} items of width {width}, top {NEIGHBOURS}; load {os.getloadavg()[0]:.1f}")
     click.echo(table(figures))
     rate = f"queries_per_cpu_s_batch_{BATCH}"
-    ours = figures[contenders[0].name][rate]
-    for name in ("ScaNN, pybind", "TFRS layer", "hnswlib", "faiss IVF-PQ"):
-        click.echo(f"exported index / {name}: {ours / figures[name][rate]:.2f} x at batch {BATCH}")
+    for other in contenders[3:]:
+        ratio = figures[contenders[0].name][rate] / figures[other.name][rate]
+        click.echo(f"exported index / {other.name}: {ratio:.2f} x at batch {BATCH}")
     if json_file is not None:
         json_file.write_text(
-            json.dumps({"items": items, "width": width, "seed": seed, "figures": figures}, indent=1),
-            encoding="utf-8",
+            json.dumps({"items": items, "width": width, "figures": figures}, indent=1), encoding="utf-8"
         )
 
 
-def _announce(contender: Contender) -> None:
-    click.echo(f"built {contender.name} in {contender.build_wall_s:.0f} s: {contender.settings}", err=True)
+def _read_world(folder: Path) -> World:
+    with np.load(folder / "vectors.npz") as arrays:
+        return World(**arrays)
 
 
 if __name__ == "__main__":
