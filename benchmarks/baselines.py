@@ -16,15 +16,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-from implicit.als import AlternatingLeastSquares
 from implicit.nearest_neighbours import BM25Recommender
 from implicit.utils import ParameterWarning
 from rectools.dataset import Dataset
 from rectools.models import EASEModel
-from threadpoolctl import threadpool_limits
 
 from benchmarks.protocols import TemporalProtocol
 from trainer.baselines import SECONDS_PER_DAY, popularity, recent_popularity
+from trainer.item_factors import fitted_ials
 from trainer.metrics import FloatArray
 
 # Scores of all items for some users, from what they have seen: float32 [B, I] in, float [B, I] out.
@@ -96,16 +95,8 @@ def fit_ials(protocol: TemporalProtocol, seed: int, parameters: Parameters) -> S
 
     Source: Hu, Koren and Volinsky, ICDM 2008, doi:10.1109/ICDM.2008.22.
     """
-    # The library runs its own threads; those of BLAS below them only get in their way.
-    with threadpool_limits(1, "blas"):
-        model = AlternatingLeastSquares(
-            IALS_FACTORS,
-            alpha=parameters["alpha"],
-            regularization=parameters["alpha"] * parameters["regularization_per_alpha"],
-            iterations=15,
-            random_state=seed,
-        )
-        model.fit(protocol.train, show_progress=False)
+    ridge = parameters["alpha"] * parameters["regularization_per_alpha"]
+    model = fitted_ials(protocol.train, IALS_FACTORS, parameters["alpha"], ridge, seed)
     return lambda history: model.recalculate_user(np.arange(history.shape[0]), history) @ model.item_factors.T
 
 

@@ -10,6 +10,7 @@ from trainer.balancing_config import BalancingConfig
 from trainer.body_config import BehaviourConfig, ExpertsConfig, InteractionConfig
 from trainer.calibration_config import CalibrationConfig
 from trainer.debiasing_config import PositionConfig
+from trainer.features import HISTORY
 from trainer.preranker_config import PrerankerConfig
 
 
@@ -101,6 +102,26 @@ class HistoryConfig(_Config):
     dropout_fraction: float = pydantic.Field(default=0.2, ge=0, lt=1)
 
 
+class FactorsConfig(_Config):
+    """Item factors of a matrix factorisation (iALS), beside what the towers learn.
+
+    A score is the sum of both. The factors are fitted to the training positives and stay as they are. The
+    loss does not count them: they have seen the very positives that it learns from, and would be trusted too
+    much.
+
+    Attributes:
+      weight: of the factors' part of a score; the towers' part is a log probability up to a constant.
+      num_factors: dimensions that they add to query and candidate vectors.
+      alpha: weight of a chosen item in the fit, that of the others being 1.
+      ridge: of the fit; the larger, the fewer items and directions have factors that count.
+    """
+
+    weight: float = pydantic.Field(gt=0)
+    alpha: float = pydantic.Field(gt=0)
+    ridge: float = pydantic.Field(gt=0)
+    num_factors: int = pydantic.Field(default=64, ge=1)
+
+
 class RetrievalConfig(_Config):
     """The two-tower model.
 
@@ -127,6 +148,7 @@ class RetrievalConfig(_Config):
       item_vectors: what item embeddings start from: "random", or "cooccurrence", the truncated SVD of users
         × items. In the latter case embeddings are embedding_dim wide and both towers add them to their
         output, so that the model starts as a matrix factorisation.
+      factors: item factors that stay as they are, as further dimensions of the vectors; null has none.
       popularity_half_lives_days: half-lives of the recency-weighted popularities that the item bias reads, as
         of the day of each example and, at serving, as of the end of training.
       max_validation_users: users on whom recall is measured after each epoch, at most.
@@ -152,6 +174,7 @@ class RetrievalConfig(_Config):
     roll_back_to_session: bool = True
     first_session_weight: float = pydantic.Field(default=1.0, ge=0)
     item_vectors: Literal["random", "cooccurrence"] = "random"
+    factors: FactorsConfig | None = None
     popularity_half_lives_days: tuple[pydantic.PositiveFloat, ...] = ()
     max_validation_users: int = pydantic.Field(default=20_000, ge=1)
     max_k: int = pydantic.Field(default=500, ge=1)
@@ -165,6 +188,10 @@ class RetrievalConfig(_Config):
             raise ValueError(
                 f"history.interests is {self.history.interests}, but loss.hard_negatives are looked for with "
                 "one query vector per user; set one of them to its default"
+            )
+        if self.factors and HISTORY in self.ignored_features:
+            raise ValueError(
+                f"factors are for a user's history, but ignored_features names {HISTORY}; set factors to null"
             )
         return self
 

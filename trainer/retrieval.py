@@ -21,6 +21,7 @@ from trainer.collapse import check_not_collapsed
 from trainer.config import RetrievalConfig
 from trainer.encoder import EmbeddingTables, embedding_width
 from trainer.hard_negatives import HardNegativeMiner, RefreshHardNegatives
+from trainer.item_factors import ItemFactors
 from trainer.losses import log_sampling_probability, sampled_softmax_loss
 from trainer.negatives import CandidateSampler, CataloguePool
 from trainer.popularity import append_popularity
@@ -51,6 +52,7 @@ class RetrievalModel(tfrs.models.Model):
         log_q: np.ndarray,
         popularity: np.ndarray | None = None,
         item_vectors: np.ndarray | None = None,
+        item_factors: np.ndarray | None = None,
         embedding_widths: Mapping[str, int] | None = None,
     ) -> None:
         """Makes the model.
@@ -62,6 +64,8 @@ class RetrievalModel(tfrs.models.Model):
           log_q: float32 [vocabulary_sizes[ITEM_SPACE]], from `item_log_q`.
           popularity: float32 [ids, T, P], from `trainer.popularity.daily_popularity`; None is no popularity.
           item_vectors: float32 [ids, embedding_dim] that item embeddings start from; None is random.
+          item_factors: float32 [ids, F], from `trainer.item_factors.item_factors`; None with `config.factors`
+            is for a checkpoint to fill.
           embedding_widths: by vocabulary space; by default they grow with the vocabulary. A warm start keeps
             those of the model that it starts from.
         """
@@ -84,9 +88,12 @@ class RetrievalModel(tfrs.models.Model):
         self.initial_bias = config.loss.temperature * (log_q - np.mean(log_q[features.OOV_ID :]))
         if popularity is None:
             popularity = np.zeros((len(log_q), 1, 0), np.float32)
-        self.query_tower = QueryTower(query_features, tables, config)
+        self.item_factors = (
+            ItemFactors(len(log_q), config.factors, item_factors) if config.factors is not None else None
+        )
+        self.query_tower = QueryTower(query_features, tables, config, self.item_factors)
         self.candidate_tower = CandidateTower(
-            candidate_features, tables, config, self.initial_bias, popularity[:, 0]
+            candidate_features, tables, config, self.initial_bias, popularity[:, 0], self.item_factors
         )
         self.popularity = tf.constant(popularity) if popularity.shape[2] else None
         self.config = config
@@ -138,11 +145,13 @@ class RetrievalModel(tfrs.models.Model):
         if self.sampler is None:
             raise ConfigError("uniform and hard negatives need the catalogue; call use_catalogue first.")
         inputs, weights = self._rolled_back(inputs)
-        queries = self.query_tower(inputs, training=training)
+        queries = self.query_tower(inputs, training=training, with_factors=False)
         candidates = self.sampler.sample(
             inputs,
             queries,
-            lambda items: self.candidate_tower(items, training=training, with_popularity=False),
+            lambda items: self.candidate_tower(
+                items, training=training, with_popularity=False, with_factors=False
+            ),
             training,
         )
         vectors = candidates.vectors
@@ -179,12 +188,17 @@ class RetrievalModel(tfrs.models.Model):
         return {**inputs, _HISTORY_IDS: history}, weights
 
     def encode_users(self, users: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Transformed query features [U] -> query vectors float32 [U, embedding_dim + 1]."""
+        """Transformed query features [U] -> query vectors float32 [U, F + embedding_dim + 1]."""
         return _in_batches(self.query_tower, users)
 
-    def encode_catalogue(self, catalogue: Catalogue) -> np.ndarray:
-        """Candidate vectors of every item, float32 [I, embedding_dim + 1], in the order of the catalogue."""
-        return _in_batches(self.candidate_tower, catalogue.transformed)
+    def encode_catalogue(self, catalogue: Catalogue, with_factors: bool = True) -> np.ndarray:
+        """Candidate vectors of every item, float32 [I, F + embedding_dim + 1], in the order of the catalogue.
+
+        Without factors, [I, embedding_dim + 1], as the loss compares them.
+        """
+        return _in_batches(
+            lambda items: self.candidate_tower(items, with_factors=with_factors), catalogue.transformed
+        )
 
 
 def _nearest_interest(queries: tf.Tensor, positives: tf.Tensor) -> tf.Tensor:
@@ -286,7 +300,9 @@ def fit(
         if known_positives is None:
             raise ConfigError("loss.hard_negatives is above 0; pass known_positives to tell false ones by.")
         miner = HardNegativeMiner(config.loss, catalogue, known_positives)
-        callbacks.append(RefreshHardNegatives(miner, lambda: model.encode_catalogue(catalogue)))
+        callbacks.append(
+            RefreshHardNegatives(miner, lambda: model.encode_catalogue(catalogue, with_factors=False))
+        )
     if config.loss.needs_catalogue:
         model.use_catalogue(catalogue, miner)
     # The update of Adagrad touches only the embedding rows of the batch; that of Adam decays every row.

@@ -13,10 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import scipy.sparse as sp
-from implicit.als import AlternatingLeastSquares
 from implicit.nearest_neighbours import BM25Recommender
 from implicit.utils import ParameterWarning
-from threadpoolctl import threadpool_limits
 
 from schema.errors import ConfigError, ShapeError
 from trainer import metrics
@@ -31,6 +29,7 @@ from trainer.baselines import (
     recent_popularity,
     recommend,
 )
+from trainer.item_factors import fitted_ials
 from trainer.metrics import FloatArray, IntArray
 
 # What users have seen, float32 [B, I], 1 where seen -> scores of all items, float [B, I].
@@ -38,7 +37,7 @@ ScoreHistories = Callable[[sp.csr_matrix], FloatArray]
 
 WINDOW_DAYS = 7.0
 NUM_NEIGHBOURS, BM25_K1 = 1000, 1.2
-IALS_FACTORS, IALS_ITERATIONS = 64, 15
+IALS_FACTORS = 64
 # What is chosen from on the eval split: of the values that `benchmarks.baselines` searches, the best ones of
 # KuaiRand, MovieLens and the simulated platform. B of BM25; alpha and ridge per alpha of iALS.
 KNN_CHOICES = (0.0, 0.75)
@@ -185,16 +184,7 @@ def ials(train: sp.csr_matrix, alpha: float, ridge_per_alpha: float, seed: int =
 
     Source: Hu, Koren and Volinsky, ICDM 2008, doi:10.1109/ICDM.2008.22.
     """
-    # The library runs its own threads; those of BLAS below them only get in their way.
-    with threadpool_limits(1, "blas"):
-        model = AlternatingLeastSquares(
-            IALS_FACTORS,
-            alpha=alpha,
-            regularization=alpha * ridge_per_alpha,
-            iterations=IALS_ITERATIONS,
-            random_state=seed,
-        )
-        model.fit(train, show_progress=False)
+    model = fitted_ials(train, IALS_FACTORS, alpha, alpha * ridge_per_alpha, seed)
     return lambda history: model.recalculate_user(np.arange(history.shape[0]), history) @ model.item_factors.T
 
 

@@ -36,6 +36,7 @@ from trainer.hard_negatives import known_positives
 from trainer.index_build import build_index
 from trainer.index_facts import IndexFacts
 from trainer.input_pipeline import expand, load_catalogue, shuffled_batches, windows
+from trainer.item_factors import item_factors
 from trainer.item_vectors import cooccurrence_vectors
 from trainer.popularity import daily_popularity
 from trainer.preprocessing import vocabulary_sizes
@@ -90,15 +91,26 @@ def run_fn(fn_args: Any) -> None:
     popularity = daily_popularity(
         train_windows, sizes[features.ITEM_SPACE], spec.positive, config.popularity_half_lives_days
     )
+    factors = _item_factors(train_windows, sizes[features.ITEM_SPACE], spec, config)
     probe = next(iter(train_windows))
     if config.warm_start and fn_args.base_model:
         model = _started_from(
-            fn_args.base_model, train_end_unix_s, config, spec, transform_output, log_q, popularity, probe
+            fn_args.base_model,
+            train_end_unix_s,
+            config,
+            spec,
+            transform_output,
+            log_q,
+            popularity,
+            factors,
+            probe,
         )
     else:
         _logger.info("phase=start kind=cold warm_start=%s", config.warm_start)
         item_vectors = _item_vectors(train_windows, sizes[features.ITEM_SPACE], spec, config)
-        model = RetrievalModel(config, features.feature_space(spec), sizes, log_q, popularity, item_vectors)
+        model = RetrievalModel(
+            config, features.feature_space(spec), sizes, log_q, popularity, item_vectors, factors
+        )
     batches = shuffled_batches(train_windows, config.batch_size, config.seed, keep=is_positive)
     log_file = Path(fn_args.model_run_dir) / TRAINING_LOG
     known = known_positives(train_windows, spec.positive) if config.loss.hard_negatives else None
@@ -198,6 +210,7 @@ def _started_from(
     transform_output: tft.TFTransformOutput,
     log_q: np.ndarray,
     popularity: np.ndarray,
+    factors: np.ndarray | None,
     probe: Mapping[str, tf.Tensor],
 ) -> RetrievalModel:
     """A new model with the weights of an exported one."""
@@ -213,7 +226,15 @@ def _started_from(
         )
     base = restore(checkpoint)
     sizes = vocabulary_sizes(transform_output, spec)
-    model = RetrievalModel(config, space, sizes, log_q, popularity, embedding_widths=base.embedding_widths)
+    model = RetrievalModel(
+        config,
+        space,
+        sizes,
+        log_q,
+        popularity,
+        item_factors=factors,
+        embedding_widths=base.embedding_widths,
+    )
     towers(model).answer({name: column[:1] for name, column in probe.items()})
     values = vocabularies(transform_output, spec)
     kept = warm_start(model, base, values, vocabularies(checkpoint.transform_output, checkpoint.spec))
@@ -238,6 +259,22 @@ def _item_vectors(
     """What item embeddings start from; None is random."""
     if config.item_vectors == "random":
         return None
+    users, items = _chosen(windows, spec)
+    return cooccurrence_vectors(users, items, num_ids, config.embedding_dim, config.seed)
+
+
+def _item_factors(
+    windows: tf.data.Dataset, num_ids: int, spec: DatasetSpec, config: RetrievalConfig
+) -> np.ndarray | None:
+    """Item factors that are not trained; None where the model has none."""
+    if config.factors is None:
+        return None
+    users, items = _chosen(windows, spec)
+    return item_factors(users, items, num_ids, config.factors, config.seed)
+
+
+def _chosen(windows: tf.data.Dataset, spec: DatasetSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Transformed user and item id of every positive, int32 [n] each."""
     space = features.feature_space(spec)
     user_id, item_id = (space.find(name).id_name for name in (features.USER_ID, features.ITEM_ID))
     users, items = [], []
@@ -245,9 +282,7 @@ def _item_vectors(
         positive = window[spec.positive].numpy() > 0
         users.append(window[user_id].numpy()[positive])
         items.append(window[item_id].numpy()[positive])
-    return cooccurrence_vectors(
-        np.concatenate(users), np.concatenate(items), num_ids, config.embedding_dim, config.seed
-    )
+    return np.concatenate(users), np.concatenate(items)
 
 
 def _export(

@@ -13,6 +13,7 @@ from trainer import features
 from trainer.config import RetrievalConfig
 from trainer.encoder import EmbeddingTables, FeatureEncoder
 from trainer.history import history_layer
+from trainer.item_factors import ItemFactors
 
 _ITEM_ID = features.Feature(features.ITEM_ID, FeatureKind.CATEGORICAL, features.ITEM_SPACE)
 _HISTORY = features.Feature(features.HISTORY, FeatureKind.MULTI_CATEGORICAL, features.ITEM_SPACE)
@@ -33,6 +34,7 @@ class QueryTower(tf.keras.layers.Layer):
         query_features: Sequence[features.Feature],
         tables: EmbeddingTables,
         config: RetrievalConfig,
+        factors: ItemFactors | None = None,
         **kwargs: object,
     ) -> None:
         """Makes the tower.
@@ -41,6 +43,7 @@ class QueryTower(tf.keras.layers.Layer):
           query_features: what the tower reads, see `tower_features`.
           tables: embedding tables; the history shares the table of the candidates' item ids.
           config: of the model.
+          factors: shared with the candidate tower; F of them, 0 when absent.
           **kwargs: passed to the Keras layer.
 
         Raises:
@@ -51,6 +54,7 @@ class QueryTower(tf.keras.layers.Layer):
         if not query_features:
             raise ConfigError("retrieval.ignored_features leaves the query tower nothing to read; name fewer")
         self.encoded = tuple(query_features)
+        self.factors = factors
         self.dropout_fraction = config.query_dropout_fraction
         self.encoder = FeatureEncoder([f for f in self.encoded if f != _HISTORY], tables)
         self.history: tf.keras.layers.Layer | None = None
@@ -63,10 +67,17 @@ class QueryTower(tf.keras.layers.Layer):
                 )
         self.mlp = _mlp(config.hidden_layers, config.embedding_dim)
 
-    def call(self, inputs: Mapping[str, tf.Tensor], training: bool = False) -> tf.Tensor:
-        """Encodes transformed query features [B] into float32 [B, embedding_dim + 1].
+    def call(
+        self, inputs: Mapping[str, tf.Tensor], training: bool = False, with_factors: bool = True
+    ) -> tf.Tensor:
+        """Encodes transformed query features [B] into float32 [B, F + embedding_dim + 1].
 
-        With several interests, [B, interests, embedding_dim + 1].
+        With several interests, [B, interests, F + embedding_dim + 1].
+
+        Args:
+          inputs: transformed query features.
+          training: whether ids are hidden.
+          with_factors: whether the factors are among the dimensions; the loss leaves them out.
         """
         if training:
             inputs = hide_ids(inputs, self.encoded, self.dropout_fraction)
@@ -82,7 +93,13 @@ class QueryTower(tf.keras.layers.Layer):
             vectors = self.mlp(tf.concat([*parts, history], axis=-1))
             if self.history_weight is not None:
                 vectors += self.history_weight * history
-        return tf.concat([vectors, tf.ones_like(vectors[..., :1])], axis=-1)
+        ones = tf.ones_like(vectors[..., :1])
+        if self.factors is None or not with_factors:
+            return tf.concat([vectors, ones], axis=-1)
+        factors = self.factors.of_history(inputs[_HISTORY.id_name])
+        if vectors.shape.rank == 3:
+            factors = tf.repeat(factors[:, tf.newaxis, :], vectors.shape[1], axis=1)
+        return tf.concat([factors, vectors, ones], axis=-1)
 
 
 class CandidateTower(tf.keras.layers.Layer):
@@ -99,6 +116,7 @@ class CandidateTower(tf.keras.layers.Layer):
         config: RetrievalConfig,
         initial_bias: np.ndarray,
         popularity: np.ndarray,
+        factors: ItemFactors | None = None,
         **kwargs: object,
     ) -> None:
         """Makes the tower.
@@ -109,11 +127,13 @@ class CandidateTower(tf.keras.layers.Layer):
           config: of the model.
           initial_bias: float [ids of the item vocabulary, padding and OOV included].
           popularity: float [ids, P], recency-weighted popularities at serving time; P may be 0.
+          factors: shared with the query tower; F of them, 0 when absent.
           **kwargs: passed to the Keras layer.
         """
         super().__init__(**kwargs)
         self.encoder = FeatureEncoder(candidate_features, tables)
         self.mlp = _mlp(config.hidden_layers, config.embedding_dim)
+        self.factors = factors
         self.item_id = _ITEM_ID
         self.adds_item_vector = config.item_vectors == "cooccurrence"
         self.id_dropout_fraction = config.item_id_dropout_fraction
@@ -133,15 +153,20 @@ class CandidateTower(tf.keras.layers.Layer):
         )
 
     def call(
-        self, inputs: Mapping[str, tf.Tensor], training: bool = False, with_popularity: bool = True
+        self,
+        inputs: Mapping[str, tf.Tensor],
+        training: bool = False,
+        with_popularity: bool = True,
+        with_factors: bool = True,
     ) -> tf.Tensor:
-        """Encodes transformed candidate features [B] into float32 [B, embedding_dim + 1].
+        """Encodes transformed candidate features [B] into float32 [B, F + embedding_dim + 1].
 
         Args:
           inputs: transformed candidate features.
           training: whether ids are hidden.
           with_popularity: whether the bias counts the popularity at serving time; the loss counts that of the
             example's day instead.
+          with_factors: whether the factors are among the dimensions; the loss leaves them out.
         """
         if training:
             inputs = hide_ids(inputs, [self.item_id], self.id_dropout_fraction)
@@ -152,7 +177,9 @@ class CandidateTower(tf.keras.layers.Layer):
         bias = self.bias(ids)
         if with_popularity:
             bias += tf.linalg.matvec(tf.gather(self.popularity, ids), self.popularity_weights)[:, tf.newaxis]
-        return tf.concat([vectors, bias], axis=-1)
+        if self.factors is None or not with_factors:
+            return tf.concat([vectors, bias], axis=-1)
+        return tf.concat([self.factors.of_items(ids), vectors, bias], axis=-1)
 
 
 def tower_features(

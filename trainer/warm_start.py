@@ -68,8 +68,9 @@ def warm_start(
 
     Rows of embedding tables go by vocabulary value: a value that both vocabularies hold keeps its vector, a
     new value keeps its initial one, the rows of missing and of unknown values are kept. All other weights are
-    copied. The item bias starts from the popularity in the new training data, as in any new model, plus what
-    the base had learnt on top of the popularity in its own.
+    copied, but for the item factors, which are data of the new model. The item bias starts from the
+    popularity in the new training data, as in any new model, plus what the base had learnt on top of the
+    popularity in its own.
 
     Args:
       model: changed in place; its variables exist.
@@ -83,7 +84,7 @@ def warm_start(
     Raises:
       ConfigError: the two differ in more than the number of vocabulary values.
     """
-    variables, trained = towers(model).variables(), towers(base).variables()
+    variables, trained = _learnt(model), _learnt(base)
     spaces = {path: space for path, space in _spaces(model).items() if space in values}
     widths, trained_widths = (
         {path: tuple(v.shape[1:] if path in spaces else v.shape) for path, v in weights.items()}
@@ -111,6 +112,12 @@ def warm_start(
     return {space: len(new_rows) - features.FIRST_VOCABULARY_ID for space, (new_rows, _) in rows.items()}
 
 
+def _learnt(model: RetrievalModel) -> dict[str, tf.Variable]:
+    """The variables that a base has something to say about, by path."""
+    data = set() if model.item_factors is None else {v.ref() for v in model.item_factors.variables}
+    return {path: v for path, v in towers(model).variables().items() if v.ref() not in data}
+
+
 def _bias(model: RetrievalModel) -> tf.Variable:
     return model.candidate_tower.bias.embeddings
 
@@ -120,7 +127,7 @@ def _spaces(model: RetrievalModel) -> dict[str, str]:
     tables = [layer for layer in model.submodules if isinstance(layer, EmbeddingTables)]
     spaces = {table.embeddings.ref(): space for layer in tables for space, table in layer.tables.items()}
     spaces[_bias(model).ref()] = features.ITEM_SPACE
-    return {path: spaces[v.ref()] for path, v in towers(model).variables().items() if v.ref() in spaces}
+    return {path: spaces[v.ref()] for path, v in _learnt(model).items() if v.ref() in spaces}
 
 
 def _shared_rows(values: Sequence[bytes], base_values: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from schema.errors import ConfigError, DataError
 from tests.trainer import retrieval_world as world
-from trainer.config import HistoryConfig, LossConfig, RetrievalConfig
+from trainer.config import FactorsConfig, HistoryConfig, LossConfig, RetrievalConfig
 from trainer.hard_negatives import known_positives
 from trainer.index import NO_ROW
 from trainer.item_vectors import cooccurrence_vectors
@@ -35,10 +35,13 @@ def _model(
     config: RetrievalConfig = CONFIG,
     popularity: np.ndarray | None = None,
     item_vectors: np.ndarray | None = None,
+    factors: np.ndarray | None = None,
 ) -> RetrievalModel:
     tf.keras.utils.set_random_seed(0)
     log_q = item_log_q(count_positives([window], NUM_IDS), world.catalogue())
-    return RetrievalModel(config, world.SPACE, world.VOCABULARY_SIZES, log_q, popularity, item_vectors)
+    return RetrievalModel(
+        config, world.SPACE, world.VOCABULARY_SIZES, log_q, popularity, item_vectors, factors
+    )
 
 
 def _config(**settings: Any) -> RetrievalConfig:
@@ -145,6 +148,33 @@ def test_the_loss_counts_the_popularity_of_the_day_of_each_example(window: dict[
     # Every later request is one of day 0.
     served = model.query_tower(batch).numpy() @ model.encode_catalogue(catalogue).T
     np.testing.assert_allclose(served - without, np.tile((popularity[2:, 0] @ weights), (32, 1)), atol=1e-4)
+
+
+def test_factors_count_in_the_scores_and_not_in_the_loss(
+    window: dict[str, tf.Tensor], tmp_path: Path
+) -> None:
+    """They have seen the positives of the loss; and what is mined as a hard negative is hard for the loss."""
+    factors = np.random.default_rng(0).normal(size=(NUM_IDS, 3)).astype(np.float32)
+    settings = FactorsConfig(weight=100.0, alpha=2.0, ridge=1.0, num_factors=3)
+    model = _model(window, _config(factors=settings), factors=factors)
+    model.use_catalogue(world.catalogue())
+    batch = {name: column[:32] for name, column in window.items()}
+    queries = model.query_tower(batch, with_factors=False).numpy()
+    scores = queries @ model.encode_catalogue(world.catalogue(), with_factors=False).T
+    assert float(model.compute_loss(batch, training=True)) == pytest.approx(_loss(scores, batch), rel=1e-5)
+    served = model.query_tower(batch).numpy() @ model.encode_catalogue(world.catalogue()).T
+    assert np.abs(served - scores).max() > 1.0
+
+    mined = CONFIG.model_copy(
+        update={"factors": settings, "loss": LossConfig(hard_negatives=5), "max_epochs": 1}
+    )
+    _fit(_model(window, mined, factors=factors), window, tmp_path / "log.json", mined)
+
+
+def test_factors_need_the_history() -> None:
+    factors = FactorsConfig(weight=5.0, alpha=2.0, ridge=1.0)
+    with pytest.raises(ValueError, match="ignored_features names history_item_ids; set factors to null"):
+        RetrievalConfig(factors=factors, ignored_features=("history_item_ids",))
 
 
 def test_the_loss_is_that_of_the_interest_that_fits_the_positive(window: dict[str, tf.Tensor]) -> None:

@@ -9,8 +9,9 @@ import tensorflow as tf
 from schema.errors import ConfigError
 from tests.trainer import retrieval_world as world
 from trainer import features
-from trainer.config import HistoryConfig, RetrievalConfig
+from trainer.config import FactorsConfig, HistoryConfig, RetrievalConfig
 from trainer.encoder import EmbeddingTables
+from trainer.item_factors import ItemFactors
 from trainer.towers import CandidateTower, QueryTower, hide_ids, tower_features
 
 _NUM_IDS = world.VOCABULARY_SIZES["item_id"]
@@ -199,3 +200,24 @@ def test_an_ignored_feature_is_not_read() -> None:
     assert query.shape == (2, 7)
     np.testing.assert_array_equal(query[0], query[1])
     assert candidate_tower({"item_id_id": tf.constant([5])}).shape == (1, 7)
+
+
+@pytest.mark.parametrize("interests", [1, 2])
+def test_factors_add_their_own_products_to_the_scores(interests: int) -> None:
+    factors = np.random.default_rng(0).normal(size=(_NUM_IDS, 3)).astype(np.float32)
+    factors[: features.FIRST_VOCABULARY_ID] = 0.0
+    layer = ItemFactors(_NUM_IDS, FactorsConfig(weight=40.0, alpha=5.0, ridge=4.0, num_factors=3), factors)
+    query_tower, candidate_tower = _towers(history=HistoryConfig(interests=interests))
+    query_tower.factors = candidate_tower.factors = layer
+    columns = world.query_columns(np.arange(2), np.array([[5, 9], [-1, -1]]))
+    items = {name: tf.constant(column[:4]) for name, column in world.catalogue().transformed.items()}
+    query, candidates = query_tower(columns).numpy(), candidate_tower(items).numpy()
+    learnt_query = query_tower(columns, with_factors=False).numpy()
+    learnt_candidates = candidate_tower(items, with_factors=False).numpy()
+    assert query.shape[-1] == candidates.shape[-1] == 3 + 7
+    expected = learnt_query @ learnt_candidates.T
+    of_history = layer.of_history(columns["history_item_ids_ids"]).numpy()
+    added = of_history @ factors[items["item_id_id"].numpy()].T
+    expected += added[:, np.newaxis] if interests > 1 else added
+    np.testing.assert_allclose(query @ candidates.T, expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(added[0]).max() > 0.1 and not added[1].any()

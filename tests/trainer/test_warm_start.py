@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from schema.errors import CheckpointError, ConfigError
 from tests.trainer import retrieval_world as world
-from trainer.config import RetrievalConfig
+from trainer.config import FactorsConfig, RetrievalConfig
 from trainer.encoder import EmbeddingTables
 from trainer.retrieval import RetrievalModel
 from trainer.warm_start import check_no_future, towers, warm_start
@@ -111,6 +111,19 @@ def test_every_table_of_the_model_goes_by_value(base: RetrievalModel) -> None:
     layers = [m for m in base.submodules if isinstance(m, tf.keras.layers.Embedding)]
     by_value = {f"embedding_{space}" for space in tables(base)} | {"item_bias"}
     assert {layer.name for layer in layers if not layer.name.startswith("bucket_")} == by_value
+
+
+def test_item_factors_are_those_of_the_new_data() -> None:
+    factors = FactorsConfig(weight=1.0, alpha=2.0, ridge=1.0, num_factors=3)
+    config = CONFIG.model_copy(update={"factors": factors})
+    num_items = world.NUM_ITEMS + NUM_NEW_ITEMS
+    base = build(seed=1, config=config)
+    values = BASE_VALUES | {"item_id": [*BASE_VALUES["item_id"], *(b"n%d" % n for n in range(NUM_NEW_ITEMS))]}
+    model = build(seed=2, config=config, num_items=num_items, widths=dict(base.embedding_widths))
+    fitted = np.random.default_rng(0).normal(size=(num_items + 2, 3)).astype(np.float32)
+    model.item_factors.factors.assign(fitted)
+    warm_start(model, base, values, BASE_VALUES)
+    np.testing.assert_array_equal(model.item_factors.factors, fitted)
 
 
 @pytest.mark.parametrize(
