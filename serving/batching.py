@@ -31,11 +31,12 @@ Arrays: TypeAlias = Mapping[str, npt.NDArray[Any]]
 
 @dataclass
 class _Task:
-    """One request; `outputs` gets all outputs of the signature, or the error."""
+    """One request; `outputs` gets those that the filter names, or the error."""
 
     inputs: Arrays
+    output_filter: Sequence[str]
     num_rows: int
-    outputs: asyncio.Future[Arrays]
+    outputs: asyncio.Future[dict[str, npt.NDArray[Any]]]
 
 
 @dataclass
@@ -74,21 +75,24 @@ class Batcher:
         self._num_waiting: Counter[Hashable] = Counter()  # by queue: model version and signature
         self._ready: deque[_Batch] = deque()
 
-    async def predict(
+    def submit(
         self, servable: Servable, signature_name: str, inputs: Arrays, output_filter: Sequence[str] = ()
-    ) -> dict[str, npt.NDArray[Any]]:
+    ) -> asyncio.Future[dict[str, npt.NDArray[Any]]]:
         """Runs one request with others of its signature: the arguments and errors of Servable.predict.
+
+        Returns:
+          A future of what Servable.predict returns, or raises; a request whose future was cancelled does not
+          run any more.
 
         Raises:
           RequestError: also INVALID_ARGUMENT for inputs without a common first dimension or with more rows
-            than max_batch_size, UNAVAILABLE when too many batches wait, FAILED_PRECONDITION when an output
-            of the signature does not have one row per row of input.
+            than max_batch_size, UNAVAILABLE when too many batches wait; and, by the future,
+            FAILED_PRECONDITION when an output of the signature does not have one row per row of input.
         """
         servable.check(signature_name, inputs, output_filter)
-        task = _Task(inputs, self._num_rows(inputs), self._loop.create_future())
+        task = _Task(inputs, output_filter, self._num_rows(inputs), self._loop.create_future())
         self._enqueue(task, servable, signature_name or DEFAULT_SIGNATURE)
-        outputs = await task.outputs
-        return {name: outputs[name] for name in output_filter or outputs}
+        return task.outputs
 
     def _num_rows(self, inputs: Arrays) -> int:
         if not inputs:
@@ -173,7 +177,7 @@ class Batcher:
             if isinstance(result, Exception):
                 task.outputs.set_exception(result)
             else:
-                task.outputs.set_result(result)
+                task.outputs.set_result({name: result[name] for name in task.output_filter or result})
 
     def _run(self, batch: _Batch, tasks: list[_Task]) -> list[Arrays | Exception]:
         """Results in the order of the tasks.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
-from typing import Final, TypeAlias, TypeVar
+from typing import Final, NoReturn, TypeAlias, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 from tensorflow_serving.apis import (
     classification_pb2,
     get_model_metadata_pb2,
@@ -27,6 +29,7 @@ from schema.errors import ConfigError
 from serving import inference, metrics
 from serving.batching import Batcher
 from serving.config import parse_model_config
+from serving.inference import Call
 from serving.manager import ModelManager
 from serving.servable import Servable
 from serving.status import RequestError, invalid_argument, short_text
@@ -38,6 +41,7 @@ SIGNATURE_FIELD: Final = "signature_def"
 Reload: TypeAlias = Callable[
     [model_management_pb2.ReloadConfigRequest], Awaitable[model_management_pb2.ReloadConfigResponse]
 ]
+_Request = TypeVar("_Request", bound=Message)
 _Answer = TypeVar("_Answer")
 
 
@@ -59,7 +63,7 @@ def add_services(
       executor: threads that run models. A call that still waits for one when its deadline passes, or when the
         client has gone, is dropped; one that runs goes on, for nobody.
       loader: the thread that loads configs, which takes seconds and must not keep requests waiting.
-      batcher: runs Predict requests together; None runs each alone.
+      batcher: runs requests together; None runs each alone.
       reload: has a config loaded; by default by `models` alone.
       check_method_name: see `inference.classify`.
     """
@@ -78,52 +82,36 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         self._models = models
         self._executor = executor
         self._batcher = batcher
-        self._check_method_name = check_method_name
+        self._classify = functools.partial(inference.classify, check_method_name=check_method_name)
+        self._regress = functools.partial(inference.regress, check_method_name=check_method_name)
+        self._multi_inference = functools.partial(
+            inference.multi_inference, check_method_name=check_method_name
+        )
 
     async def Predict(
         self, request: predict_pb2.PredictRequest, context: grpc.aio.ServicerContext
     ) -> predict_pb2.PredictResponse:
         """Runs a signature; the answer names the version and signature that gave it."""
-        if self._batcher is not None:
-            return await self._counted(
-                context, "Predict", request.model_spec, self._predict_batched(request, self._batcher)
-            )
-
-        def call(servable: Servable) -> predict_pb2.PredictResponse:
-            return inference.predict(servable, request)
-
-        return await self._infer(context, "Predict", request.model_spec, call)
+        return await self._infer(context, "Predict", request, request.model_spec, inference.predict)
 
     async def Classify(
         self, request: classification_pb2.ClassificationRequest, context: grpc.aio.ServicerContext
     ) -> classification_pb2.ClassificationResponse:
         """Gives classes and scores for tf.Examples."""
-
-        def call(servable: Servable) -> classification_pb2.ClassificationResponse:
-            return inference.classify(servable, request, check_method_name=self._check_method_name)
-
-        return await self._infer(context, "Classify", request.model_spec, call)
+        return await self._infer(context, "Classify", request, request.model_spec, self._classify)
 
     async def Regress(
         self, request: regression_pb2.RegressionRequest, context: grpc.aio.ServicerContext
     ) -> regression_pb2.RegressionResponse:
         """Gives one number for each tf.Example."""
-
-        def call(servable: Servable) -> regression_pb2.RegressionResponse:
-            return inference.regress(servable, request, check_method_name=self._check_method_name)
-
-        return await self._infer(context, "Regress", request.model_spec, call)
+        return await self._infer(context, "Regress", request, request.model_spec, self._regress)
 
     async def MultiInference(
         self, request: inference_pb2.MultiInferenceRequest, context: grpc.aio.ServicerContext
     ) -> inference_pb2.MultiInferenceResponse:
         """Runs several classifications and regressions of one model on the same tf.Examples."""
-
-        def call(servable: Servable) -> inference_pb2.MultiInferenceResponse:
-            return inference.multi_inference(servable, request, check_method_name=self._check_method_name)
-
         spec = request.tasks[0].model_spec if request.tasks else model_pb2.ModelSpec()
-        return await self._infer(context, "MultiInference", spec, call)
+        return await self._infer(context, "MultiInference", request, spec, self._multi_inference)
 
     async def GetModelMetadata(
         self, request: get_model_metadata_pb2.GetModelMetadataRequest, context: grpc.aio.ServicerContext
@@ -135,48 +123,37 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         self,
         context: grpc.aio.ServicerContext,
         api: str,
+        request: _Request,
         spec: model_pb2.ModelSpec,
-        call: Callable[[Servable], _Answer],
-    ) -> _Answer:
-        def infer() -> _Answer:
-            return call(self._models.servable(spec))
-
-        answer = asyncio.get_running_loop().run_in_executor(self._executor, infer)
-        return await self._counted(context, api, spec, answer)
-
-    async def _predict_batched(
-        self, request: predict_pb2.PredictRequest, batcher: Batcher
-    ) -> predict_pb2.PredictResponse:
-        return await inference.predict_batched(self._models.servable(request.model_spec), request, batcher)
-
-    async def _counted(
-        self,
-        context: grpc.aio.ServicerContext,
-        api: str,
-        spec: model_pb2.ModelSpec,
-        call: Awaitable[_Answer],
+        read: Callable[[Servable, _Request], Call[_Answer]],
     ) -> _Answer:
         started = time.perf_counter()
         code = grpc.StatusCode.CANCELLED
-
-        async def counted() -> _Answer:
-            nonlocal code
-            try:
-                answer = await call
-                code = grpc.StatusCode.OK
-            except RequestError as error:
-                code = error.code
-                raise
-            except Exception:
-                code = grpc.StatusCode.INTERNAL
-                raise
-            return answer
-
         try:
-            return await _answer(context, counted())
+            answer = await self._run(request, spec, read)
+            code = grpc.StatusCode.OK
+            return answer
+        except Exception as error:
+            code = error.code if isinstance(error, RequestError) else grpc.StatusCode.INTERNAL
+            await _abort(context, error)
         finally:
             model = spec.name if self._models.is_served(spec.name) else ""
             metrics.record_request(model, api, "GRPC", code, time.perf_counter() - started)
+
+    async def _run(
+        self,
+        request: _Request,
+        spec: model_pb2.ModelSpec,
+        read: Callable[[Servable, _Request], Call[_Answer]],
+    ) -> _Answer:
+        if self._batcher is None:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(
+                self._executor, lambda: read(self._models.servable(spec), request).run()
+            )
+        servable = self._models.servable(spec)
+        call = await inference.small_inline(request.ByteSize(), read, servable, request)
+        return await call.run_batched(self._batcher)
 
 
 class ModelService(model_service_pb2_grpc.ModelServiceServicer):
@@ -272,9 +249,14 @@ async def _at_once(function: Callable[..., _Answer], *args: object) -> _Answer:
 async def _answer(context: grpc.aio.ServicerContext, call: Awaitable[_Answer]) -> _Answer:
     try:
         return await call
-    except RequestError as error:
-        await context.abort(error.code, str(error))
     except Exception as error:
-        logger.exception("request failed")
+        await _abort(context, error)
+
+
+async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
+    if isinstance(error, RequestError):
+        await context.abort(error.code, str(error))
+    else:
+        logger.error("request failed", exc_info=error)
         await context.abort(grpc.StatusCode.INTERNAL, short_text(f"{type(error).__name__}: {error}"))
     raise AssertionError("unreachable: abort raises")

@@ -1,11 +1,15 @@
-"""Predict, Classify, Regress and MultiInference on one loaded version: what gRPC, REST and warm-up share."""
+"""Predict, Classify, Regress and MultiInference on one loaded version: what gRPC, REST and warm-up share.
+
+Each reads and checks its request and returns a Call, which then runs alone or in a batch.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, TypeVar
+from dataclasses import dataclass
+from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +25,9 @@ from tensorflow_serving.apis import (
 
 from serving import metrics
 from serving.batching import Batcher
-from serving.servable import DEFAULT_SIGNATURE, Servable, decode_inputs
+from serving.servable import DEFAULT_SIGNATURE, Servable
 from serving.status import failed_precondition, invalid_argument, unimplemented
-from serving.tensors import encode_tensor
+from serving.tensors import decode_tensor, encode_tensor
 
 CLASSIFY_METHOD: Final = "tensorflow/serving/classify"
 REGRESS_METHOD: Final = "tensorflow/serving/regress"
@@ -36,45 +40,101 @@ _OUTPUTS: Final = "outputs"
 
 _INLINE_BYTES: Final = 50_000
 
-_Result = TypeVar("_Result")
+_Answer = TypeVar("_Answer")
+_Other = TypeVar("_Other")
+_Outputs: TypeAlias = Mapping[str, npt.NDArray[Any]]
 
 
-def predict(servable: Servable, request: predict_pb2.PredictRequest) -> predict_pb2.PredictResponse:
-    """Answers Predict; the answer names the version and signature that gave it.
+@dataclass(frozen=True)
+class Call(Generic[_Answer]):
+    """A request that has been read and checked: what to run, and how to answer.
+
+    Args:
+      servable: the version that answers.
+      api: name of the call in the metrics, `Predict` or another.
+      signature_names: signatures to run, all on the same inputs.
+      inputs: of the signatures.
+      encode: makes the answer of the outputs, which come in the order of the signatures.
+      output_filter: names of the outputs to answer with; all when empty.
+    """
+
+    servable: Servable
+    api: str
+    signature_names: Sequence[str]
+    inputs: Mapping[str, npt.NDArray[Any]]
+    encode: Callable[[Sequence[_Outputs]], _Answer]
+    output_filter: Sequence[str] = ()
+
+    def run(self) -> _Answer:
+        """Answers alone, in this thread; raises what Servable.predict raises."""
+        return self.encode([self._run(name) for name in self.signature_names])
+
+    async def run_batched(self, batcher: Batcher) -> _Answer:
+        """Answers together with requests that arrive at the same time; raises what Batcher.submit raises."""
+        started = time.perf_counter()
+        outputs = await asyncio.gather(
+            *(
+                batcher.submit(self.servable, name, self.inputs, self.output_filter)
+                for name in self.signature_names
+            )
+        )
+        for _ in outputs:
+            metrics.record_run(self.servable.name, self.api, time.perf_counter() - started)
+        return await small_inline(sum(map(_num_bytes, outputs)), self.encode, outputs)
+
+    def then(self, encode: Callable[[_Answer], _Other]) -> Call[_Other]:
+        """The same call with its answer encoded once more."""
+        return Call(
+            self.servable, self.api, self.signature_names, self.inputs,
+            lambda outputs: encode(self.encode(outputs)), self.output_filter,
+        )  # fmt: skip
+
+    def _run(self, signature_name: str) -> _Outputs:
+        started = time.perf_counter()
+        outputs = self.servable.predict(signature_name, self.inputs, self.output_filter)
+        metrics.record_run(self.servable.name, self.api, time.perf_counter() - started)
+        return outputs
+
+
+async def small_inline(size_bytes: int, function: Callable[..., _Answer], *arguments: Any) -> _Answer:
+    """Decodes or encodes a message: a small one at once, a large one in a thread, where it holds up nobody.
+
+    Going to a thread and back costs about 0.1 ms, as much as a message of 50 kB takes.
+    """
+    if size_bytes <= _INLINE_BYTES:
+        return function(*arguments)
+    return await asyncio.to_thread(function, *arguments)
+
+
+def _num_bytes(arrays: _Outputs) -> int:
+    """About how large arrays are; a string counts as a pointer."""
+    return sum(array.nbytes for array in arrays.values())
+
+
+def predict(servable: Servable, request: predict_pb2.PredictRequest) -> Call[predict_pb2.PredictResponse]:
+    """Reads a Predict request; its answer names the version and signature that gave it.
 
     Raises:
-      RequestError: see Servable.predict.
+      RequestError: see `decode_tensor`.
     """
-    outputs = timed(servable.name, "Predict", lambda: servable.predict_request(request))
-    return predict_response(servable, request, outputs)
 
+    def encode(outputs: Sequence[_Outputs]) -> predict_pb2.PredictResponse:
+        response = predict_pb2.PredictResponse()
+        _fill_model_spec(response.model_spec, servable, request.model_spec)
+        for name, array in outputs[0].items():
+            encode_tensor(array, response.outputs[name])
+        return response
 
-async def predict_batched(
-    servable: Servable, request: predict_pb2.PredictRequest, batcher: Batcher
-) -> predict_pb2.PredictResponse:
-    """Answers Predict together with requests that arrive at the same time; errors as in Batcher.predict."""
-    inputs = await small_inline(request.ByteSize(), decode_inputs, request)
-    outputs = await timed_batch(
-        batcher, servable, request.model_spec.signature_name, inputs, request.output_filter
+    inputs = {name: decode_tensor(name, proto) for name, proto in request.inputs.items()}
+    return Call(
+        servable, "Predict", [request.model_spec.signature_name], inputs, encode, request.output_filter
     )
-    return await small_inline(num_bytes(outputs), predict_response, servable, request, outputs)
-
-
-def predict_response(
-    servable: Servable, request: predict_pb2.PredictRequest, outputs: Mapping[str, npt.NDArray[Any]]
-) -> predict_pb2.PredictResponse:
-    """Returns the answer to Predict that holds these outputs."""
-    response = predict_pb2.PredictResponse()
-    _fill_model_spec(response.model_spec, servable, request.model_spec)
-    for name, array in outputs.items():
-        encode_tensor(array, response.outputs[name])
-    return response
 
 
 def classify(
     servable: Servable, request: classification_pb2.ClassificationRequest, *, check_method_name: bool
-) -> classification_pb2.ClassificationResponse:
-    """Answers Classify.
+) -> Call[classification_pb2.ClassificationResponse]:
+    """Reads a Classify request.
 
     Args:
       servable: the version to ask.
@@ -82,36 +142,42 @@ def classify(
       check_method_name: whether the signature's method_name must be that of a classification.
 
     Raises:
-      RequestError: INVALID_ARGUMENT for no examples or a signature or an output that is none of a
-        classification, FAILED_PRECONDITION for other names than `inputs`, `classes`, `scores`, and whatever
-        code an op of the graph raised.
+      RequestError: INVALID_ARGUMENT for no examples or a signature that is none of a classification,
+        FAILED_PRECONDITION for other names than `inputs`, `classes`, `scores`. The call itself also raises
+        INVALID_ARGUMENT for outputs that are none of a classification.
     """
+
+    def encode(outputs: Sequence[_Outputs]) -> classification_pb2.ClassificationResponse:
+        response = classification_pb2.ClassificationResponse()
+        _fill_model_spec(response.model_spec, servable, request.model_spec)
+        _fill_classes(response.result, outputs[0], len(examples))
+        return response
+
     _classification(servable, request.model_spec.signature_name, check_method_name)
     examples = _examples(servable, request.input)
-    outputs = _run(servable, "Classify", request.model_spec.signature_name, examples)
-    response = classification_pb2.ClassificationResponse()
-    _fill_model_spec(response.model_spec, servable, request.model_spec)
-    _fill_classes(response.result, outputs, len(examples))
-    return response
+    return Call(servable, "Classify", [request.model_spec.signature_name], {_INPUTS: examples}, encode)
 
 
 def regress(
     servable: Servable, request: regression_pb2.RegressionRequest, *, check_method_name: bool
-) -> regression_pb2.RegressionResponse:
-    """Answers Regress; arguments and errors as in `classify`, with the names `inputs` and `outputs`."""
+) -> Call[regression_pb2.RegressionResponse]:
+    """Reads a Regress request: arguments and errors of `classify`, with the names `inputs` and `outputs`."""
+
+    def encode(outputs: Sequence[_Outputs]) -> regression_pb2.RegressionResponse:
+        response = regression_pb2.RegressionResponse()
+        _fill_model_spec(response.model_spec, servable, request.model_spec)
+        _fill_regressions(response.result, outputs[0], len(examples))
+        return response
+
     _regression(servable, request.model_spec.signature_name, check_method_name)
     examples = _examples(servable, request.input)
-    outputs = _run(servable, "Regress", request.model_spec.signature_name, examples)
-    response = regression_pb2.RegressionResponse()
-    _fill_model_spec(response.model_spec, servable, request.model_spec)
-    _fill_regressions(response.result, outputs, len(examples))
-    return response
+    return Call(servable, "Regress", [request.model_spec.signature_name], {_INPUTS: examples}, encode)
 
 
 def multi_inference(
     servable: Servable, request: inference_pb2.MultiInferenceRequest, *, check_method_name: bool
-) -> inference_pb2.MultiInferenceResponse:
-    """Answers MultiInference: classifications and regressions of one model on the same examples.
+) -> Call[inference_pb2.MultiInferenceResponse]:
+    """Reads a MultiInference request: classifications and regressions of one model on the same examples.
 
     Raises:
       RequestError: as `classify`; INVALID_ARGUMENT also for tasks of several models, a signature asked for
@@ -130,55 +196,19 @@ def multi_inference(
     if len({signature.inputs[_INPUTS].name for signature in signatures}) > 1:
         raise invalid_argument("Input tensor must be the same for all Signatures.")
     examples = _examples(servable, request.input)
-    response = inference_pb2.MultiInferenceResponse()
-    for task, name in zip(request.tasks, signature_names, strict=True):
-        outputs = _run(servable, "MultiInference", name, examples)
-        result = response.results.add()
-        _fill_model_spec(result.model_spec, servable, task.model_spec)
-        if task.method_name == CLASSIFY_METHOD:
-            _fill_classes(result.classification_result, outputs, len(examples))
-        else:
-            _fill_regressions(result.regression_result, outputs, len(examples))
-    return response
 
+    def encode(outputs: Sequence[_Outputs]) -> inference_pb2.MultiInferenceResponse:
+        response = inference_pb2.MultiInferenceResponse()
+        for task, task_outputs in zip(request.tasks, outputs, strict=True):
+            result = response.results.add()
+            _fill_model_spec(result.model_spec, servable, task.model_spec)
+            if task.method_name == CLASSIFY_METHOD:
+                _fill_classes(result.classification_result, task_outputs, len(examples))
+            else:
+                _fill_regressions(result.regression_result, task_outputs, len(examples))
+        return response
 
-def timed(
-    model: str, api: str, run: Callable[[], dict[str, npt.NDArray[Any]]]
-) -> dict[str, npt.NDArray[Any]]:
-    """Runs a signature and counts it with the time that it took."""
-    started = time.perf_counter()
-    outputs = run()
-    metrics.record_run(model, api, time.perf_counter() - started)
-    return outputs
-
-
-async def timed_batch(
-    batcher: Batcher,
-    servable: Servable,
-    signature_name: str,
-    inputs: Mapping[str, npt.NDArray[Any]],
-    output_filter: Sequence[str] = (),
-) -> dict[str, npt.NDArray[Any]]:
-    """Runs a signature in a batch and counts it with the time that it took, waiting included."""
-    started = time.perf_counter()
-    outputs = await batcher.predict(servable, signature_name, inputs, output_filter)
-    metrics.record_run(servable.name, "Predict", time.perf_counter() - started)
-    return outputs
-
-
-async def small_inline(size_bytes: int, function: Callable[..., _Result], *arguments: Any) -> _Result:
-    """Decodes or encodes a message: a small one at once, a large one in a thread, where it holds up nobody.
-
-    Going to a thread and back costs about 0.1 ms, as much as a message of 50 kB takes.
-    """
-    if size_bytes <= _INLINE_BYTES:
-        return function(*arguments)
-    return await asyncio.to_thread(function, *arguments)
-
-
-def num_bytes(arrays: Mapping[str, npt.NDArray[Any]]) -> int:
-    """About how large arrays are; a string counts as a pointer."""
-    return sum(array.nbytes for array in arrays.values())
+    return Call(servable, "MultiInference", signature_names, {_INPUTS: examples}, encode)
 
 
 def _task_signature(
@@ -255,15 +285,9 @@ def _examples(servable: Servable, request_input: input_pb2.Input) -> npt.NDArray
     return array
 
 
-def _run(
-    servable: Servable, api: str, signature_name: str, examples: npt.NDArray[Any]
-) -> dict[str, npt.NDArray[Any]]:
-    return timed(servable.name, api, lambda: servable.predict(signature_name, {_INPUTS: examples}))
-
-
 def _fill_classes(
     result: classification_pb2.ClassificationResult,
-    outputs: dict[str, npt.NDArray[Any]],
+    outputs: _Outputs,
     num_examples: int,
 ) -> None:
     classes, scores = outputs.get(_CLASSES), outputs.get(_SCORES)
@@ -300,9 +324,7 @@ def _label(value: bytes) -> str:
         raise invalid_argument(f"Output {_CLASSES!r} holds a label that is not UTF-8: {error}") from error
 
 
-def _fill_regressions(
-    result: regression_pb2.RegressionResult, outputs: dict[str, npt.NDArray[Any]], num_examples: int
-) -> None:
+def _fill_regressions(result: regression_pb2.RegressionResult, outputs: _Outputs, num_examples: int) -> None:
     array = outputs[_OUTPUTS]
     if array.dtype != np.float32 or array.shape not in ((num_examples,), (num_examples, 1)):
         raise invalid_argument(

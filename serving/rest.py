@@ -29,8 +29,9 @@ from tensorflow_serving.apis import (
 from serving import inference, metrics
 from serving.batching import Batcher
 from serving.grpc_service import SIGNATURE_FIELD, model_metadata, model_status
+from serving.inference import Call
 from serving.json_body import encode_error
-from serving.json_codec import JsonPredictRequest, decode_predict_request, encode_predict_response
+from serving.json_codec import decode_predict_request, encode_predict_response
 from serving.json_examples import (
     decode_examples_request,
     encode_classifications,
@@ -96,7 +97,7 @@ def create_runner(
       executor: threads that decode, run and encode a request, so that a slow one does not hold up the others.
       settings: limits and options.
       shutdown_timeout_s: time for requests in flight to finish, once it is asked to stop.
-      batcher: runs `:predict` requests together; None runs each alone.
+      batcher: runs requests together; None runs each alone.
     """
     handlers = _Handlers(models, executor, settings, batcher)
     middlewares = [_errors_as_json]
@@ -130,7 +131,7 @@ class _Handlers:
         self._executor = executor
         self._settings = settings
         self._num_requests = 0
-        self._methods = {"predict": self._predict, "classify": self._classify, "regress": self._regress}
+        self._methods = {"predict": _predict, "classify": self._classify, "regress": self._regress}
 
     async def infer(self, request: web.Request) -> web.Response:
         # Before the body is read: it is what holds memory.
@@ -151,12 +152,7 @@ class _Handlers:
         started = time.perf_counter()
         code = grpc.StatusCode.INTERNAL
         try:
-            if method == "predict" and self._batcher is not None:
-                call: Awaitable[bytes] = self._predict_batched(spec, body, self._batcher)
-            else:
-                loop = asyncio.get_running_loop()
-                call = loop.run_in_executor(self._executor, self._methods[method], spec, body)
-            answer = await self._within_timeout(call)
+            answer = await self._within_timeout(self._run(self._methods[method], spec, body))
             code = grpc.StatusCode.OK
             return _json_response(answer)
         except RequestError as error:
@@ -218,42 +214,40 @@ class _Handlers:
         except asyncio.TimeoutError as error:
             raise deadline_exceeded(f"no answer after {self._settings.timeout_s:g} s") from error
 
-    def _predict(self, spec: model_pb2.ModelSpec, body: bytes) -> bytes:
+    async def _run(
+        self, read: Callable[[Servable, model_pb2.ModelSpec, bytes], Call[bytes]],
+        spec: model_pb2.ModelSpec, body: bytes,
+    ) -> bytes:  # fmt: skip
+        if self._batcher is None:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(
+                self._executor, lambda: read(self._models.servable(spec), spec, body).run()
+            )
         servable = self._models.servable(spec)
-        request = _decode(servable, body)
-        outputs = inference.timed(
-            servable.name, "Predict", lambda: servable.predict(request.signature_name, request.inputs)
-        )
-        return encode_predict_response(outputs, request.format)
+        call = await inference.small_inline(len(body), read, servable, spec, body)
+        return await call.run_batched(self._batcher)
 
-    async def _predict_batched(self, spec: model_pb2.ModelSpec, body: bytes, batcher: Batcher) -> bytes:
-        servable = self._models.servable(spec)
-        request = await inference.small_inline(len(body), _decode, servable, body)
-        outputs = await inference.timed_batch(batcher, servable, request.signature_name, request.inputs)
-        size_bytes = inference.num_bytes(outputs)
-        return await inference.small_inline(size_bytes, encode_predict_response, outputs, request.format)
-
-    def _classify(self, spec: model_pb2.ModelSpec, body: bytes) -> bytes:
+    def _classify(self, servable: Servable, spec: model_pb2.ModelSpec, body: bytes) -> Call[bytes]:
         signature_name, examples = decode_examples_request(body)
         request = classification_pb2.ClassificationRequest(model_spec=spec, input=examples)
         request.model_spec.signature_name = signature_name
-        response = inference.classify(
-            self._models.servable(spec), request, check_method_name=self._settings.check_method_name
-        )
-        return encode_classifications(response.result)
+        call = inference.classify(servable, request, check_method_name=self._settings.check_method_name)
+        return call.then(lambda response: encode_classifications(response.result))
 
-    def _regress(self, spec: model_pb2.ModelSpec, body: bytes) -> bytes:
+    def _regress(self, servable: Servable, spec: model_pb2.ModelSpec, body: bytes) -> Call[bytes]:
         signature_name, examples = decode_examples_request(body)
         request = regression_pb2.RegressionRequest(model_spec=spec, input=examples)
         request.model_spec.signature_name = signature_name
-        response = inference.regress(
-            self._models.servable(spec), request, check_method_name=self._settings.check_method_name
-        )
-        return encode_regressions(response.result)
+        call = inference.regress(servable, request, check_method_name=self._settings.check_method_name)
+        return call.then(lambda response: encode_regressions(response.result))
 
 
-def _decode(servable: Servable, body: bytes) -> JsonPredictRequest:
-    return decode_predict_request(body, lambda signature_name: _input_dtypes(servable, signature_name))
+def _predict(servable: Servable, spec: model_pb2.ModelSpec, body: bytes) -> Call[bytes]:
+    request = decode_predict_request(body, lambda signature_name: _input_dtypes(servable, signature_name))
+    return Call(
+        servable, "Predict", [request.signature_name], request.inputs,
+        lambda outputs: encode_predict_response(outputs[0], request.format),
+    )  # fmt: skip
 
 
 def _unpack(body: bytes, limit: int) -> bytes:

@@ -16,11 +16,9 @@ import scann  # noqa: F401  registers the ScaNN ops, without which a retrieval m
 import tensorflow as tf
 from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf import config_pb2, meta_graph_pb2, saved_model_pb2
-from tensorflow_serving.apis import predict_pb2
 
 from schema.errors import ServingError
 from serving.status import RequestError, code_from_number, invalid_argument
-from serving.tensors import decode_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -87,11 +85,6 @@ def _session_config() -> tf.compat.v1.ConfigProto:
         intra_op_parallelism_threads=threading.get_intra_op_parallelism_threads(),
         allow_soft_placement=True,
     )
-
-
-def decode_inputs(request: predict_pb2.PredictRequest) -> dict[str, npt.NDArray[Any]]:
-    """Returns the inputs of a Predict request by name; errors as in `decode_tensor`."""
-    return {name: decode_tensor(name, proto) for name, proto in request.inputs.items()}
 
 
 class _Signature:
@@ -201,10 +194,6 @@ class Servable:
         _check_inputs(signature.inputs, inputs)
         if output_filter:
             _check_output_filter(signature.definition, output_filter)
-
-    def predict_request(self, request: predict_pb2.PredictRequest) -> dict[str, npt.NDArray[Any]]:
-        """Runs a Predict request: the same as `predict`, with the inputs as tensor protos."""
-        return self.predict(request.model_spec.signature_name, decode_inputs(request), request.output_filter)
 
     def _signature(self, name: str) -> _Signature:
         name = name or DEFAULT_SIGNATURE

@@ -90,13 +90,13 @@ def _replay(servable: Servable, log: prediction_log_pb2.PredictionLog, path: Pat
 
     kind = log.WhichOneof("log_type")
     if kind == "predict_log":
-        inference.predict(servable, log.predict_log.request)
+        inference.predict(servable, log.predict_log.request).run()
     elif kind == "classify_log":
-        inference.classify(servable, log.classify_log.request, check_method_name=False)
+        inference.classify(servable, log.classify_log.request, check_method_name=False).run()
     elif kind == "regress_log":
-        inference.regress(servable, log.regress_log.request, check_method_name=False)
+        inference.regress(servable, log.regress_log.request, check_method_name=False).run()
     elif kind == "multi_inference_log":
-        inference.multi_inference(servable, log.multi_inference_log.request, check_method_name=False)
+        inference.multi_inference(servable, log.multi_inference_log.request, check_method_name=False).run()
     else:
         raise ServingError(
             f"{path} holds a record of type {kind or 'unknown'}; "

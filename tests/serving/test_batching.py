@@ -8,6 +8,12 @@ import grpc
 import httpx
 import numpy as np
 import pytest
+from tensorflow_serving.apis import (
+    classification_pb2,
+    inference_pb2,
+    prediction_service_pb2_grpc,
+    regression_pb2,
+)
 
 import serving
 from schema.errors import ConfigError
@@ -70,14 +76,16 @@ class World:
         )
 
     async def ask(self, *rows, signature="", model=None, output_filter=("y",), dtype=np.int64):
-        task = asyncio.ensure_future(
-            self.batcher.predict(model or self.model, signature, {"x": np.array(rows, dtype)}, output_filter)
-        )
+        async def submit():
+            inputs = {"x": np.array(rows, dtype)}
+            return await self.batcher.submit(model or self.model, signature, inputs, output_filter)
+
+        task = asyncio.ensure_future(submit())
         await asyncio.sleep(0)  # lets the request reach its batch
         return task
 
-    def time_is_over(self):
-        self.timers.pop(0)[1]()
+    def time_is_over(self, batch=0):
+        self.timers.pop(batch)[1]()
 
     async def run_all(self):
         while self.threads.waiting:
@@ -124,7 +132,7 @@ async def test_a_full_batch_does_not_wait_for_its_time():
 async def test_a_request_that_does_not_fit_any_more_opens_the_next_batch():
     world = World(max_batch_size=3, num_batch_threads=2)
     asked = [await world.ask(1, 2), await world.ask(3, 4)]
-    world.timers[1][1]()
+    world.time_is_over(batch=1)
     await world.run_all()
     assert [await answer(task) for task in asked] == [[2, 4], [6, 8]]
     assert world.model.runs == [[1, 2], [3, 4]]
@@ -250,7 +258,7 @@ def test_inputs_that_cannot_be_batched_are_refused(inputs, complaint):
         world = World(max_batch_size=8)
         world.model.check = lambda *_: None
         with pytest.raises(RequestError, match=complaint) as caught:
-            await world.batcher.predict(world.model, "", inputs)
+            await world.batcher.submit(world.model, "", inputs)
         assert caught.value.code == grpc.StatusCode.INVALID_ARGUMENT
 
     run()
@@ -260,7 +268,7 @@ def test_inputs_that_cannot_be_batched_are_refused(inputs, complaint):
 async def test_a_request_that_does_not_fit_the_signature_never_reaches_a_batch():
     world = World()
     with pytest.raises(RequestError, match="do not match"):
-        await world.batcher.predict(world.model, "", {"z": np.zeros(1)})
+        await world.batcher.submit(world.model, "", {"z": np.zeros(1)})
     assert not world.timers
 
 
@@ -353,7 +361,7 @@ def batching_server(base_paths, tmp_path_factory):
         "num_batch_threads { value: 1 } pad_variable_length_inputs: true"
     )
     flags = ["--enable_batching=true", f"--batching_parameters_file={config}"]
-    models = {name: base_paths[name] for name in ("retrieval", "ranking")}
+    models = {name: base_paths[name] for name in ("retrieval", "ranking", "examples")}
     with ModelServerProcess(models, flags=flags) as server:
         yield server
 
@@ -396,6 +404,66 @@ def test_a_request_above_the_maximum_is_refused_as_invalid(batching_server):
     )
     assert answer.status_code == 400
     assert answer.json()["error"] == "Task size 5 is larger than maximum input batch size 4"
+
+
+def _on_examples(request, xs):
+    for x in xs:
+        request.input.example_list.examples.add().features.feature["x"].float_list.value.append(x)
+    return request
+
+
+def _classification(xs):
+    return _on_examples(
+        classification_pb2.ClassificationRequest(
+            model_spec={"name": "examples", "signature_name": "classify"}
+        ),
+        xs,
+    )
+
+
+def _regression(xs):
+    return _on_examples(
+        regression_pb2.RegressionRequest(model_spec={"name": "examples", "signature_name": "regress"}), xs
+    )
+
+
+def _both(xs):
+    request = inference_pb2.MultiInferenceRequest()
+    for method in ("classify", "regress"):
+        task = request.tasks.add(method_name=f"tensorflow/serving/{method}")
+        task.model_spec.name, task.model_spec.signature_name = "examples", method
+    return _on_examples(request, xs)
+
+
+def test_requests_with_examples_are_batched(batching_server):
+    url = f"{batching_server.rest_target}/v1/models/examples:regress"
+    with grpc.insecure_channel(batching_server.grpc_target.removeprefix("grpc://")) as channel:
+        stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+
+        def over_rest(xs):
+            body = {"signature_name": "regress", "examples": [{"x": x} for x in xs]}
+            return httpx.post(url, json=body, timeout=30)
+
+        with ThreadPoolExecutor(4) as pool:  # values that both float types hold exactly
+            classified = pool.submit(stub.Classify, _classification([0.25, 0.5]), timeout=30)
+            regressed = pool.submit(stub.Regress, _regression([1.0]), timeout=30)
+            both = pool.submit(stub.MultiInference, _both([2.0]), timeout=30)
+            rest = pool.submit(over_rest, [3.0, 4.0])
+        scores = [[c.score for c in row.classes] for row in classified.result().result.classifications]
+        assert scores == [[0.75, 0.25], [0.5, 0.5]]
+        assert [row.value for row in regressed.result().result.regressions] == [2.0]
+        of_task = both.result().results
+        classes = of_task[0].classification_result.classifications[0].classes
+        assert [(entry.label, entry.score) for entry in classes] == [("low", -1.0), ("high", 2.0)]
+        assert of_task[1].regression_result.regressions[0].value == 4.0
+        assert rest.result().json() == {"results": [6.0, 8.0]}
+
+        for call, request in (
+            (stub.Classify, _classification), (stub.Regress, _regression), (stub.MultiInference, _both),
+        ):  # fmt: skip
+            with pytest.raises(grpc.RpcError, match="Task size 5 is larger than maximum input batch size 4"):
+                call(request([0.5] * 5), timeout=30)
+        assert "Task size 5 is larger" in over_rest([0.5] * 5).json()["error"]
 
 
 def test_a_batching_file_without_batching_is_an_error(base_paths, capsys):
