@@ -127,7 +127,7 @@ class Batcher:
             batch = _Batch(key, servable, signature_name)
             self._open[key] = batch
             self._num_waiting[key[:2]] += 1
-            self._call_later(self._parameters.batch_timeout_s, functools.partial(self._make_ready, batch))
+            self._call_later(self._parameters.batch_timeout_s, functools.partial(self._time_is_over, batch))
         batch.tasks.append(task)
         batch.num_rows += task.num_rows
         if batch.num_rows == self._parameters.max_batch_size:
@@ -140,6 +140,16 @@ class Batcher:
         else:
             shapes = tuple(sorted((name, array.shape[1:]) for name, array in task.inputs.items()))
         return (id(servable), signature_name, shapes)
+
+    def _time_is_over(self, batch: _Batch, num_rows: int = 0) -> None:
+        """Makes a batch ready once the loop has taken in the requests that have arrived already.
+
+        It takes them in one by one: without this, of requests that arrive together the first would run alone.
+        """
+        if batch.num_rows > num_rows:
+            self._call_later(0, functools.partial(self._time_is_over, batch, batch.num_rows))
+        else:
+            self._make_ready(batch)
 
     def _make_ready(self, batch: _Batch) -> None:
         if not batch.is_ready:

@@ -85,7 +85,12 @@ class World:
         return task
 
     def time_is_over(self, batch=0):
-        self.timers.pop(batch)[1]()
+        """The time of a batch is over, and no request has come since it was looked at."""
+        callback = self.timers.pop(batch)[1]
+        num_timers = len(self.timers)
+        callback()
+        if len(self.timers) > num_timers:
+            self.timers.pop()[1]()
 
     async def run_all(self):
         while self.threads.waiting:
@@ -136,6 +141,23 @@ async def test_a_request_that_does_not_fit_any_more_opens_the_next_batch():
     await world.run_all()
     assert [await answer(task) for task in asked] == [[2, 4], [6, 8]]
     assert world.model.runs == [[1, 2], [3, 4]]
+
+
+@in_loop
+async def test_a_batch_that_is_due_takes_in_what_has_arrived_meanwhile():
+    world = World(max_batch_size=8, batch_timeout_s=0.0)
+    asked = []
+    for value in (1, 2, 3):
+        asked.append(await world.ask(value))
+        [(seconds, look)] = world.timers
+        assert seconds == 0
+        world.timers.clear()
+        look()
+        assert not world.threads.waiting
+    world.time_is_over()
+    await world.run_all()
+    assert [await answer(task) for task in asked] == [[2], [4], [6]]
+    assert world.model.runs == [[1, 2, 3]]
 
 
 @in_loop
