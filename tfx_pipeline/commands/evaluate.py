@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from tfx_pipeline.run_result import RunResult
     from trainer.comparison import Comparison
 
+# Of a difference: sign, four decimals, star.
+_NUMBER_WIDTH = 8
+
 
 @click.command()
 @click.option(
@@ -96,19 +99,22 @@ def _metrics_table(comparison: Comparison) -> Table:
     whole = comparison.whole
     interval = f"{100 * comparison.confidence:g} % interval"
     title = f"{comparison.model}: {whole.num_users:,} users, whole test split"
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    table.add_column("metric", no_wrap=True)
+    table = Table(title=title, box=SIMPLE_HEAD, padding=0)
+    # With a space, so that the name of a task and that of its metric can stand below each other.
+    names = [metric.key.removeprefix(f"{comparison.model}/").replace("/", " ") for metric in whole.metrics]
+    table.add_column("metric", min_width=max(len(word) for name in names for word in name.split()))
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column(interval, justify="right", no_wrap=True)
     for rival in comparison.rivals:
-        table.add_column(rival.name.replace("_", " "), justify="right", overflow="fold", min_width=8)
-    for metric in whole.metrics:
+        # One word a line: a column is no wider than it has to be, and no word is broken.
+        heading = rival.name.replace("_", "\n")
+        table.add_column(heading, justify="right", no_wrap=True, min_width=_NUMBER_WIDTH)
+    for name, metric in zip(names, whole.metrics, strict=True):
         against = (metric.against.get(rival.name) for rival in comparison.rivals)
         differences = [
             "" if a is None or a.difference is None else f"{_difference(a.difference)}{_star(a.p_value)}"
             for a in against
         ]
-        name = metric.key.removeprefix(f"{comparison.model}/")
         table.add_row(name, _number(metric.value), _range(metric.low, metric.high), *differences)
     table.caption = "differences: model − rival; * p < 0.05, paired bootstrap over users"
     return table
@@ -170,7 +176,7 @@ def _spread_over_seeds(
 
 
 def _number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.4f}"
+    return "undefined" if value is None else f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"
 
 
 def _difference(value: float) -> str:
@@ -179,7 +185,7 @@ def _difference(value: float) -> str:
 
 
 def _range(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"{low:.4f} – {high:.4f}"
+    return "" if low is None or high is None else f"{_number(low)}–{_number(high)}"
 
 
 def _star(p_value: float | None) -> str:
