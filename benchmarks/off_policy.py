@@ -3,10 +3,11 @@
 Screens are filled by an old policy of the simulator's kind (Plackett-Luce sampling, popularity and a stale
 idea of the taste) and by uniform exploration; users examine and click by the simulator's true probabilities.
 Each replication is a log of its own, from which the value of a policy that never ran is estimated; the truth
-is the mean of the true click probabilities under that policy over a hundred times as many screens.
+is the mean of the true click probabilities under that policy over the screens of 30,000 users.
 
-    python benchmarks/off_policy.py                    # 200 replications
-    python benchmarks/off_policy.py --replications 20  # a look
+    python benchmarks/off_policy.py                                    # 1,000 replications
+    python benchmarks/off_policy.py --replications 20                  # a look
+    python benchmarks/off_policy.py --replications 200 --seed 9000     # other logs
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ from tfx_pipeline.datasets.simulator import (
     true_click_probability,
 )
 from tfx_pipeline.datasets.simulator_world import LOG_END_UNIX_S
+from trainer.jackknife import jackknife_intervals
 from trainer.metrics import FloatArray, IntArray
 from trainer.off_policy import DOUBLY_ROBUST, LoggedActions, evaluate_policy
-from trainer.uncertainty import intervals, mean_over_users, ratio_of_sums
+from trainer.uncertainty import mean_over_users, ratio_of_sums
 
 NAIVE_MEAN, NAIVE_MATCH = "mean of the log", "rows that the target would show"
 POOR_MODEL = "doubly_robust, poor model"
@@ -42,6 +44,7 @@ _OFFERED = 30
 _SCREEN = 6
 _EXPLORATION = 0.2
 _SCREENS_PER_USER = 3
+_USERS_OF_TRUTH = 30_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,20 +177,20 @@ def play(world: World, num_users: int, rng: np.random.Generator) -> Log:
     )
 
 
-def estimates(log: Log, clip: float | None, seed: int) -> dict[str, tuple[float, float, float]]:
+def estimates(log: Log, clip: float | None) -> dict[str, tuple[float, float, float]]:
     """Value, low and high by estimator; the naive ones first. Refused ones are absent."""
     chosen = log.is_targets_best
     naive = {
         NAIVE_MEAN: mean_over_users(_sums(log, log.rewards) / _sums(log, np.ones_like(log.rewards))),
         NAIVE_MATCH: ratio_of_sums(_sums(log, log.rewards * chosen), _sums(log, chosen)),
     }
-    found = {name: (i.value, i.low, i.high) for name, i in intervals(naive, seed=seed).items()}
+    found = {name: (i.value, i.low, i.high) for name, i in jackknife_intervals(naive).items()}
     for name in log.predicted:
         logged = LoggedActions(
             log.rewards, log.target, log.logging, log.users, log.predicted[name], log.predicted_target[name]
         )
         try:
-            values = evaluate_policy(logged, clip=clip, seed=seed).values
+            values = evaluate_policy(logged, clip=clip).values
         except PoorSupportError:
             continue
         values[name] = values.pop(DOUBLY_ROBUST)
@@ -204,14 +207,15 @@ def coverage(
     num_users: int,
     replications: int,
     clip: float | None = None,
+    seed: int = 1_000,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[float, dict[str, Coverage]]:
-    """The truth, and what became of it in the replications, by estimator."""
-    truth = float(play(world, 100 * num_users, np.random.default_rng(1)).true_target.mean())
+    """The truth, and what became of it in the replications, by estimator; `seed` is of the first log."""
+    truth = float(play(world, _USERS_OF_TRUTH, np.random.default_rng(1)).true_target.mean())
     found: dict[str, list[tuple[float, float, float]]] = {}
     for replication in range(replications):
-        log = play(world, num_users, np.random.default_rng(1_000 + replication))
-        for name, values in estimates(log, clip, replication).items():
+        log = play(world, num_users, np.random.default_rng(seed + replication))
+        for name, values in estimates(log, clip).items():
             found.setdefault(name, []).append(values)
         on_progress(replication + 1)
     summary = {}
@@ -225,9 +229,10 @@ def coverage(
 
 
 @click.command()
-@click.option("--replications", type=click.IntRange(1), default=200, show_default=True)
+@click.option("--replications", type=click.IntRange(1), default=1_000, show_default=True)
 @click.option("--users", "num_users", type=click.IntRange(20), default=300, show_default=True)
-def main(replications: int, num_users: int) -> None:
+@click.option("--seed", type=click.IntRange(2), default=1_000, show_default=True, help="Of the first log.")
+def main(replications: int, num_users: int, seed: int) -> None:
     """Prints the coverage of every estimator, for targets nearer to the log and farther from it."""
     started = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
@@ -236,11 +241,12 @@ def main(replications: int, num_users: int) -> None:
             ("the same, weights cut at 5", 0.6, 5.0, num_users),
             ("a target far from the log", 1.5, None, num_users),
             ("a nearly deterministic target", 8.0, None, num_users),
+            ("the same, a log of a fifth of the users", 8.0, None, num_users // 5),
             ("the same, a log of a tenth of the users", 8.0, None, num_users // 10),
         ):
             world = make_world(Path(folder) / "simulated", sharpness)
             log = play(world, users, np.random.default_rng(0))
-            truth, found = coverage(world, users, replications, clip)
+            truth, found = coverage(world, users, replications, clip, seed)
             largest = (log.target / log.logging).max()
             click.echo(f"\n{title}: {len(log.rewards):,} rows of {users} users, largest weight {largest:.0f}")
             click.echo(

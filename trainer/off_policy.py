@@ -23,19 +23,13 @@ import numpy as np
 import numpy.typing as npt
 
 from schema.errors import ConfigError, DataError, PoorSupportError, ShapeError
+from trainer.jackknife import jackknife_differences, jackknife_intervals
 from trainer.metrics import FloatArray, IntArray
-from trainer.uncertainty import (
-    Interval,
-    PairedDifference,
-    UserSums,
-    intervals,
-    paired_differences,
-    ratio_of_sums,
-)
+from trainer.uncertainty import Interval, PairedDifference, UserSums, ratio_of_sums
 
 IPS, SNIPS, DOUBLY_ROBUST = "ips", "snips", "doubly_robust"
 
-# Where a few rows or users decide, resampling them tells too little about those that were not drawn.
+# Where a few rows or users decide, they tell too little about those that were not logged.
 MIN_EFFECTIVE_SAMPLES = 50
 MAX_USER_SHARE = 0.1
 # The mean weight is 1 where the propensities are right and the log holds all that the target would do. This
@@ -130,21 +124,20 @@ class OffPolicyEstimate:
 
 
 def evaluate_policy(
-    logged: LoggedActions, *, clip: float | None = None, confidence: float = 0.95, seed: int = 0
+    logged: LoggedActions, *, clip: float | None = None, confidence: float = 0.95
 ) -> OffPolicyEstimate:
     """Estimates the mean reward per row that the target policy would have had.
 
     Formulas: IPS = mean(w r); SNIPS = Σ w r / Σ w; doubly robust = mean(q̂(target) + w (r − q̂(action))).
     IPS is unbiased; SNIPS stays within the range of the rewards and does not change when a constant is added
     to them; doubly robust is unbiased whatever the model, and the better the model, the less it varies.
-    Intervals resample users (`trainer.uncertainty`).
+    Intervals are those of `trainer.jackknife`, over users.
 
     Args:
       logged: the rows.
       clip: largest weight, above 1; None never cuts. The cut trades variance for a bias towards what the
         log did, which the interval does not know of.
       confidence: of the intervals.
-      seed: of the resampling.
 
     Raises:
       PoorSupportError: fewer than MIN_EFFECTIVE_SAMPLES effective rows, or one user with more than
@@ -170,10 +163,10 @@ def evaluate_policy(
         corrected = logged.predicted_target + clipped * (logged.rewards - logged.predicted)
         sums[DOUBLY_ROBUST] = _mean_of_rows(corrected, users)
     of_log = _mean_of_rows(logged.rewards, users)
-    found = intervals(sums | {"logged": of_log}, confidence=confidence, seed=seed)
+    found = jackknife_intervals(sums | {"logged": of_log}, confidence=confidence)
     return OffPolicyEstimate(
         values={name: found[name] for name in sums},
-        gains=paired_differences(sums, dict.fromkeys(sums, of_log), confidence=confidence, seed=seed),
+        gains=jackknife_differences(sums, dict.fromkeys(sums, of_log), confidence=confidence),
         logged=found["logged"],
         support=support,
     )
