@@ -309,95 +309,72 @@ def test_label_is_read_from_its_prefixed_column_before_its_own_name(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("change", "objectives", "list_by", "error", "message"),
+    ("objectives", "error", "message"),
     [
-        pytest.param({}, ["click"], "user", ConfigError, "give at least two different ones", id="one"),
-        pytest.param({}, [], "user", ConfigError, "objectives none: give at least two", id="none"),
-        pytest.param({}, ["click", "click"], "user", ConfigError, "at least two different", id="twice"),
+        pytest.param(["click"], ConfigError, "give at least two different ones", id="one"),
+        pytest.param([], ConfigError, "objectives none: give at least two", id="none"),
+        pytest.param(["click", "click"], ConfigError, "at least two different", id="twice"),
         pytest.param(
-            {},
             ["click", "share"],
-            "user",
             DataError,
             "objective 'share': expected label_share or share; its labels: click, watch_time_s",
             id="unknown-label",
         ),
+        pytest.param(["click", "user_id"], DataError, r"\(user_id is no label\)", id="ids-are-no-labels"),
+    ],
+)
+def test_bad_objectives_are_refused_with_a_reason(
+    tmp_path: Path, objectives: list[str], error: Any, message: str
+) -> None:
+    logged().write_parquet(tmp_path / "p.parquet")
+    with pytest.raises(error, match=message):
+        read_impressions(tmp_path / "p.parquet", SPEC, objectives, "user")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         pytest.param(
             {"label_click": None},
-            ["click", "watch_time_s"],
-            "user",
-            DataError,
             r"expected label_click \(click is no label\)",
             id="predictions-are-no-labels",
         ),
         pytest.param(
-            {}, ["click", "user_id"], "user", DataError, r"\(user_id is no label\)", id="ids-are-no-labels"
-        ),
-        pytest.param(
             {"watch_time": None},
-            ["click", "watch_time_s"],
-            "user",
-            DataError,
             r"no column watch_time; expected user_id and .* of tiny \(click, watch_time\)",
             id="no-predictions",
         ),
+        pytest.param({"user_id": None}, "no column user_id", id="no-user"),
         pytest.param(
-            {"user_id": None}, ["click", "watch_time_s"], "user", DataError, "no column user_id", id="no-user"
-        ),
-        pytest.param(
-            {}, ["click", "watch_time_s"], "session", DataError, "no column session", id="no-list-column"
-        ),
-        pytest.param(
-            {"user_id": pl.lit(None, pl.String)},
-            ["click", "watch_time_s"],
-            "user",
-            DataError,
-            "user_id is missing in 4,000 rows",
-            id="user-missing",
+            {"user_id": pl.lit(None, pl.String)}, "user_id is missing in 4,000 rows", id="user-missing"
         ),
         pytest.param(
             {"click": pl.when(pl.col("click") > 0.5).then(NAN).otherwise(0.1)},
-            ["click", "watch_time_s"],
-            "user",
-            DataError,
             "predictions are missing or not finite, the first of task click",
             id="nan-prediction",
         ),
+        pytest.param({"click": pl.col("item_id")}, "column click is String; numbers", id="text-prediction"),
+        pytest.param({"watch_time_s": pl.lit(math.inf)}, "4,000 labels are infinite", id="infinite-label"),
         pytest.param(
-            {"click": pl.col("item_id")},
-            ["click", "watch_time_s"],
-            "user",
-            DataError,
-            "column click is String; numbers",
-            id="text-prediction",
-        ),
-        pytest.param(
-            {"watch_time_s": pl.lit(math.inf)},
-            ["click", "watch_time_s"],
-            "user",
-            DataError,
-            "4,000 labels are infinite",
-            id="infinite-label",
-        ),
-        pytest.param(
-            {"user_id": pl.col("item_id")},
-            ["click", "watch_time_s"],
-            "user",
-            DataError,
-            "none of 4,000 lists by user has two impressions",
-            id="nothing-to-rank",
+            {"user_id": pl.col("item_id")}, "none of 4,000 lists by user has two", id="nothing-to-rank"
         ),
     ],
 )
-def test_bad_predictions_are_refused_with_a_reason(
-    tmp_path: Path, change: Mapping[str, Any], objectives: list[str], list_by: str, error: Any, message: str
+def test_bad_columns_are_refused_with_a_reason(
+    tmp_path: Path, change: Mapping[str, Any], message: str
 ) -> None:
     table = logged()
     for name, values in change.items():
         table = table.drop(name) if values is None else table.with_columns(values.alias(name))
     table.write_parquet(tmp_path / "p.parquet")
-    with pytest.raises(error, match=message):
-        read_impressions(tmp_path / "p.parquet", SPEC, objectives, list_by)
+    with pytest.raises(DataError, match=message):
+        read_impressions(tmp_path / "p.parquet", SPEC, ["click", "watch_time_s"], "user")
+
+
+def test_lists_by_a_column_that_is_not_there_are_refused(tmp_path: Path) -> None:
+    logged().write_parquet(tmp_path / "p.parquet")
+    with pytest.raises(DataError, match="no column session"):
+        read_impressions(tmp_path / "p.parquet", SPEC, ["click", "watch_time_s"], "session")
 
 
 def test_unreadable_or_empty_files_are_refused(tmp_path: Path) -> None:
