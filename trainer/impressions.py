@@ -79,6 +79,22 @@ class Impressions(NamedTuple):
         """Age in [0, 1], finer for what happened lately, float32 [U, L]; 1 where padded."""
         return tf.where(self.is_shown, _log_age(self.age_days), 1.0)
 
+    def latest(self, count: int) -> Impressions:
+        """The latest `count` of each user, or fewer, oldest first."""
+        # Padding first, then impressions in their order: the latest stand at the end.
+        order = tf.argsort(tf.cast(self.is_shown, tf.int32), axis=1, stable=True)[:, -count:]
+
+        def take(column: tf.Tensor | None) -> tf.Tensor | None:
+            return None if column is None else tf.gather(column, order, batch_dims=1)
+
+        return Impressions(
+            take(self.is_shown),
+            take(self.age_days),
+            take(self.labels),
+            take(self.surface),
+            {key: take(values) for key, values in self.keys.items()},
+        )
+
 
 def read_impressions(
     features: Mapping[str, tf.Tensor], attributes: ItemAttributes, spec: DatasetSpec

@@ -99,8 +99,9 @@ class EncodedQuery(NamedTuple):
       history: float32 [U, W], mean embedding of the watched items; zeros without history.
       impressions: the user's latest impressions.
       surface: int [U]; None for a dataset without surfaces.
-      events: float32 [U, L, W], embeddings of what the impressions showed.
-      event_features: float32 [U, L, F], what became of them, and when.
+      is_event: bool [U, E], where there is one of the latest impressions, which are attended to.
+      events: float32 [U, E, W], embeddings of what they showed.
+      event_features: float32 [U, E, F], what became of them, and when.
       crossed: int [U] of the query features that are crossed with those of candidates.
       shared: int [U, L] of the query features whose values candidates may have too.
     """
@@ -109,6 +110,7 @@ class EncodedQuery(NamedTuple):
     history: tf.Tensor
     impressions: Impressions
     surface: tf.Tensor | None
+    is_event: tf.Tensor
     events: tf.Tensor
     event_features: tf.Tensor
     crossed: Mapping[str, tf.Tensor]
@@ -216,13 +218,15 @@ class RankingModel(tfrs.models.Model):
     def encode_query(self, features: Mapping[str, tf.Tensor]) -> EncodedQuery:
         """Encodes the transformed query features and impressions of U requests."""
         impressions = read_impressions(features, self.attributes, self._spec())
+        events = impressions.latest(self.behaviour.max_events)
         return EncodedQuery(
             tuple(self.query_encoder.encode(features)),
             self.tables.mean(ft.ITEM_SPACE, features[self._history_id]),
             impressions,
             None if self._surface_id is None else features[self._surface_id],
-            self._embed_keys(impressions.keys),
-            tf.concat([impressions.labels, impressions.log_age[..., tf.newaxis]], axis=-1),
+            events.is_shown,
+            self._embed_keys(events.keys),
+            tf.concat([events.labels, events.log_age[..., tf.newaxis]], axis=-1),
             {category_name(left): features[category_name(left)] for left, _ in self.cross_encoder.pairs},
             {left.name: _values(features, left) for left, _ in self.shared},
         )
@@ -261,7 +265,7 @@ class RankingModel(tfrs.models.Model):
         past = self.past_outcomes(query.impressions, query.surface, keys, grouped(features[ft.LABEL_MEANS]))
         counters = tf.ensure_shape(features[ft.COUNTERS], [None, self._num_counters])
         attended = self.behaviour.match(
-            self._embed_keys(keys), query.events, query.impressions.is_shown, query.event_features, training
+            self._embed_keys(keys), query.events, query.is_event, query.event_features, training
         )
         parts = [tf.repeat(part, num_candidates, axis=0) for part in query.parts]
         parts += self.item_encoder.encode(features)

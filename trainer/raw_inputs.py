@@ -70,14 +70,18 @@ def transform_request(layer: Any, raw: Mapping[str, tf.Tensor], spec: DatasetSpe
       As `transform_query`; and the user's latest impressions as of the event time, [B, L] each.
     """
     impressions = features.raw_impression_inputs(spec)
-    for other in impressions[1:]:
+    checks = [
         tf.debugging.assert_equal(
             tf.shape(raw[other.name]),
             tf.shape(raw[features.IMPRESSION_ITEMS]),
             f"{other.name} and {features.IMPRESSION_ITEMS} must be lists of the same length",
         )
+        for other in impressions[1:]
+    ]
     inputs = (*features.raw_query_inputs(spec), *impressions)
-    transformed = layer({r.name: _to_sparse(raw[r.name], r) for r in inputs})
+    # Else whoever reads the lists side by side may fail first, with an error that does not name them.
+    with tf.control_dependencies(checks):
+        transformed = layer({r.name: _to_sparse(raw[r.name], r) for r in inputs})
     query = [name for feature in features.feature_space(spec).query for name in feature.transformed_names]
     return {name: to_dense(transformed[name]) for name in (*query, *features.impression_names(spec))}
 

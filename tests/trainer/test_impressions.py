@@ -186,6 +186,19 @@ def test_ages_grow_from_0_to_1_and_padding_is_the_oldest() -> None:
     assert ages[4:].tolist() == [1, 1, 1]
 
 
+def test_the_latest_impressions_of_each_user_are_taken_wherever_they_stand() -> None:
+    shown = np.array([[2, 3, 4, 0], [0, 5, 0, 6], [0, 0, 0, 7]])
+    columns = {name: np.zeros((3, 4), column.dtype) for name, column in transformed(0).items()}
+    columns["impression_item_ids_ids"] = shown
+    columns["impression_click"] = np.where(shown, shown, -1.0).astype(np.float32)
+    impressions = read_impressions({n: tf.constant(c) for n, c in columns.items()}, attributes(), SPEC)
+    latest = impressions.latest(2)
+    assert latest.is_shown.numpy().tolist() == [[True, True], [True, True], [False, True]]
+    assert latest.keys["item_id"].numpy()[..., 0].tolist() == [[3, 4], [5, 6], [0, 7]]
+    assert latest.labels.numpy()[..., 1].tolist() == [[3, 4], [5, 6], [-1, 7]]
+    assert impressions.latest(9).is_shown.shape == (3, 4)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_outcomes_equal_those_of_a_loop_over_the_impressions(seed: int) -> None:
     columns, keys, means = transformed(seed), candidates(seed), means_of(seed)
