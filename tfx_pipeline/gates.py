@@ -18,7 +18,7 @@ from tfx_pipeline.drift_facts import LAST_RUN, TRAIN_TO_EVAL, DriftFacts, Featur
 from trainer.comparison import LAST_BLESSED, NO_BLESSED_MODEL, Against, Comparison, MetricResult
 from trainer.facts_file import read_facts, write_facts
 from trainer.metrics import has_interval, lower_is_better, metric_key
-from trainer.uncertainty import PairedDifference, no_worse
+from trainer.uncertainty import MIN_USERS, PairedDifference, no_worse
 
 GATES_FILE = "gates.json"
 # The Evaluator and the comparison compute the same metrics from the same examples, apart from each other.
@@ -26,6 +26,8 @@ AGREEMENT_TOLERANCE = 1e-6
 # A head whose predictions vary less than this share of its labels says the same of everybody.
 _MIN_STD_SHARE = 0.01
 _POPULARITY = "popularity"
+# Why a change has no interval where the metric has one.
+_TOO_ALIKE = f"the models differ on fewer than {MIN_USERS} users"
 # Kinds that say how good the model is; the others say that nothing is broken.
 _MEASURED = ("value", "must_beat", "no_worse")
 
@@ -187,7 +189,9 @@ def _no_worse(
         return _result("no_worse", name, passed, change.difference, limit, reason, key)
     outcome = no_worse(_paired(change, change.difference, metric, comparison), max_drop, lower_is_better(key))
     if math.isnan(outcome.worst_loss):
-        end = f"how surely is not known: {metric.note or 'the change has no interval'}"
+        end = (
+            f"how surely is not known: {metric.note or f'the models differ on fewer than {MIN_USERS} users'}"
+        )
     else:
         end = f"{side * outcome.worst_loss:+.4f} at {100 * outcome.confidence:g} % confidence"
     reason = f"{shown} ({end}), required: {limit}"
@@ -218,7 +222,11 @@ def _beats(gate: Gate, baseline: str, metric: MetricResult, comparison: Comparis
     if gate.by == "interval":
         bound = against.high if lower_is_better(gate.metric) else against.low
     passed = bound is not None and (bound < 0 if lower_is_better(gate.metric) else bound > 0)
-    interval = "" if against.low is None else f", {against.low:+.4f} to {against.high:+.4f}"
+    interval = ""
+    if against.low is not None:
+        interval = f", {against.low:+.4f} to {against.high:+.4f}"
+    elif gate.by == "interval":
+        interval = f", how surely is not known: {metric.note or _TOO_ALIKE}"
     reason = (
         f"{gate.metric} {metric.value:.4f} against {against.value:.4f} of {baseline} "
         f"({against.difference:+.4f}{interval}), required: {limit} by its {gate.by}"

@@ -401,6 +401,22 @@ def test_lower_is_better_for_errors_in_every_comparison() -> None:
         assert found.verdict is verdict
 
 
+def test_models_that_differ_on_a_handful_of_users_are_neither_better_nor_no_worse() -> None:
+    same = metric(
+        RECALL,
+        0.3,
+        last_blessed=Against(0.299, 0.001, None, None, None),
+        popularity=Against(0.299, 0.001, None, None, None),
+    )
+    gates = (Gate(metric=RECALL, max_drop=0.01, beats=("popularity",)),)
+    result = judge(with_metrics("retrieval", recall=same), gates, CONFIG, TASKS)
+    unsure = "how surely is not known: the models differ on fewer than 10 users"
+    failed = {gate.kind: gate.reason for gate in result.gates if gate.verdict is Verdict.FAILED}
+    assert failed.keys() == {"no_worse", "must_beat"}
+    assert f"changed by +0.0010 ({unsure})" in failed["no_worse"]
+    assert f"(+0.0010, {unsure})" in failed["must_beat"]
+
+
 def test_a_change_of_unknown_certainty_fails_and_says_why() -> None:
     unsure = dataclasses.replace(
         metric(RECALL, 0.3, last_blessed=Against(0.3, 0.0, None, None, None)),

@@ -191,6 +191,24 @@ def test_identical_models_do_not_differ():
 
 
 @pytest.mark.parametrize(
+    ("num_differing", "is_known"),
+    [
+        pytest.param(0, True, id="none"),
+        pytest.param(1, False, id="one"),
+        pytest.param(9, False, id="nine"),
+        pytest.param(10, True, id="ten"),
+    ],
+)
+def test_models_that_differ_on_a_handful_of_users_have_no_interval(num_differing, is_known):
+    theirs = np.linspace(0, 1, 200)
+    ours = theirs + 0.1 * (np.arange(200) < num_differing)
+    change = paired_differences({"m": mean_over_users(ours)}, {"m": mean_over_users(theirs)})["m"]
+    assert change.value == pytest.approx(0.1 * num_differing / 200)
+    assert math.isnan(change.low) is math.isnan(change.high) is math.isnan(change.p_value) is not is_known
+    assert change.num_users == 200
+
+
+@pytest.mark.parametrize(
     ("low", "high", "margin", "lower_is_better", "holds", "worst_loss"),
     [
         pytest.param(-0.003, 0.005, 0.003, False, True, 0.003, id="just-within"),
@@ -227,6 +245,16 @@ def test_users_without_a_value_have_no_part():
     assert interval.num_users == 20
     assert interval.value == pytest.approx(0.5)
     assert interval.low < 0.5 < interval.high
+
+
+def test_interval_of_auc_stays_within_its_range_when_one_user_has_half_of_the_rows():
+    rng = np.random.default_rng(13)
+    users = np.repeat(np.arange(16), [120, *[8] * 15])
+    labels = (rng.random(len(users)) < 0.5).astype(float)
+    predictions = (rng.random(len(users)) + 0.4 * labels * (1 + (users == 0))) / 1.8
+    interval = intervals(ranking_sums(TaskKind.BINARY, labels, predictions, users))["auc"]
+    # A draw without that user leaves next to no pairs: its ratio is -0.16 and less.
+    assert 0.0 <= interval.low < interval.value < interval.high <= 1.0
 
 
 def test_few_users_no_users_or_one_class_leave_the_bounds_unknown():

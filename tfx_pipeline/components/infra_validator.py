@@ -162,7 +162,7 @@ def _ask(
         for name, requests in golden.items():
             check_golden_requests(name, requests, server.grpc_target, server.rest_target)
         for state in states:
-            exclude = state.seen_item_ids[-5:]
+            exclude = state.seen_item_ids
             over_grpc, over_rest, of_two = (
                 client.recommend(state.request, k=_K, exclude_item_ids=exclude, num_candidates=_K)
                 for client in (grpc_client, rest_client, in_two_calls)
