@@ -123,6 +123,9 @@ class ServedRanker(ServedModel):
         self._spec = spec
         self._layer: Callable[[], Any] = lambda: layer
         self.ranker = CatalogueRanker(model, layer, catalogue, spec)
+        # Of an item without any event, see `trainer.input_pipeline.load_catalogue`.
+        unmet = {name: column[-1:] for name, column in catalogue.counters.items()}
+        self._unmet: Callable[[], dict[str, Any]] = lambda: unmet
         num_items = self.ranker.num_items
         self.rows = tf.lookup.StaticHashTable(
             tf.lookup.KeyValueTensorInitializer(
@@ -156,12 +159,19 @@ class ServedRanker(ServedModel):
         return {name: tf.where(is_item, value, tf.zeros_like(value)) for name, value in outputs.items()}
 
     def rank_examples(self, examples: tf.Tensor) -> dict[str, tf.Tensor]:
-        """Judges serialized interaction tf.Examples, string [B]: float32 [B] per task and `score`."""
+        """Judges serialized interaction tf.Examples, string [B]: float32 [B] per task and `score`.
+
+        Their items need not be in the catalogue: features come with the example, and so do the counters; an
+        example without any is one of an item that nobody has been shown.
+        """
         model = self.ranker.model
         raw = raw_inputs.parse_interaction_examples(examples, self._spec)
         transformed = raw_inputs.transform_request(self._layer(), raw, self._spec)
         transformed |= raw_inputs.transform_candidates(self._layer(), raw, self._spec)
-        transformed |= raw_inputs.transform_counts(self._layer(), raw[ft.ITEM_COUNTS])
+        counts = raw[ft.ITEM_COUNTS]
+        has_counts = tf.reduce_any(~tf.math.is_nan(counts), axis=1, keepdims=True)
+        counters = raw_inputs.transform_counts(self._layer(), counts)
+        transformed |= {n: tf.where(has_counts, counters[n], unmet) for n, unmet in self._unmet().items()}
         if ft.feature_space(self._spec).cross:
             transformed |= raw_inputs.transform_cross(
                 self._layer(), raw[ft.EVENT_TIME], raw[ft.UPLOAD_TIME], self._spec

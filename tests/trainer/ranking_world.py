@@ -168,9 +168,10 @@ class TransformStub(tf.Module):
                 else {f"{name}_id": _dense(ids, 0)}
             )
         if ft.ITEM_COUNTS in raw:
-            counts = tf.ensure_shape(
-                tf.sparse.to_dense(raw[ft.ITEM_COUNTS]), [None, len(count_names(spec()))]
-            )
+            given = raw[ft.ITEM_COUNTS]
+            # As wide as in Transform's graph, also where no example has counts.
+            shape = [given.dense_shape[0], len(count_names(spec()))]
+            counts = tf.sparse.to_dense(tf.SparseTensor(given.indices, given.values, shape))
             out[ft.COUNTERS] = counts[:, 4:] / (1.0 + counts[:, 4:])
             out[ft.LABEL_MEANS] = counts[:, 1:4] / tf.maximum(counts[:, :1], 1.0)
         if ft.IMPRESSION_ITEMS in raw:

@@ -164,6 +164,21 @@ def test_unknown_item_is_flagged_and_judged_like_an_example_of_which_nothing_is_
         assert outputs[name][0, 0].numpy() == pytest.approx(expected[name][0].numpy(), rel=1e-5)
 
 
+def test_a_new_item_is_judged_by_the_features_that_an_example_brings(exported: Exported) -> None:
+    new = {**QUERIES[0], **raw_item("i4"), "item_id": "uploaded-just-now"}
+    without_counts = {name: value for name, value in new.items() if name != "item_counts"}
+    other_creator = {**without_counts, "creator_id": raw_item("i5")["creator_id"]}
+    rows = [{**new, "item_counts": UNSHOWN}, without_counts, other_creator, new]
+    alone = exported.examples(examples=tf.constant([example(without_counts)]))
+    outputs = exported.examples(examples=tf.constant([example(row) for row in rows]))
+    for name, values in outputs.items():
+        unshown, counted_as_unshown, of_another, shown = values.numpy()
+        assert counted_as_unshown == pytest.approx(unshown, rel=1e-6)
+        assert alone[name][0].numpy() == pytest.approx(unshown, rel=1e-5)
+        assert of_another != pytest.approx(unshown, rel=1e-4), name
+        assert shown != pytest.approx(unshown, rel=1e-4), name
+
+
 def test_padding_is_zero_in_every_output(exported: Exported) -> None:
     outputs = exported.default(**request(QUERIES[:2], [["i0", "i1", "i2"], ["i3", "", ""]]))
     padded = np.array([[False, False, False], [False, True, True]])
