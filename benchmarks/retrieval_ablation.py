@@ -31,6 +31,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "no popularity of the day": {"popularity_half_lives_days": ()},
     "random item vectors": {"item_vectors": "random"},
     "item vectors from co-occurrence": {"item_vectors": "cooccurrence"},
+    "no item factors": {"factors": None},
     "popularity of the day": {"popularity_half_lives_days": (1.0, 7.0, 28.0)},
     "in-batch negatives": {"loss": {"uniform_negatives": 0}},
     "1,000 uniform negatives": {"loss": {"uniform_negatives": 1_000}},
@@ -44,6 +45,8 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "no item id dropout": {"item_id_dropout_fraction": 0.0},
     "no example age": {"ignored_features": ("example_age_days",)},
     "no hour, no weekday": {"ignored_features": ("hour_of_day", "day_of_week")},
+    # Of KuaiRand: the main feed, which nearly all recommendations are shown in.
+    "watches of tab 1 only": {"surfaces": ("1",)},
     "no history": {"ignored_features": ("history_item_ids",)},
 }
 

@@ -142,6 +142,8 @@ class RetrievalConfig(_Config):
       history: how the list of watched items is read.
       ignored_features: query and candidate features that the towers do not read, by raw name; user_id, which
         they never read, and item_id, which history and item bias go by, cannot be named.
+      surfaces: surfaces whose watches the model is trained on; none named is all of them, not only those of
+        recommendations (Covington et al. 2016, section 3.4).
       roll_back_to_session: whether an example's history ends where its session began, in datasets with
         session_gap_hours; else it ends with the event before.
       first_session_weight: weight of the examples whose history is empty for that reason.
@@ -171,6 +173,7 @@ class RetrievalConfig(_Config):
     loss: LossConfig = LossConfig()
     history: HistoryConfig = HistoryConfig()
     ignored_features: tuple[str, ...] = ()
+    surfaces: tuple[str, ...] = ()
     roll_back_to_session: bool = True
     first_session_weight: float = pydantic.Field(default=1.0, ge=0)
     item_vectors: Literal["random", "cooccurrence"] = "random"

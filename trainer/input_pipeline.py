@@ -15,7 +15,7 @@ import tensorflow as tf
 import tensorflow_transform as tft
 
 from schema.contract import DatasetSpec
-from schema.errors import DataError
+from schema.errors import ConfigError, DataError
 from trainer import features
 from trainer.catalogue import Catalogue
 from trainer.raw_inputs import (
@@ -92,6 +92,45 @@ def windows(
     records = tf.data.TFRecordDataset(expand(patterns), compression_type="GZIP")
     chunks = records.batch(chunk).map(transform, num_parallel_calls=tf.data.AUTOTUNE)
     return chunks.ragged_batch(window_examples // chunk).map(merge).cache()
+
+
+def rows_of_surfaces(
+    window_dataset: tf.data.Dataset,
+    surfaces: Sequence[str],
+    spec: DatasetSpec,
+    transform_output: tft.TFTransformOutput,
+) -> tf.data.Dataset:
+    """The rows of each window that happened on some surfaces.
+
+    Args:
+      window_dataset: from `windows`.
+      surfaces: raw values.
+      spec: the declaration.
+      transform_output: holds the vocabulary.
+
+    Raises:
+      ConfigError: the dataset maps no surface, or no training example has one of those named.
+    """
+    if not spec.surface_is_mapped:
+        raise ConfigError(
+            f"retrieval.surfaces is {list(surfaces)}, but {spec.name!r} maps no surface; leave it empty."
+        )
+    feature = features.feature_space(spec).find(features.SURFACE)
+    values = [value.decode() for value in transform_output.vocabulary_by_name(feature.space)]
+    unknown = sorted(set(surfaces) - set(values))
+    if unknown:
+        raise ConfigError(
+            f"retrieval.surfaces names {', '.join(unknown)}, which no training example has; "
+            f"there are {', '.join(sorted(values))}."
+        )
+    ids = tf.constant([values.index(name) + features.FIRST_VOCABULARY_ID for name in surfaces], tf.int32)
+
+    @tf.autograph.experimental.do_not_convert
+    def chosen(window: Window) -> Window:
+        rows = tf.reduce_any(window[feature.id_name][:, tf.newaxis] == ids, axis=1)
+        return {name: tf.boolean_mask(column, rows) for name, column in window.items()}
+
+    return window_dataset.map(chosen).cache()
 
 
 def shuffled_batches(

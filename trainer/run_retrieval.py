@@ -35,7 +35,7 @@ from trainer.fingerprint import (
 from trainer.hard_negatives import known_positives
 from trainer.index_build import build_index
 from trainer.index_facts import IndexFacts
-from trainer.input_pipeline import expand, load_catalogue, shuffled_batches, windows
+from trainer.input_pipeline import expand, load_catalogue, rows_of_surfaces, shuffled_batches, windows
 from trainer.item_factors import item_factors
 from trainer.item_vectors import cooccurrence_vectors
 from trainer.popularity import daily_popularity
@@ -84,6 +84,8 @@ def run_fn(fn_args: Any) -> None:
     user_states = fn_args.custom_config["user_states"]
     users = load_validation_users(user_states, layer, catalogue, spec, config.max_validation_users)
     train_windows = windows(fn_args.train_files, spec, transform_output)
+    if config.surfaces:
+        train_windows = rows_of_surfaces(train_windows, config.surfaces, spec, transform_output)
 
     tf.keras.utils.set_random_seed(config.seed)
     counts = count_positives(train_windows, sizes[features.ITEM_SPACE])

@@ -10,8 +10,15 @@ import pytest
 import tensorflow as tf
 
 from schema.contract import DatasetSpec
-from schema.errors import DataError
-from trainer.input_pipeline import expand, load_catalogue, ordered_batches, shuffled_batches, windows
+from schema.errors import ConfigError, DataError
+from trainer.input_pipeline import (
+    expand,
+    load_catalogue,
+    ordered_batches,
+    rows_of_surfaces,
+    shuffled_batches,
+    windows,
+)
 
 SPEC = DatasetSpec.model_validate(
     {
@@ -48,6 +55,14 @@ class RowTransform:
     def transform_features_layer(self) -> Any:
         """The identity."""
         return dict
+
+
+class SurfaceVocabulary:
+    """Stands for a Transform output that has met two surfaces; their ids are 2 and 3."""
+
+    def vocabulary_by_name(self, name: str) -> list[bytes]:
+        """The surfaces by descending frequency."""
+        return {"surface": [b"home", b"search"]}[name]
 
 
 class ItemTransform:
@@ -272,3 +287,28 @@ def test_a_catalogue_that_cannot_be_served_is_refused(
 def test_a_missing_catalogue_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no example files match"):
         load_catalogue([f"{tmp_path}/none*"], ItemTransform(), SPEC)
+
+
+def _with_surface(spec: DatasetSpec) -> DatasetSpec:
+    declared = spec.model_dump()
+    declared["interactions"]["columns"]["surface"] = "surface"
+    return DatasetSpec.model_validate(declared)
+
+
+@pytest.mark.parametrize(
+    ("surfaces", "rows"), [(("search",), [[1], [4]]), (("home", "search"), [[0, 1], [3, 4]])]
+)
+def test_only_the_rows_of_the_named_surfaces_stay(surfaces: tuple[str, ...], rows: list[list[int]]) -> None:
+    # An absent surface is 0, one outside the vocabulary 1.
+    columns = {"surface_id": tf.constant([[2, 3, 0], [2, 3, 1]]), "row": tf.constant([[0, 1, 2], [3, 4, 5]])}
+    data = tf.data.Dataset.from_tensor_slices(columns)
+    chosen = rows_of_surfaces(data, surfaces, _with_surface(SPEC), SurfaceVocabulary())
+    assert [window["row"].numpy().tolist() for window in chosen] == rows
+
+
+def test_surfaces_that_training_never_met_are_refused() -> None:
+    nothing = tf.data.Dataset.from_tensors({"surface_id": tf.constant([2])})
+    with pytest.raises(ConfigError, match=r"surfaces names hme, .* there are home, search"):
+        rows_of_surfaces(nothing, ("hme", "home"), _with_surface(SPEC), SurfaceVocabulary())
+    with pytest.raises(ConfigError, match="'small' maps no surface"):
+        rows_of_surfaces(nothing, ("home",), SPEC, SurfaceVocabulary())
