@@ -151,6 +151,8 @@ class RetrievalConfig(_Config):
         × items. In the latter case embeddings are embedding_dim wide and both towers add them to their
         output, so that the model starts as a matrix factorisation.
       factors: item factors that stay as they are, as further dimensions of the vectors; null has none.
+      new_item_boost: added to the scores of items that training did not meet, in units of a log probability;
+        by itself the model rates them, by their content, as items that were shown and not chosen.
       popularity_half_lives_days: half-lives of the recency-weighted popularities that the item bias reads, as
         of the day of each example and, at serving, as of the end of training.
       max_validation_users: users on whom recall is measured after each epoch, at most.
@@ -178,6 +180,7 @@ class RetrievalConfig(_Config):
     first_session_weight: float = pydantic.Field(default=1.0, ge=0)
     item_vectors: Literal["random", "cooccurrence"] = "random"
     factors: FactorsConfig | None = None
+    new_item_boost: float = pydantic.Field(default=0.0, ge=0)
     popularity_half_lives_days: tuple[pydantic.PositiveFloat, ...] = ()
     max_validation_users: int = pydantic.Field(default=20_000, ge=1)
     max_k: int = pydantic.Field(default=500, ge=1)

@@ -105,8 +105,9 @@ class QueryTower(tf.keras.layers.Layer):
 class CandidateTower(tf.keras.layers.Layer):
     """Transformed candidate features -> candidate vector; its last dimension is the bias of the item.
 
-    A new item has the out-of-vocabulary id: its vector comes from its content, its bias is that of an average
-    item, and both are trained on items whose id is hidden.
+    A new item has the out-of-vocabulary id: its vector comes from its content, its bias starts as that of an
+    item that nobody chose, and both are trained on items whose id is hidden; `new_item_boost` is added when
+    serving.
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class CandidateTower(tf.keras.layers.Layer):
         self.item_id = _ITEM_ID
         self.adds_item_vector = config.item_vectors == "cooccurrence"
         self.id_dropout_fraction = config.item_id_dropout_fraction
+        self.new_item_boost = config.new_item_boost
         self.bias = tf.keras.layers.Embedding(
             len(initial_bias),
             1,
@@ -164,8 +166,8 @@ class CandidateTower(tf.keras.layers.Layer):
         Args:
           inputs: transformed candidate features.
           training: whether ids are hidden.
-          with_popularity: whether the bias counts the popularity at serving time; the loss counts that of the
-            example's day instead.
+          with_popularity: whether the bias counts the popularity at serving time, and the boost of new items;
+            the loss counts the popularity of the example's day instead.
           with_factors: whether the factors are among the dimensions; the loss leaves them out.
         """
         if training:
@@ -177,6 +179,8 @@ class CandidateTower(tf.keras.layers.Layer):
         bias = self.bias(ids)
         if with_popularity:
             bias += tf.linalg.matvec(tf.gather(self.popularity, ids), self.popularity_weights)[:, tf.newaxis]
+            is_new = tf.cast(ids == features.OOV_ID, tf.float32)
+            bias += self.new_item_boost * is_new[:, tf.newaxis]
         if self.factors is None or not with_factors:
             return tf.concat([vectors, bias], axis=-1)
         return tf.concat([self.factors.of_items(ids), vectors, bias], axis=-1)

@@ -221,3 +221,12 @@ def test_factors_add_their_own_products_to_the_scores(interests: int) -> None:
     expected += added[:, np.newaxis] if interests > 1 else added
     np.testing.assert_allclose(query @ candidates.T, expected, rtol=1e-4, atol=1e-5)
     assert np.abs(added[0]).max() > 0.1 and not added[1].any()
+
+
+def test_only_new_items_are_boosted_and_only_when_serving() -> None:
+    items = _item(features.OOV_ID, 2), _item(5, 2)
+    _, tower = _towers(new_item_boost=1.5)
+    new, known = (tower(item).numpy() for item in items)
+    trained_on = tower(items[0], with_popularity=False).numpy()
+    np.testing.assert_allclose(new - trained_on, [[0.0] * 6 + [1.5]], atol=1e-6)
+    np.testing.assert_array_equal(known, tower(items[1], with_popularity=False))
