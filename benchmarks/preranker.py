@@ -128,7 +128,7 @@ def distilled(run_dir: Path, folder: Path, num_users: int, config: PrerankerConf
     examples = _latest(paths.pipeline_root / "InteractionGen" / "examples")
     # The checkpoint's graph has no declaration of raw examples, the run's has.
     graph = tft.TFTransformOutput(str(_latest(paths.pipeline_root / "Transform" / "transform_graph")))
-    train = windows([f"{examples}/Split-train/*.gz"], spec, graph, ranking=True)
+    train = windows([f"{examples}/Split-train/*.gz"], graph)
     others = [without_users(window, user_id, asked) for window in train]
     learnt_from = latest_requests(others, config.num_queries + config.num_validation_users, config.seed)
 

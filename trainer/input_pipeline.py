@@ -7,7 +7,7 @@ window.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,10 +42,9 @@ def expand(patterns: Sequence[str]) -> list[str]:
 
 def windows(
     patterns: Sequence[str],
-    spec: DatasetSpec,
     transform_output: tft.TFTransformOutput,
     window_examples: int = WINDOW_EXAMPLES,
-    ranking: bool = False,
+    unread: Collection[str] = (),
 ) -> tf.data.Dataset:
     """Transformed windows of interaction examples, cached in memory.
 
@@ -54,21 +53,17 @@ def windows(
 
     Args:
       patterns: gzipped TFRecord files of raw interaction examples.
-      spec: the declaration.
       transform_output: holds the Transform graph.
       window_examples: examples per window.
-      ranking: whether what only the ranker reads is among the features: impressions, counters, and how the
-        row came about.
+      unread: raw features that are left out, and with them what is made of them alone: parsing is most of the
+        time that reading takes.
 
     Returns:
       A dataset of dicts of dense tensors with N <= window_examples rows: ids and buckets int32 [N], lists of
       ids int32 [N, L] padded with 0, cdf, labels (NaN where absent) and retrieval_weight float32 [N].
     """
-    raw_spec = transform_output.raw_feature_spec()
-    if not ranking:
-        unread = {raw.name for raw in features.raw_impression_inputs(spec) + features.raw_logged_inputs(spec)}
-        unread.add(features.ITEM_COUNTS)
-        raw_spec = {name: value for name, value in raw_spec.items() if name not in unread}
+    declared = transform_output.raw_feature_spec()
+    raw_spec = {name: value for name, value in declared.items() if name not in unread}
     layer = transform_output.transform_features_layer()
 
     @tf.autograph.experimental.do_not_convert

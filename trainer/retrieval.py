@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
-from schema.contract import FeatureKind
+from schema.contract import DatasetSpec, FeatureKind
 from schema.errors import ConfigError, DataError
 from trainer import features
 from trainer.catalogue import Catalogue
@@ -144,7 +144,8 @@ class RetrievalModel(tfrs.models.Model):
         """
         if self.sampler is None:
             raise ConfigError("uniform and hard negatives need the catalogue; call use_catalogue first.")
-        inputs, weights = self._rolled_back(inputs)
+        inputs = rolled_back(inputs, self.config)
+        weights = self._weights(inputs)
         queries = self.query_tower(inputs, training=training, with_factors=False)
         candidates = self.sampler.sample(
             inputs,
@@ -177,15 +178,13 @@ class RetrievalModel(tfrs.models.Model):
         self.mean_loss.update_state(loss)
         return loss
 
-    def _rolled_back(self, inputs: Mapping[str, tf.Tensor]) -> tuple[Mapping[str, tf.Tensor], tf.Tensor]:
-        """Inputs with the history as of the start of the session, and the weights of the examples [B]."""
+    def _weights(self, inputs: Mapping[str, tf.Tensor]) -> tf.Tensor:
+        """Weights of examples whose histories were rolled back, float32 [B]."""
         weights = inputs[features.RETRIEVAL_WEIGHT]
-        if features.PRIOR_SESSIONS_IDS not in inputs or not self.config.roll_back_to_session:
-            return inputs, weights
-        history = inputs[features.PRIOR_SESSIONS_IDS]
-        is_first = tf.reduce_all(history == features.PADDING_ID, axis=1)
-        weights = tf.where(is_first, self.config.first_session_weight * weights, weights)
-        return {**inputs, _HISTORY_IDS: history}, weights
+        if not _rolls_back(inputs, self.config):
+            return weights
+        is_first = tf.reduce_all(inputs[_HISTORY_IDS] == features.PADDING_ID, axis=1)
+        return tf.where(is_first, self.config.first_session_weight * weights, weights)
 
     def encode_users(self, users: Mapping[str, np.ndarray]) -> np.ndarray:
         """Transformed query features [U] -> query vectors float32 [U, F + embedding_dim + 1]."""
@@ -215,6 +214,32 @@ def _in_batches(
 ) -> np.ndarray:
     batches = tf.data.Dataset.from_tensor_slices(dict(columns)).batch(_ENCODE_BATCH)
     return np.concatenate([tower(batch).numpy() for batch in batches])
+
+
+def _rolls_back(inputs: Collection[str], config: RetrievalConfig) -> bool:
+    return config.roll_back_to_session and features.PRIOR_SESSIONS_IDS in inputs
+
+
+def rolled_back(inputs: Mapping[str, tf.Tensor], config: RetrievalConfig) -> Mapping[str, tf.Tensor]:
+    """Training examples as the towers read them: if so set, histories end where the session began."""
+    if not _rolls_back(inputs, config):
+        return inputs
+    return {**inputs, _HISTORY_IDS: inputs[features.PRIOR_SESSIONS_IDS]}
+
+
+def unread_features(spec: DatasetSpec, config: RetrievalConfig) -> set[str]:
+    """Raw features of interaction examples that training does not read.
+
+    They are those of the ranker alone, labels other than that of a positive, ignored features, and histories
+    that are replaced by rolled-back ones.
+    """
+    of_ranker = (*features.raw_impression_inputs(spec), *features.raw_logged_inputs(spec))
+    names = {raw.name for raw in of_ranker} | {features.ITEM_COUNTS, features.UPLOAD_TIME}
+    names |= {label for label in features.feature_space(spec).labels if label != spec.positive}
+    names |= {*config.ignored_features} - ({features.SURFACE} if config.surfaces else set())
+    if config.roll_back_to_session and spec.session_gap_hours is not None:
+        names.add(features.HISTORY)
+    return names
 
 
 def is_positive(examples: Mapping[str, tf.Tensor]) -> tf.Tensor:

@@ -74,8 +74,8 @@ def run_fn(fn_args: Any) -> None:
     transform_output = tft.TFTransformOutput(fn_args.transform_output)
     item_files = fn_args.custom_config["catalogue"]
     catalogue = load_catalogue(item_files, transform_output, spec)
-    train_windows = windows(fn_args.train_files, spec, transform_output, ranking=True)
-    eval_windows = windows(fn_args.eval_files, spec, transform_output, ranking=True)
+    train_windows = windows(fn_args.train_files, transform_output)
+    eval_windows = windows(fn_args.eval_files, transform_output)
 
     check_debiasing(config, spec)
     statistics = label_statistics(train_windows.as_numpy_iterator(), spec.tasks)

@@ -41,7 +41,15 @@ from trainer.item_vectors import cooccurrence_vectors
 from trainer.popularity import daily_popularity
 from trainer.preprocessing import vocabulary_sizes
 from trainer.raw_inputs import parse_candidate_examples
-from trainer.retrieval import RetrievalModel, count_positives, fit, is_positive, item_log_q
+from trainer.retrieval import (
+    RetrievalModel,
+    count_positives,
+    fit,
+    is_positive,
+    item_log_q,
+    rolled_back,
+    unread_features,
+)
 from trainer.retrieval_export import ServedRetrieval, export
 from trainer.retrieval_validation import ValidationUsers, load_validation_users
 from trainer.sample_requests import golden_requests, sample_users
@@ -83,7 +91,8 @@ def run_fn(fn_args: Any) -> None:
     catalogue = load_catalogue(catalogue_files, transform_output, spec)
     user_states = fn_args.custom_config["user_states"]
     users = load_validation_users(user_states, layer, catalogue, spec, config.max_validation_users)
-    train_windows = windows(fn_args.train_files, spec, transform_output)
+    unread = unread_features(spec, config)
+    train_windows = windows(fn_args.train_files, transform_output, unread=unread)
     if config.surfaces:
         train_windows = rows_of_surfaces(train_windows, config.surfaces, spec, transform_output)
 
@@ -94,7 +103,7 @@ def run_fn(fn_args: Any) -> None:
         train_windows, sizes[features.ITEM_SPACE], spec.positive, config.popularity_half_lives_days
     )
     factors = _item_factors(train_windows, sizes[features.ITEM_SPACE], spec, config)
-    probe = next(iter(train_windows))
+    probe = rolled_back(next(iter(train_windows)), config)
     if config.warm_start and fn_args.base_model:
         model = _started_from(
             fn_args.base_model,

@@ -106,7 +106,7 @@ def parsed(tmp_path: Path, rows: int, window: int) -> tf.data.Dataset:
     ]
     write(tmp_path / "part-0.gz", examples[: rows // 2])
     write(tmp_path / "part-1.gz", examples[rows // 2 :])
-    return windows([str(tmp_path / "part-*.gz")], SPEC, RowTransform(), window)
+    return windows([str(tmp_path / "part-*.gz")], RowTransform(), window)
 
 
 def epoch(dataset: tf.data.Dataset) -> list[list[int]]:

@@ -19,8 +19,10 @@ from tensorflow_transform.tf_metadata import dataset_metadata, metadata_io
 
 from schema.contract import DatasetSpec
 from trainer import features, raw_inputs
+from trainer.config import RetrievalConfig
 from trainer.input_pipeline import load_catalogue, windows
 from trainer.preprocessing import preprocessing_fn, vocabulary_sizes
+from trainer.retrieval import unread_features
 from trainer.tfx_schema import interactions_schema
 
 ROWS = 400
@@ -530,11 +532,12 @@ def test_the_trainers_read_rows_as_beam_transforms_them(
 ) -> None:
     monkeypatch.setattr("trainer.input_pipeline._CHUNK_EXAMPLES", chunk)
     file = _write(tmp_path / "examples.gz", transformed.rows)
-    (window,) = list(windows([file], SPEC, transformed.output, ranking=True))
+    (window,) = list(windows([file], transformed.output))
     assert sorted(window) == sorted(transformed.columns)
-    # Retrieval does not carry along what only the ranker reads.
-    (narrow,) = list(windows([file], SPEC, transformed.output))
-    assert set(window) - set(narrow) == set(RANKING_ONLY)
+    # Retrieval reads nothing that its training has no use for.
+    (narrow,) = list(windows([file], transformed.output, unread=unread_features(SPEC, RetrievalConfig())))
+    unused = {"item_age_days_cdf", "item_age_days_bucket", "watch_time_s", "history_item_ids_ids"}
+    assert set(window) - set(narrow) == {*RANKING_ONLY, *unused}
     for name, column in narrow.items():
         _same(column.numpy(), transformed.columns[name])
     for name, column in window.items():
