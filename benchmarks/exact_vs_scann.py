@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 sampled = ExactResults.of(exact, sample, args.k)
                 scann = tuned_index(vectors, sampled, RequiredRecall(args.min_recall))
             rows, scores = scann.search(tf.constant(asked), tf.constant(args.k))
-            recall = truth.found_by(rows.numpy(), scores.numpy()).mean()
+            recall = truth.found_by(rows.numpy(), scores.numpy(), args.k).mean()
             on_gpu = None
             if gpus:
                 with tf.device(gpus[0]):

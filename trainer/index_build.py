@@ -133,7 +133,7 @@ def _found(index: CandidateIndex, exact: ExactResults, k: int) -> np.ndarray:
     everything = index.allow_lists.allowed_values(index.allow_lists.empty_lists(num_queries))
     nothing = Restriction(tf.zeros([num_queries, 0], tf.int32), everything)
     found = index.search(exact.queries, tf.fill([num_queries], k), nothing)
-    return exact.found_by(found.rows.numpy(), found.scores.numpy())
+    return exact.found_by(found.rows.numpy(), found.scores.numpy(), k)
 
 
 def _allow_lists(names: Sequence[str], attributes: Mapping[str, np.ndarray], num_items: int) -> AllowLists:

@@ -78,7 +78,7 @@ def _point(
     k, *effort = settings
     arguments = [tf.constant(value) for value in settings]
     rows, scores = search(exact.queries, *arguments)
-    found = exact.found_by(rows.numpy(), scores.numpy())
+    found = exact.found_by(rows.numpy(), scores.numpy(), k)
     p50_ms, p95_ms = np.percentile(_times_ms(search, exact.queries, arguments), [50, 95])
     leaves, candidates = effort or (None, None)
     return SearchPoint(

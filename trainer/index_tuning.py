@@ -80,22 +80,22 @@ class ExactResults:
         rows, scores = index.search(tf.constant(queries, tf.float32), tf.constant(k))
         return cls(tf.constant(queries, tf.float32), rows.numpy(), scores.numpy())
 
-    def found_by(self, rows: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    def found_by(self, rows: np.ndarray, scores: np.ndarray, k: int) -> np.ndarray:
         """Which of the exact top k another search found.
 
         Args:
-          rows: int32 [S, k], what it found, k <= K.
-          scores: float32 [S, k].
+          rows: int32 [S, N], what it found; N < k where few leaves hold fewer than k items.
+          scores: float32 [S, N].
+          k: at most K.
 
         Returns:
           bool [S, k]. Items that tie for the last place stand in for each other: when every result is as good
           as the k-th best, the ones that tie with it count as found.
         """
-        k = rows.shape[1]
         exact_rows, exact_scores = self.rows[:, :k], self.scores[:, :k]
         last = exact_scores[:, -1:]
         rounding = 1e-5 * np.abs(last)
-        as_good = np.all(scores >= last - rounding, axis=1, keepdims=True)
+        as_good = np.sum(scores >= last - rounding, axis=1, keepdims=True) == k
         hits = [np.isin(exact, found) for exact, found in zip(exact_rows, rows, strict=True)]
         return np.asarray(hits) | (as_good & (exact_scores <= last + rounding))
 
@@ -224,4 +224,4 @@ def _found(index: ScannIndex, effort: Effort, exact: ExactResults) -> np.ndarray
         tf.constant(effort.num_leaves_to_search),
         tf.constant(effort.num_reordering_candidates),
     )
-    return exact.found_by(rows.numpy(), scores.numpy())
+    return exact.found_by(rows.numpy(), scores.numpy(), effort.k)

@@ -170,7 +170,7 @@ def test_what_was_found_is_told_by_query_and_item() -> None:
     exact = ExactResults.of(ExactIndex(vectors), queries, 2)
     assert exact.rows.tolist() == [[0, 1], [3, 2]]
     # The first query misses item 1; the second finds what exact search finds, in another order.
-    found = exact.found_by(np.array([[0, 2], [2, 3]]), np.array([[4.0, 2.0], [3.0, 4.0]]))
+    found = exact.found_by(np.array([[0, 2], [2, 3]]), np.array([[4.0, 2.0], [3.0, 4.0]]), 2)
     assert found.tolist() == [[True, False], [True, True]]
 
 
@@ -178,9 +178,16 @@ def test_an_equally_good_item_is_not_a_miss() -> None:
     vectors = np.array([[1.0], [1.0], [1.0], [2.0]], np.float32)
     exact = ExactResults.of(ExactIndex(vectors), np.ones((1, 1), np.float32), 2)
     assert exact.rows.tolist() == [[3, 0]]
-    assert exact.found_by(np.array([[3, 2]]), np.array([[2.0, 1.0]])).all()
+    assert exact.found_by(np.array([[3, 2]]), np.array([[2.0, 1.0]]), 2).all()
     # A better one is.
-    assert exact.found_by(np.array([[1, 2]]), np.array([[1.0, 1.0]])).tolist() == [[False, True]]
+    assert exact.found_by(np.array([[1, 2]]), np.array([[1.0, 1.0]]), 2).tolist() == [[False, True]]
+
+
+def test_what_a_short_result_lacks_was_not_found() -> None:
+    vectors = np.array([[1.0], [1.0], [1.0], [2.0]], np.float32)
+    exact = ExactResults.of(ExactIndex(vectors), np.ones((1, 1), np.float32), 3)
+    assert exact.rows.tolist() == [[3, 0, 1]]
+    assert exact.found_by(np.array([[3]]), np.array([[2.0]]), 3).tolist() == [[True, False, False]]
 
 
 def test_a_catalogue_of_equal_vectors_can_be_indexed() -> None:
