@@ -76,6 +76,17 @@ _UNKNOWN: Final = "is not served"
 
 
 @dataclass(frozen=True)
+class _Request:
+    """What a call asks for, and the time.monotonic() by which it wants the answer."""
+
+    query: Mapping[str, Any]
+    k: int
+    exclude_item_ids: Iterable[str]
+    allow: Mapping[str, Iterable[str]]
+    deadline: float
+
+
+@dataclass(frozen=True)
 class OneCall:
     """One model retrieves and ranks."""
 
@@ -196,17 +207,14 @@ class RecommenderClient:
             raise BadRequestError(
                 f"expected 1 <= k <= num_candidates, got k={k}, num_candidates={num_candidates}"
             )
-        deadline = self._deadline()
-        # An iterator must serve two tries, when the first finds that the layout is gone.
-        exclude = exclude_item_ids if isinstance(exclude_item_ids, str) else tuple(exclude_item_ids)
-        limits = allow or {}
+        request = self._request(query, k, exclude_item_ids, allow)
 
         def ask(layout: Layout) -> Recommendations:
             if isinstance(layout, OneCall):
-                return self._recommend_in_one(layout, query, k, exclude, limits, num_candidates, deadline)
-            return self._recommend_in_two(layout, query, k, exclude, limits, num_candidates, deadline)
+                return self._recommend_in_one(layout, request, num_candidates)
+            return self._recommend_in_two(layout, request, num_candidates)
 
-        return self._with_layout(self._layouts, ask, deadline)
+        return self._with_layout(self._layouts, ask, request.deadline)
 
     def retrieve(
         self,
@@ -217,14 +225,13 @@ class RecommenderClient:
         allow: Mapping[str, Iterable[str]] | None = None,
     ) -> Retrieval:
         """Returns the `k` nearest items of the catalogue, best first; arguments as in `recommend`."""
-        deadline = self._deadline()
-        exclude = exclude_item_ids if isinstance(exclude_item_ids, str) else tuple(exclude_item_ids)
+        request = self._request(query, k, exclude_item_ids, allow)
 
         def ask(layout: TwoCalls) -> Retrieval:
-            check_names(query, self._input_specs(layout.retrieval, deadline))
-            return self._retrieve(layout.retrieval, query, k, exclude, allow or {}, deadline)
+            check_names(query, self._input_specs(layout.retrieval, request.deadline))
+            return self._retrieve(layout.retrieval, request)
 
-        return self._with_layout(self._layouts_of_two(), ask, deadline)
+        return self._with_layout(self._layouts_of_two(), ask, request.deadline)
 
     def rank(self, query: Mapping[str, Any], item_ids: Sequence[str]) -> list[RankedItem]:
         """Scores items for one query, in the order given."""
@@ -255,44 +262,38 @@ class RecommenderClient:
                 raise ServerUnavailableError(f"not ready after {timeout_s} s: {problem}") from problem
             time.sleep(_READY_POLL_S)
 
-    def _recommend_in_one(
+    def _request(
         self,
-        layout: OneCall,
         query: Mapping[str, Any],
         k: int,
         exclude_item_ids: Iterable[str],
-        allow: Mapping[str, Iterable[str]],
-        num_candidates: int,
-        deadline: float,
-    ) -> Recommendations:
-        specs = self._input_specs(layout.funnel, deadline)
-        check_names(query, specs)
+        allow: Mapping[str, Iterable[str]] | None,
+    ) -> _Request:
+        # An iterator must serve two tries, when the first finds that the layout is gone.
+        exclude = exclude_item_ids if isinstance(exclude_item_ids, str) else tuple(exclude_item_ids)
+        return _Request(query, k, exclude, allow or {}, self._deadline())
+
+    def _recommend_in_one(self, layout: OneCall, request: _Request, num_candidates: int) -> Recommendations:
+        specs = self._input_specs(layout.funnel, request.deadline)
+        check_names(request.query, specs)
         extra = {
-            **search_inputs(specs, k, exclude_item_ids, allow),
+            **search_inputs(specs, request.k, request.exclude_item_ids, request.allow),
             NUM_CANDIDATES: num_candidates,
         }
         started = time.perf_counter()
-        answer = self._predict(layout.funnel, query, extra, deadline)
+        answer = self._predict(layout.funnel, request.query, extra, request.deadline)
         parsed = parse_funnel(answer, layout.funnel, self._source(layout.funnel))
         if parsed.exact_fallback:
-            _log_fallback(k)
+            _log_fallback(request.k)
         return dataclasses.replace(parsed, stage_seconds={"funnel": time.perf_counter() - started})
 
-    def _recommend_in_two(
-        self,
-        layout: TwoCalls,
-        query: Mapping[str, Any],
-        k: int,
-        exclude_item_ids: Iterable[str],
-        allow: Mapping[str, Iterable[str]],
-        num_candidates: int,
-        deadline: float,
-    ) -> Recommendations:
+    def _recommend_in_two(self, layout: TwoCalls, request: _Request, num_candidates: int) -> Recommendations:
+        deadline = request.deadline
         inputs = {name for model in layout.models for name in self._input_specs(model, deadline)}
-        check_names(query, inputs)
+        check_names(request.query, inputs)
         seconds = {}
         started = time.perf_counter()
-        retrieval = self._retrieve(layout.retrieval, query, num_candidates, exclude_item_ids, allow, deadline)
+        retrieval = self._retrieve(layout.retrieval, dataclasses.replace(request, k=num_candidates))
         seconds["retrieve"] = time.perf_counter() - started
         versions = {layout.retrieval: retrieval.model_version}
         ranked: list[RankedItem] = []
@@ -300,11 +301,11 @@ class RecommenderClient:
         if retrieval.candidates:
             started = time.perf_counter()
             item_ids = [candidate.item_id for candidate in retrieval.candidates]
-            ranked, versions[layout.ranking] = self._rank(layout.ranking, query, item_ids, deadline)
+            ranked, versions[layout.ranking] = self._rank(layout.ranking, request.query, item_ids, deadline)
             seconds["rank"] = time.perf_counter() - started
             mismatch = self._mismatch(versions, deadline)
         return Recommendations(
-            items=best_of(retrieval, ranked, k),
+            items=best_of(retrieval, ranked, request.k),
             user_is_known=retrieval.user_is_known,
             history_length=retrieval.history_length,
             model_versions={name: version for name, version in versions.items() if version is not None},
@@ -313,19 +314,13 @@ class RecommenderClient:
             stage_seconds=seconds,
         )
 
-    def _retrieve(
-        self,
-        model: str,
-        query: Mapping[str, Any],
-        k: int,
-        exclude_item_ids: Iterable[str],
-        allow: Mapping[str, Iterable[str]],
-        deadline: float,
-    ) -> Retrieval:
-        extra = search_inputs(self._input_specs(model, deadline), k, exclude_item_ids, allow)
-        retrieval = parse_retrieval(self._predict(model, query, extra, deadline), self._source(model))
+    def _retrieve(self, model: str, request: _Request) -> Retrieval:
+        specs = self._input_specs(model, request.deadline)
+        extra = search_inputs(specs, request.k, request.exclude_item_ids, request.allow)
+        answer = self._predict(model, request.query, extra, request.deadline)
+        retrieval = parse_retrieval(answer, self._source(model))
         if retrieval.exact_fallback:
-            _log_fallback(k)
+            _log_fallback(request.k)
         return retrieval
 
     def _rank(
