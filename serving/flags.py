@@ -34,7 +34,6 @@ _FIXED: Final = {
     "platform_config_file": "",
     "prefer_tflite_model": "false",
     "saved_model_tags": "serve",
-    "ssl_config_file": "",
     "tensorflow_session_config_file": "",
     "thread_pool_factory_config_file": "",
     "use_alts_credentials": "false",
@@ -95,6 +94,9 @@ def _add_ports(parser: argparse.ArgumentParser) -> None:
         "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in"
     )
     group.add_argument("--grpc_socket_path", default="", help="UNIX socket to serve gRPC on as well")
+    group.add_argument(
+        "--ssl_config_file", type=Path, help="SSLConfig text proto; the gRPC port then speaks TLS only"
+    )
     group.add_argument("--version", action=_Version, nargs=0, help="print the versions and exit")
 
 

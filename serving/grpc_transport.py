@@ -32,27 +32,28 @@ from serving.transport import (
 )
 
 _Answer = TypeVar("_Answer")
+_CHANNEL_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.enable_http_proxy", 0),
+    # serving.retries repeats what is safe to repeat; by default a channel whose connection was refused fails
+    # every call for a whole second before it looks again.
+    ("grpc.enable_retries", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+)
 
 
 class GrpcTransport:
     """TensorFlow Serving's PredictionService and ModelService over one channel."""
 
-    def __init__(self, address: str, version_label: str | None = None) -> None:
-        self._target = f"grpc://{address}"
+    def __init__(self, address: str, version_label: str | None = None, *, tls: bool = False) -> None:
+        self._target = f"{'grpcs' if tls else 'grpc'}://{address}"
         self._version_label = version_label
-        self._channel = grpc.insecure_channel(
-            address,
-            options=[
-                ("grpc.max_receive_message_length", -1),
-                ("grpc.max_send_message_length", -1),
-                ("grpc.enable_http_proxy", 0),
-                # serving.retries repeats what is safe to repeat; by default a channel whose connection was
-                # refused fails every call for a whole second before it looks again.
-                ("grpc.enable_retries", 0),
-                ("grpc.initial_reconnect_backoff_ms", 100),
-                ("grpc.max_reconnect_backoff_ms", 5_000),
-            ],
-        )
+        if tls:
+            self._channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(), _CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.insecure_channel(address, _CHANNEL_OPTIONS)
         self._prediction = prediction_service_pb2_grpc.PredictionServiceStub(self._channel)
         self._model = model_service_pb2_grpc.ModelServiceStub(self._channel)
 

@@ -34,6 +34,7 @@ from serving.batching_config import BatchingParameters, read_batching_parameters
 from serving.config import ModelConfig, parse_model_config, read_model_config
 from serving.flags import OFF, parse_flags
 from serving.status import RequestError
+from serving.tls import read_server_credentials
 from serving.versions import check_has_version
 from serving.workers import Supervisor, WorkerLink, reserve_port, shared_metrics
 
@@ -109,6 +110,7 @@ def _exit(exit_code: int) -> NoReturn:
 async def _supervise(flags: argparse.Namespace) -> int:
     """Runs the server as several workers behind the same two ports."""
     _batching_parameters(flags)
+    _server_credentials(flags)
     for config in _model_configs(flags).values():
         check_has_version(config)
     if flags.grpc_socket_path:
@@ -135,6 +137,7 @@ def _announce(flags: argparse.Namespace, versions: str) -> None:
 async def _serve(flags: argparse.Namespace, link: WorkerLink | None = None) -> int:
     """Loads and serves until a signal; `link` is that of a worker among several."""
     batching = _batching_parameters(flags)
+    credentials = _server_credentials(flags)
     if link is not None and link.initial_config is not None:
         # The other workers hold it, even if a model of it has no version: no reason not to start.
         configs = _parse_reload(link.initial_config)
@@ -154,12 +157,12 @@ async def _serve(flags: argparse.Namespace, link: WorkerLink | None = None) -> i
     with contextlib.ExitStack() as stack:
         if link is None:
             # Both ports are taken before the models load, which takes seconds: a taken port shows at once.
-            rest_socket = _bind(grpc_server, flags, stack)
+            rest_socket = _bind(grpc_server, flags, credentials, stack)
             models = _load_models(flags, configs)
         else:
             # Once a worker listens the kernel gives it connections, so it listens only when it can answer.
             models = _load_models(flags, configs, link)
-            rest_socket = _bind(grpc_server, flags, stack, reuse_port=True)
+            rest_socket = _bind(grpc_server, flags, credentials, stack, reuse_port=True)
         batcher = _create_batcher(batching)
         stop = asyncio.Event()
         for signal_number in (signal.SIGTERM, signal.SIGINT):
@@ -255,6 +258,10 @@ def _batching_parameters(flags: argparse.Namespace) -> BatchingParameters | None
     return read_batching_parameters(flags.batching_parameters_file)
 
 
+def _server_credentials(flags: argparse.Namespace) -> grpc.ServerCredentials | None:
+    return None if flags.ssl_config_file is None else read_server_credentials(flags.ssl_config_file)
+
+
 def _create_batcher(parameters: BatchingParameters | None) -> Batcher | None:
     if parameters is None:
         return None
@@ -322,6 +329,7 @@ async def _start_rest(
 def _bind(
     grpc_server: grpc.aio.Server,
     flags: argparse.Namespace,
+    credentials: grpc.ServerCredentials | None,
     stack: contextlib.ExitStack,
     *,
     reuse_port: bool = False,
@@ -331,7 +339,7 @@ def _bind(
     if flags.rest_api_port != OFF:
         rest_socket = stack.enter_context(_bind_rest(flags.host, flags.rest_api_port, reuse_port))
         flags.rest_api_port = rest_socket.getsockname()[1]
-    flags.port = _bind_grpc(grpc_server, flags)
+    flags.port = _bind_grpc(grpc_server, flags, credentials)
     return rest_socket
 
 
@@ -354,21 +362,29 @@ def _reserve(api: str, flag: str, host: str, port: int, stack: contextlib.ExitSt
         raise _port_error(api, flag, host, port) from error
 
 
-def _bind_grpc(server: grpc.aio.Server, flags: argparse.Namespace) -> int:
+def _bind_grpc(
+    server: grpc.aio.Server, flags: argparse.Namespace, credentials: grpc.ServerCredentials | None
+) -> int:
     host, port = flags.host, flags.port
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        bound_port = server.add_insecure_port(address)
+        bound_port = _add_grpc_port(server, address, credentials)
     except RuntimeError as error:
         raise _port_error("gRPC", "--port", host, port) from error
     if flags.grpc_socket_path:
         try:
-            server.add_insecure_port(f"unix:{flags.grpc_socket_path}")
+            _add_grpc_port(server, f"unix:{flags.grpc_socket_path}", credentials)
         except RuntimeError as error:
             raise ServingError(
                 f"--grpc_socket_path {flags.grpc_socket_path} cannot be listened on: {error}"
             ) from error
     return bound_port
+
+
+def _add_grpc_port(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:
+    if credentials is None:
+        return int(server.add_insecure_port(address))
+    return int(server.add_secure_port(address, credentials))
 
 
 def _port_error(api: str, flag: str, host: str, port: int) -> ServingError:

@@ -101,9 +101,11 @@ class Transport(Protocol):
 
 
 def open_transport(target: str, version_label: str | None = None) -> Transport:
-    """Returns the transport of a target: `grpc://host:port`, `http://host:port` or `https://host:port`.
+    """Returns the transport of a target: `grpc://`, `grpcs://`, `http://` or `https://` and `host:port`.
 
-    With a version label, it asks the version of each model that has it; otherwise the newest one.
+    With a version label, it asks the version of each model that has it; otherwise the newest one. gRPC with
+    TLS trusts the usual certificate authorities, or those in the file named by the environment variable
+    GRPC_DEFAULT_SSL_ROOTS_FILE_PATH.
 
     Raises:
       ConfigError: any other form.
@@ -111,13 +113,14 @@ def open_transport(target: str, version_label: str | None = None) -> Transport:
     scheme, separator, address = target.partition("://")
     if separator and address and scheme in ("http", "https"):
         return RestTransport(target, version_label)
-    if separator and address and scheme == "grpc":
+    if separator and address and scheme in ("grpc", "grpcs"):
         # The generated gRPC code imports TensorFlow, seconds of start-up that a REST user need not pay.
         from serving.grpc_transport import GrpcTransport
 
-        return GrpcTransport(address, version_label)
+        return GrpcTransport(address, version_label, tls=scheme == "grpcs")
     raise ConfigError(
-        f"target {target!r}: expected grpc://host:port or http://host:port, e.g. grpc://127.0.0.1:8500"
+        f"target {target!r}: expected grpc://host:port or http://host:port, with TLS grpcs:// or https://, "
+        "e.g. grpc://127.0.0.1:8500"
     )
 
 

@@ -66,7 +66,6 @@ def test_a_wrong_flag_is_refused_with_what_was_expected(argument, complaint, cap
 @pytest.mark.parametrize(
     "argument",
     [
-        "--ssl_config_file=/a",
         "--use_alts_credentials",
         "--saved_model_tags=serve,gpu",
         "--flush_filesystem_caches=true",
