@@ -47,7 +47,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "no hour, no weekday": {"ignored_features": ("hour_of_day", "day_of_week")},
     # Of KuaiRand: the main feed, which nearly all recommendations are shown in.
     "watches of tab 1 only": {"surfaces": ("1",)},
-    "no history": {"ignored_features": ("history_item_ids",)},
+    "no history": {"ignored_features": ("history_item_ids",), "factors": None},
 }
 
 

@@ -61,9 +61,9 @@ def test_importing_the_config_loads_neither_tensorflow_nor_tfx() -> None:
         ("retrieval.hidden_layers=[8, 4]", lambda c: c.retrieval.hidden_layers, (8, 4)),
         ("slices=[]", lambda c: c.slices, ()),
         (
-            "retrieval.ignored_features=[hour_of_day, history_item_ids]",
+            "retrieval.ignored_features=[hour_of_day, country]",
             lambda c: c.retrieval.ignored_features,
-            ("hour_of_day", "history_item_ids"),
+            ("hour_of_day", "country"),
         ),
         (
             "validation.accept_incomparable_blessed=true",
