@@ -82,6 +82,18 @@ class DriftConfig(_Config):
     ignored: tuple[str, ...] = ()
 
 
+class LeakageConfig(_Config):
+    """What the leakage linter looks at in every run; `funnel lint-leakage` looks at more.
+
+    Attributes:
+      examples: examples per split, user states and items that are recomputed from the tables.
+      max_auc: a feature that alone orders a label better than this is taken for a leak.
+    """
+
+    examples: int = pydantic.Field(default=50, ge=1)
+    max_auc: float = pydantic.Field(default=0.9, ge=0.5, le=1)
+
+
 class ValidationConfig(_Config):
     """What a model must meet besides `gates`; null switches a condition off.
 
@@ -92,6 +104,7 @@ class ValidationConfig(_Config):
       min_index_slice_recall: the same among head, torso, tail and cold items, each by itself.
       max_relative_ece: largest calibration error of a binary task, as a share of the mean of its label.
       drift: null does not compare the data.
+      leakage: null does not look for leaks.
       accept_incomparable_blessed: let a model pass `max_drop` when the last blessed one exists but cannot be
         compared with it, for instance after a change of features or tasks. For that one run; else such a
         model fails.
@@ -103,6 +116,7 @@ class ValidationConfig(_Config):
     min_index_slice_recall: float | None = pydantic.Field(default=0.9, ge=0, le=1)
     max_relative_ece: float | None = pydantic.Field(default=0.5, gt=0)
     drift: DriftConfig | None = DriftConfig()
+    leakage: LeakageConfig | None = LeakageConfig()
     accept_incomparable_blessed: bool = False
 
 

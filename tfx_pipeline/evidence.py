@@ -15,6 +15,7 @@ from tfx_pipeline.components.infra_validator import REASON_FILE
 from tfx_pipeline.config import CUTOFFS, RETRIEVAL
 from tfx_pipeline.drift import read_drift
 from tfx_pipeline.gates import Evidence
+from tfx_pipeline.leakage.findings import LEAKAGE_FILE, LeakageReport, read_report
 from tfx_pipeline.tfma_metrics import read_metrics
 from trainer import ranking_comparison
 from trainer.comparison import read_comparison
@@ -34,6 +35,7 @@ class EvidenceSources:
       infra_blessing: of ServingValidator.
       anomalies: of ExampleValidator, one folder per split.
       drift: of DriftValidator.
+      leakage: of LeakageLinter.
     """
 
     comparison: Path
@@ -42,6 +44,7 @@ class EvidenceSources:
     infra_blessing: Path
     anomalies: Path
     drift: Path
+    leakage: Path
 
 
 def read_evidence(model: str, tasks: Sequence[TaskSpec], sources: EvidenceSources) -> Evidence:
@@ -66,6 +69,7 @@ def read_evidence(model: str, tasks: Sequence[TaskSpec], sources: EvidenceSource
             for split in sorted(sources.anomalies.glob("Split-*"))
         },
         drift=read_drift(sources.drift),
+        leakage=_leakage(sources.leakage / LEAKAGE_FILE),
     )
 
 
@@ -92,6 +96,10 @@ def _index_recall(model: Path) -> dict[str, float | None] | None:
         return None
     facts = json.loads(path.read_text(encoding="utf-8"))
     return {"": facts["recall"], **facts["recall_by_slice"]}
+
+
+def _leakage(path: Path) -> LeakageReport | None:
+    return read_report(path) if path.is_file() else None
 
 
 def _anomalies(split: Path) -> list[str]:

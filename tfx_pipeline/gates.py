@@ -15,6 +15,7 @@ from pathlib import Path
 from schema.contract import TaskKind, TaskSpec
 from tfx_pipeline.config import RANKING, RETRIEVAL, Gate, ValidationConfig
 from tfx_pipeline.drift_facts import LAST_RUN, TRAIN_TO_EVAL, DriftFacts, FeatureDrift
+from tfx_pipeline.leakage.findings import LeakageReport
 from trainer.comparison import LAST_BLESSED, NO_BLESSED_MODEL, Against, Comparison, MetricResult
 from trainer.facts_file import read_facts, write_facts
 from trainer.metrics import has_interval, lower_is_better, metric_key
@@ -93,6 +94,7 @@ class Evidence:
       serving_reason: why infra validation failed; "" when it passed.
       anomalies: split -> what ExampleValidator found in it, a sentence each.
       drift: how far the data moved.
+      leakage: what the leakage linter found; None where it did not look.
     """
 
     comparison: Comparison
@@ -102,6 +104,7 @@ class Evidence:
     serving_reason: str
     anomalies: Mapping[str, Sequence[str]]
     drift: DriftFacts
+    leakage: LeakageReport | None
 
 
 def judge(
@@ -132,6 +135,8 @@ def judge(
     results.append(_anomalies(evidence.anomalies))
     if config.drift is not None:
         results += _drift(evidence.drift)
+    if config.leakage is not None:
+        results.append(_leakage(evidence.leakage))
     return validation(model, tuple(results))
 
 
@@ -387,6 +392,20 @@ def _drift(drift: DriftFacts) -> Iterator[GateResult]:
         moved = "; ".join(map(_moved, shown))
         reason = f"{title}: {moved}" if far else f"{title}: the farthest, {moved}"
         yield _result("drift", title, not far, measured[0].distance, "within the limits", reason)
+
+
+def _leakage(found: LeakageReport | None) -> GateResult:
+    """Nothing in the data says what nobody could have known at the time."""
+    name, limit = "no leak in the data", "every check of the linter passes"
+    if found is None:
+        reason = "leakage: the linter left no findings"
+        return _result("leakage", name, False, None, limit, reason)
+    failed = [check for check in found.checks if not check.passed]
+    reason = f"leakage: none of {len(found.checks)} checks found a leak"
+    if failed:
+        first = failed[0].findings[0] if failed[0].findings else failed[0].detail
+        reason = f"leakage: {', '.join(check.name for check in failed)}; first: {first}"
+    return _result("leakage", name, not failed, float(len(failed)), limit, reason)
 
 
 def _moved(feature: FeatureDrift) -> str:

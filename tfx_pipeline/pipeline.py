@@ -30,6 +30,7 @@ from tfx_pipeline.components.drift_validator import DriftValidator
 from tfx_pipeline.components.example_gen import ExampleKind, contract_example_gen
 from tfx_pipeline.components.funnel_waterfall import FunnelWaterfall
 from tfx_pipeline.components.infra_validator import ServingValidator
+from tfx_pipeline.components.leakage_linter import LeakageLinter
 from tfx_pipeline.components.model_comparison import ModelComparison, settings_json
 from tfx_pipeline.components.model_validator import ModelValidator
 from tfx_pipeline.components.pusher import AtomicPusher
@@ -132,9 +133,20 @@ def create_pipeline(
         config=config.validation.drift.model_dump_json() if config.validation.drift else "",
         code_version=locations.code_version,
     )
+    linter = LeakageLinter(
+        interactions=examples,
+        user_states=user_states.outputs["examples"],
+        catalogue=catalogue.outputs["examples"],
+        transform_graph=transform.outputs["transform_graph"],
+        tables_dir=locations.tables_dir,
+        dataset=dataset,
+        max_positives_per_user=config.examples.max_positives_per_user,
+        settings=config.validation.leakage.model_dump_json() if config.validation.leakage else "",
+        code_version=locations.code_version,
+    )
     nodes: list[BaseNode] = [
         interactions, user_states, catalogue, statistics, schema, validator, transform,
-        last_statistics, drift,
+        last_statistics, drift, linter,
     ]  # fmt: skip
 
     trainers, evaluators, comparisons = {}, {}, {}
@@ -224,6 +236,7 @@ def create_pipeline(
             infra_blessing=infra.outputs["blessing"],
             anomalies=validator.outputs["anomalies"],
             drift=drift.outputs["drift_facts"],
+            leakage=linter.outputs["leakage"],
             model_name=model,
             gates=gates,
             code_version=locations.code_version,
@@ -250,6 +263,7 @@ def create_pipeline(
             retrieval_comparison=comparisons[RETRIEVAL].outputs["comparison"],
             ranking_comparison=comparisons[RANKING].outputs["comparison"],
             drift=drift.outputs["drift_facts"],
+            leakage=linter.outputs["leakage"],
             waterfall=waterfall.outputs["waterfall"],
             retrieval_model=trainers[RETRIEVAL].outputs["model"],
             ranking_model=trainers[RANKING].outputs["model"],

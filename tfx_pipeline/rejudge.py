@@ -53,6 +53,7 @@ def judge_again(model: str, run: RunResult, paths: RunPaths) -> tuple[Comparison
             infra_blessing=Path(uris["ServingValidator", "blessing"]),
             anomalies=Path(uris["ExampleValidator", "anomalies"]),
             drift=Path(uris["DriftValidator", "drift_facts"]),
+            leakage=Path(uris["LeakageLinter", "leakage"]),
         ),
     )
     evidence = dataclasses.replace(evidence, comparison=judgement.comparison)

@@ -9,7 +9,9 @@ from tensorflow_metadata.proto.v0 import anomalies_pb2, statistics_pb2
 
 from schema.tables import TablesSummary
 from tfx_pipeline import gates
+from tfx_pipeline.leakage import findings
 from tfx_pipeline.report.collect import ModelSources, ReportSources
+from tfx_pipeline.report.facts import Latency, LoadFacts, LoadTest
 from tfx_pipeline.run_result import ComponentTiming
 from trainer import comparison, waterfall
 
@@ -191,6 +193,19 @@ DRIFT = {
     },
     "absent": {"last_run": "there was no run on other data before"},
 }
+LEAKAGE = findings.LeakageReport(
+    "toy",
+    (
+        findings.Check("the past only", True, "150 examples: histories end before the event"),
+        findings.Check("temporal splits", False, "all examples", ("train ends at 9, eval starts at 8",)),
+    ),
+    (findings.Association("click", "age", 0.61, 400),),
+    0.9,
+    (
+        findings.Protocol("temporal split", True, {"lightgbm/auc": 0.7}),
+        findings.Protocol("random split", False, {"lightgbm/auc": 0.75}),
+    ),
+)
 LOSSES = ("not in the catalogue", "cut after retrieval at 200", "ranked below 20")
 
 
@@ -367,6 +382,7 @@ def make_sources(tmp_path):
     latency = {"p50": 4.25, "p95": 9.0, "p99": 12.5, "max": 20.0}
     load = {"rate_per_s": 50, "num_requests": 500, "error_share": 0.002, "latency_ms": {"total": latency}}
     write_json(tmp_path / "load.json", {"slo": {}, "result": load | {"warnings": ["the client was busy"]}})
+    findings.write_report(LEAKAGE, tmp_path / "leakage.json")
     waterfall.write_waterfall(waterfall_facts(), tmp_path / "waterfall")
     for name, found in (("retrieval", retrieval_comparison()), ("ranking", ranking_comparison())):
         comparison.write_comparison(found, tmp_path / f"{name}_comparison")
@@ -377,6 +393,7 @@ def make_sources(tmp_path):
         statistics_uri=str(tmp_path / "statistics"),
         anomalies_uri=str(tmp_path / "anomalies"),
         drift_path=tmp_path / "drift.json",
+        leakage_path=tmp_path / "leakage.json",
         waterfall_uri=tmp_path / "waterfall",
         infra_blessed=True,
         infra_reason="",
@@ -405,6 +422,17 @@ TIMINGS = (
 )
 
 
+def load_facts(rate, time, errors):
+    latency = Latency(time, 2 * time, 3 * time, 9 * time)
+    return LoadFacts(rate, 1_000, sum(errors.values()) / 1_000, {"total": latency}, (), rate, errors)
+
+
+LOAD_TEST = LoadTest(
+    {"target": "grpc://host:8500", "layout": "auto", "k": 20, "num_candidates": 100, "num_users": 1000},
+    (load_facts(50, 4.0, {}), load_facts(100, 8.0, {"DeadlineExceededError": 10})),
+)
+
+
 def with_everything(facts):
-    """The facts with what the end of the run adds."""
-    return dataclasses.replace(facts, timings=TIMINGS, machine={"Cores": "2"})
+    """The facts with what the end of the run adds, and what a load test added later."""
+    return dataclasses.replace(facts, timings=TIMINGS, machine={"Cores": "2"}, load_test=LOAD_TEST)

@@ -32,8 +32,8 @@ from tfx_pipeline.evaluation import EvaluationSettings, read_judged_users, read_
 from tfx_pipeline.examples import example_batch
 from tfx_pipeline.gates import Evidence, Validation, Verdict, judge
 from tfx_pipeline.leakage import recorded
-from tfx_pipeline.leakage.associations import check_associations
-from tfx_pipeline.leakage.findings import Check
+from tfx_pipeline.leakage.associations import MAX_AUC, check_associations
+from tfx_pipeline.leakage.findings import Check, LeakageReport
 from tfx_pipeline.leakage.known_past import KnownPast
 from tfx_pipeline.leakage.lint import train_rows
 from tfx_pipeline.leakage.past_checks import (
@@ -280,6 +280,7 @@ class Checks:
             "serving_reason": "",
             "anomalies": {"test": []},
             "drift": DriftFacts({}, {}),
+            "leakage": LeakageReport("sound", (), (), MAX_AUC, ()),
         }
         config = self.sound.config
         gates = judge(
@@ -364,6 +365,15 @@ def _held_out_states(checks: Checks) -> list[str]:
 def _overlap(checks: Checks) -> list[str]:
     keys = {split: found.keys for split, found in checks.sound.samples.items()}
     return checks.splits({**keys, "train": pl.concat([keys["train"], keys["test"].head(5)])})
+
+
+@sabotage("the same, and nobody calls the linter by hand")
+def _leak_at_the_gates(checks: Checks) -> list[str]:
+    sound = checks.sound
+    keys = {split: found.keys for split, found in sound.samples.items()}
+    keys["train"] = pl.concat([keys["train"], keys["test"].head(5)])
+    found = check_splits(keys, sound.tables.interactions, sound.config.dataset)
+    return checks.ranking(sound.predictions, leakage=LeakageReport("spoilt", (found,), (), MAX_AUC, ()))
 
 
 @sabotage("vocabularies of all splits")

@@ -22,6 +22,7 @@ from tfx_pipeline.gates import (
     validation,
     write_validation,
 )
+from tfx_pipeline.leakage.findings import Check, LeakageReport
 from trainer.comparison import Against, Comparison, MetricResult, Rival, SliceResult
 
 
@@ -129,15 +130,20 @@ def drift(**found: list[tuple[str, float | None, float]]) -> DriftFacts:
     )
 
 
+def linted(*checks: Check) -> LeakageReport:
+    return LeakageReport("toy", (Check("the past only", True, "50 examples"), *checks), (), 0.9, ())
+
+
 HEALTHY = {
     "retrieval": Evidence(
         comparison("retrieval", retrieval_metrics()),
         evaluated=[RECALL, DISTINCT],
         evaluator={RECALL: 0.3, DISTINCT: 200.0},
-        index_recall={"": 0.99, "head": 1.0, "tail": 0.98, "new": None},
+        index_recall={"": 0.99, "head": 1.0, "tail": 0.98, "cold": None},
         serving_reason="",
         anomalies={"train": [], "eval": []},
         drift=drift(train_to_eval=[("country", 0.03, 0.1)], last_run=[("country", 0.02, 0.1)]),
+        leakage=linted(),
     ),
     "ranking": Evidence(
         comparison("ranking", ranking_metrics()),
@@ -150,6 +156,7 @@ HEALTHY = {
             drift(train_to_eval=[("country", 0.03, 0.1)]).found,
             {"last_run": "there was no run on other data before"},
         ),
+        leakage=linted(),
     ),
 }
 GATES = (*RETRIEVAL_GATES, *RANKING_GATES)
@@ -169,6 +176,7 @@ def test_a_healthy_model_is_blessed_by_gates_of_its_own(model: str) -> None:
     other = "ranking" if model == "retrieval" else "retrieval"
     assert not any(gate.metric.startswith(other) for gate in result.gates)
     kinds = {"value", "no_worse", "must_beat", "agreement", "collapse", "serving", "anomalies", "drift"}
+    kinds |= {"leakage"}
     kinds |= {"index"} if model == "retrieval" else {"calibration"}
     assert {gate.kind for gate in result.gates} == kinds
 
@@ -300,10 +308,10 @@ SABOTAGES = [
         id="shuffled-index",
     ),
     pytest.param(
-        with_evidence("retrieval", index_recall={"": 0.98, "head": 1.0, "new": 0.4}),
+        with_evidence("retrieval", index_recall={"": 0.98, "head": 1.0, "cold": 0.4}),
         "index",
-        "index recall of new items 0.4000, required: at least 0.9",
-        id="index-that-loses-new-items",
+        "index recall of cold items 0.4000, required: at least 0.9",
+        id="index-that-loses-cold-items",
     ),
     pytest.param(
         with_evidence("retrieval", index_recall=None),
@@ -353,6 +361,18 @@ SABOTAGES = [
         "drift",
         "drift from the last run's train: click moved by 0.300 of 0.2 allowed",
         id="data-unlike-the-last-run",
+    ),
+    pytest.param(
+        with_evidence("retrieval", leakage=linted(Check("temporal splits", False, "all", ("a, b overlap",)))),
+        "leakage",
+        "leakage: temporal splits; first: a, b overlap",
+        id="leak",
+    ),
+    pytest.param(
+        with_evidence("ranking", leakage=None),
+        "leakage",
+        "leakage: the linter left no findings",
+        id="nobody-looked-for-leaks",
     ),
 ]
 
@@ -460,7 +480,7 @@ def test_without_a_blessed_model_or_positives_there_is_nothing_to_apply() -> Non
     name = "retrieval/recall_at_100 no more than 0.02 worse than the last blessed model"
     assert found[name].verdict is Verdict.NOT_APPLIED
     assert found[name].reason.endswith("is compared with nothing: no model was blessed before")
-    assert found["index recall of new items at least 0.9"].verdict is Verdict.NOT_APPLIED
+    assert found["index recall of cold items at least 0.9"].verdict is Verdict.NOT_APPLIED
     no_clicks = judged(with_facts(click_mean_label=0.0, click_label_std=0.0))
     assert no_clicks["ece of click at most 0.5 of the mean of the label"].verdict is Verdict.NOT_APPLIED
     assert no_clicks["spread of click at least 1% of that of the labels"].verdict is Verdict.NOT_APPLIED
@@ -485,7 +505,7 @@ def test_a_blessed_model_that_cannot_be_compared_with_fails_unless_that_is_accep
 
 def test_conditions_that_are_switched_off_are_not_there() -> None:
     off = ValidationConfig(
-        min_index_recall=None, min_index_slice_recall=None, max_relative_ece=None, drift=None
+        min_index_recall=None, min_index_slice_recall=None, max_relative_ece=None, drift=None, leakage=None
     )
     kinds = {gate.kind for model in HEALTHY for gate in judged(HEALTHY[model], off).values()}
     assert kinds == {"value", "no_worse", "must_beat", "agreement", "collapse", "serving", "anomalies"}

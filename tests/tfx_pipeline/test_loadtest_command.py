@@ -41,6 +41,9 @@ class Client:
 def funnel(monkeypatch, tmp_path):
     monkeypatch.setattr(serving.loadtest, "RecommenderClient", Client)
     monkeypatch.setattr(command, "_requests", lambda *args: [LoadRequest({"user_id": "u"})])
+    added = {}
+    monkeypatch.setattr(command, "add_to_report", lambda folder, **measured: added.update(measured))
+    monkeypatch.setattr(Client, "added", added, raising=False)
     return lambda *args: CliRunner().invoke(main, ["loadtest", "--out", str(tmp_path / "out"), *args])
 
 
@@ -60,6 +63,9 @@ def test_rates_are_measured_in_order_and_written_down(funnel, tmp_path):
     assert [result["rate_per_s"] for result in written["results"]] == [40, 80]
     assert written["settings"]["num_users"] == 1
     assert (tmp_path / "out" / "loadtest.png").read_bytes().startswith(b"\x89PNG")
+    added = Client.added["load_test"]
+    assert [result.rate_per_s for result in added.results] == [40, 80]
+    assert added.settings == written["settings"]
 
 
 def test_the_exit_code_says_whether_the_objective_is_met(funnel, tmp_path):

@@ -95,8 +95,13 @@ def test_verdict_names_the_failed_gate_its_value_and_its_limit(whole):
     page, _, _ = whole
     verdict = page.text("verdict")
     assert "Blessed and pushed as version 1700000000" in verdict
-    best = "Recall@100 0.2512, +0.0002 (−0.0098 to +0.0102) against the best baseline (recent popularity)"
-    assert best in verdict
+    assert (
+        "Recall@100 0.2512 (0.2412 to 0.2612) Better? No clear difference from recent popularity" in verdict
+    )
+    assert "the best baseline: +0.0002 (−0.0098 to +0.0102) For whom? Weakest of 4 slices" in verdict
+    assert "How sure? 95% intervals over 1,009 users" in verdict
+    assert "Better? Surely worse than the last blessed model: −0.0500 (−0.0600 to −0.0400)" in verdict
+    assert "Of 2 slices 0 surely gained, 2 surely lost, most surface = search (−0.0700)" in verdict
     reason = "ranking/click/auc changed by −0.0500, required: no more than 0.01 worse."
     assert reason in verdict
     assert page.header.startswith(
@@ -139,27 +144,36 @@ def test_metrics_stand_beside_rivals_with_difference_interval_and_best_value(who
     assert "popularity train positives of an item" in metrics
 
 
-def test_what_moved_most_since_the_last_blessed_model_is_told_with_its_interval(whole):
+@pytest.mark.parametrize(
+    ("section", "texts"),
+    [
+        pytest.param("changes", ["click AUC 0.7794 −0.0500 −0.0600 to −0.0400 −6.4 %"], id="what-moved-most"),
+        pytest.param(
+            "metrics",
+            [
+                "Retrieval, whole test split: 1,009 users, 1,009 lists",
+                "Distinct items@10 1,009 321.0 (best) 45.00 +276.0",
+            ],
+            id="what-is-shown-to-anybody",
+        ),
+        pytest.param(
+            "slices",
+            [
+                "Cold users: no history at the end of training: 42 users, 42 lists",
+                "Recall@100 1,009 0.1250 (0.1150 to 0.1350) 0.1500 (best) −0.0250",
+                "Cold items: nobody met them before the end of training: 1,009 users, 1,009 lists",
+                "Cold item recall@100 77 0.0625 (best) (0.0525 to 0.0725) 0.0000 +0.0625",
+                "both popularities place them behind every item that was chosen",
+                "Random is one draw of an order for each user",
+            ],
+            id="cold-users-and-cold-items",
+        ),
+    ],
+)
+def test_figures_stand_beside_those_of_rivals_with_interval_and_difference(whole, section, texts):
     page, _, _ = whole
-    assert "click AUC 0.7794 −0.0500 −0.0600 to −0.0400 −6.4 %" in page.text("changes")
-
-
-def test_cold_users_and_cold_items_stand_beside_baselines_of_their_own(whole):
-    page, _, _ = whole
-    slices = page.text("slices")
-    assert "Cold users: no history at the end of training: 42 users, 42 lists" in slices
-    assert "Recall@100 1,009 0.1250 (0.1150 to 0.1350) 0.1500 (best) −0.0250" in slices
-    assert "Cold items: nobody met them before the end of training: 1,009 users, 1,009 lists" in slices
-    assert "Cold item recall@100 77 0.0625 (best) (0.0525 to 0.0725) 0.0000 +0.0625" in slices
-    assert "both popularities place them behind every item that was chosen" in slices
-    assert "Random is one draw of an order for each user" in slices
-
-
-def test_what_is_shown_to_anybody_stands_beside_what_people_chose(whole):
-    page, _, _ = whole
-    metrics = page.text("metrics")
-    assert "Retrieval, whole test split: 1,009 users, 1,009 lists" in metrics
-    assert "Distinct items@10 1,009 321.0 (best) 45.00 +276.0" in metrics
+    for text in texts:
+        assert text in page.text(section)
 
 
 def test_slices_come_worst_first_and_say_why_a_value_is_not_there(whole):
@@ -212,7 +226,7 @@ def test_training_and_index_tell_the_kept_epoch_and_the_recall(whole):
 def test_a_run_without_an_objective_says_why_it_has_no_latency(sources, tmp_path):
     (tmp_path / "load.json").unlink()
     page, _, _ = report(sources, tmp_path / "report")
-    assert "the configuration sets no objective (slo), so that no load was put on" in page.text("index")
+    assert "the configuration sets no objective (slo), so that no load was put on" in page.text("load")
 
 
 def test_titles_from_data_cannot_become_markup_and_only_the_pages_own_script_may_run(whole):
@@ -292,6 +306,7 @@ def test_report_of_a_run_with_every_piece_missing_says_so_in_every_section(sourc
         "titles",
         "scores",
         "drift",
+        "leakage",
         "waterfall",
         "load",
     }
@@ -368,13 +383,25 @@ def test_cost_scores_index_waterfall_and_drift_say_their_numbers(whole):
     assert "up to 50 98.0 % 98.0 % undefined 0.5000 1.000 4.000" in index
     assert "50, ScaNN 5 100 91.0 % 91.0 % undefined 0.2500 0.5000" in index
     assert "50, ScaNN (served) 10 100" in index and "500, exact search – – 100.0 %" in index
-    assert "500 requests at 50 per second, 0.2 % without an answer" in index
-    assert "total 4.25 9.00 12.50 20.00 the client was busy" in index
+    load = page.text("load")
+    assert "500 requests at 50 per second, 0.2 % without an answer" in load
+    assert "total 4.25 9.00 12.50 20.00 the client was busy" in load
+    assert (
+        "against grpc://host:8500, layout auto: the best 20 of 100 candidates for one of 1,000 users" in load
+    )
+    assert "At 100 per s: 10 × DeadlineExceededError." in load
+    assert "100 per s total 100.0 8.000 16.00 24.00 72.00 1.0 %" in load
     waterfall = page.text("waterfall")
     assert "Of 100 items that 50 of 80 users with one went on to choose, 30 (30.0 %) were among" in waterfall
     assert "all 100 5.0 % (1.2 to 8.9 %) 5 20.0 % 20" in waterfall
     assert "user_type = cold 10 0.0 % 0 60.0 % 6 30.0 % 3 10.0 % 1" in waterfall
     assert "two tower 500 80.0 % (75.0 to 85.0 %) 70.0 % popularity 12.5 %" in waterfall
+    leakage = page.text("leakage")
+    assert "Leaks were found: temporal splits." in leakage
+    assert (
+        "temporal splits leak all examples train ends at 9, eval starts at 8 the past only no leak" in leakage
+    )
+    assert "random split 0.7500 +0.0500" in leakage and "age click 0.6100 400" in leakage
     anomalies = page.text("anomalies")
     assert "device 0.3100 0.1500 too far age 0.0200 0.2000 near enough" in anomalies
     assert "last run’s train split: not measured, there was no run on other data before." in anomalies

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from schema.errors import DataError
-from tests.tfx_pipeline.report_world import TIMINGS, make_sources
+from tests.tfx_pipeline.report_world import LEAKAGE, LOAD_TEST, TIMINGS, make_sources
 from tfx_pipeline.cli import main
 from tfx_pipeline.drift_facts import FeatureDrift
 from tfx_pipeline.report import comparison_page, history
@@ -232,3 +232,23 @@ def test_a_run_is_not_compared_with_itself(first, tmp_path, no_plots):
     result = CliRunner().invoke(main, ["report", "--compare", str(tmp_path), str(tmp_path)])
     assert result.exit_code == 1
     assert f"are the same run, {FIRST}" in result.output
+
+
+def test_what_is_measured_later_stands_in_the_newest_run_alone_and_stays(first, second, tmp_path, no_plots):
+    publish(first, tmp_path)
+    publish(dataclasses.replace(second, leakage=None, missing={"leakage": "there is no file"}), tmp_path)
+    report = tmp_path / "report"
+    page = history.add_to_newest(report, leakage=LEAKAGE, load_test=LOAD_TEST)
+    assert page == report / "index.html"
+    facts = read_facts(report / SECOND / "metrics.json")
+    assert (facts.leakage, facts.load_test, facts.missing) == (LEAKAGE, LOAD_TEST, {})
+    assert "grpc://host:8500" in page.read_text("utf-8")
+    assert read_facts(report / FIRST / "metrics.json").load_test is None
+    # A run that reuses every component publishes the same run again.
+    publish(second, tmp_path)
+    assert read_facts(report / "metrics.json").load_test == LOAD_TEST
+
+
+def test_nothing_is_added_where_no_run_left_a_report(tmp_path):
+    with pytest.raises(DataError, match="no report"):
+        history.add_to_newest(tmp_path, load_test=LOAD_TEST)

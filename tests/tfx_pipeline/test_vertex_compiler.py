@@ -18,7 +18,7 @@ TABLES, ROOT = "gs://bucket/tables", "gs://bucket/root"
 _RESOLVER = "LatestBlessed.{}-model-resolver"
 # A push needs the blessing of both models.
 _BLESSED = ("ModelValidator.retrieval", "ModelValidator.ranking", "ServingValidator")
-_EVIDENCE = ("ServingValidator", "ExampleValidator", "DriftValidator")
+_EVIDENCE = ("ServingValidator", "ExampleValidator", "DriftValidator", "LeakageLinter")
 _JUDGES = ("Trainer", "Comparison", "Evaluator")
 UPSTREAM: dict[str, set[str]] = {
     "InteractionGen": set(),
@@ -34,6 +34,7 @@ UPSTREAM: dict[str, set[str]] = {
     "Transform": {"InteractionGen", "ImportSchemaGen"},
     "LastStatistics": set(),
     "DriftValidator": {"StatisticsGen", "ImportSchemaGen", "LastStatistics"},
+    "LeakageLinter": {"InteractionGen", "UserStateGen", "CatalogueGen", "Transform"},
     "Evaluator.retrieval": {"UserStateGen", "Trainer.retrieval"},
     "Evaluator.ranking": {"InteractionGen", "Trainer.ranking"},
     "Comparison.retrieval": {"UserStateGen", "Trainer.retrieval", _RESOLVER.format("retrieval")},
@@ -85,6 +86,7 @@ def test_every_component_is_a_task_with_its_inputs(compiled: dict[str, Any]) -> 
     }
     # The report reads from all that judge, and from the waterfall.
     judges = {"StatisticsGen", "ExampleValidator", "DriftValidator", "ServingValidator", "FunnelWaterfall"}
+    judges.add("LeakageLinter")
     kinds = ("Trainer", "Comparison", "ModelValidator", "Pusher")
     judges |= {f"{kind}.{model}" for kind in kinds for model in ("retrieval", "ranking")}
     sources = {node for nodes in UPSTREAM.values() for node in nodes if node.endswith("blessing-resolver")}

@@ -9,7 +9,9 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 
+from schema.errors import DataError
 from tfx_pipeline.config import BUILT_IN_CONFIGS, DEFAULT_OUTPUT_DIR
 
 # A pipe or a file has no width of its own; tables need about this much.
@@ -23,6 +25,16 @@ def say(text: str) -> None:
     """Prints a text."""
     # Long lines are left to the terminal, so that paths and commands in them can be copied.
     CONSOLE.print(text, soft_wrap=True)
+
+
+def add_to_report(report_dir: Path, **measured: Any) -> None:
+    """Adds what a command measured to the report of the newest run, or says why it could not."""
+    from tfx_pipeline.report.history import add_to_newest
+
+    try:
+        say(f"  report: {escape(str(add_to_newest(report_dir, **measured)))}")
+    except DataError as error:
+        say(f"  [yellow]not added to a report[/yellow]: {escape(str(error))}")
 
 
 def output_dir_option(command: Callable[..., Any]) -> Callable[..., Any]:

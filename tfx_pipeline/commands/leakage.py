@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 from rich.markup import escape
 
-from tfx_pipeline.commands.common import CONSOLE, output_dir_option, say
+from tfx_pipeline.commands.common import CONSOLE, add_to_report, output_dir_option, say
 from tfx_pipeline.config import RunPaths
 
 
@@ -38,7 +38,7 @@ from tfx_pipeline.config import RunPaths
     "--json",
     "json_file",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Where the findings go. Default: leakage.json in the output directory.",
+    help="Where the findings go, besides the report. Default: leakage.json in the output directory.",
 )
 @output_dir_option
 def lint_leakage(
@@ -70,7 +70,8 @@ def lint_leakage(
 
         quiet_libraries(None)
         report = lint(
-            result.config,
+            result.config.dataset,
+            result.config.examples.max_positives_per_user,
             run_data(result, paths),
             LintSettings(recomputed=examples, max_auc=max_auc, inflation=inflation),
             lambda step: status.update(f"{step} …"),
@@ -80,4 +81,5 @@ def lint_leakage(
     for table in display.tables(report):
         CONSOLE.print(table)
     say(f"{display.verdict(report)}; {time.monotonic() - started:.0f} s → {escape(str(path))}")
+    add_to_report(paths.report, leakage=report)
     sys.exit(0 if report.passed else 1)

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from schema.errors import FunnelError
-from tfx_pipeline.commands.common import CONSOLE, GRPC_PORT, output_dir_option, say
+from tfx_pipeline.commands.common import CONSOLE, GRPC_PORT, add_to_report, output_dir_option, say
 from tfx_pipeline.config import RunPaths
 
 if TYPE_CHECKING:
@@ -126,6 +126,7 @@ def loadtest(
     from serving.loadtest_plot import plot_load
     from serving.slo import load_slo
     from tfx_pipeline.console import quiet_libraries
+    from tfx_pipeline.report.collect import read_load_test
 
     quiet_libraries(None)
     slo = None if slo_file is None else load_slo(slo_file)
@@ -166,6 +167,7 @@ def loadtest(
     (folder / "loadtest.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     plot_load(measured, f"{target}, k={k}, {len(requests):,} users", folder / "loadtest.png")
     say(f"  {escape(str(folder / 'loadtest.json'))}, {escape(str(folder / 'loadtest.png'))}")
+    add_to_report(RunPaths(output_dir).report, load_test=read_load_test(folder / "loadtest.json"))
     if slo is not None:
         misses = slo_misses(slo, measured[0][0])
         if misses:

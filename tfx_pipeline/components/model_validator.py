@@ -15,6 +15,7 @@ from tfx.types.standard_artifacts import (
 )
 
 from tfx_pipeline.components.drift_validator import Drift
+from tfx_pipeline.components.leakage_linter import LeakageFindings
 from tfx_pipeline.components.model_comparison import ModelComparisonFacts
 from tfx_pipeline.config import RunConfig
 from tfx_pipeline.evidence import EvidenceSources, read_evidence
@@ -31,6 +32,7 @@ def ModelValidator(
     infra_blessing: InputArtifact[InfraBlessing],
     anomalies: InputArtifact[ExampleAnomalies],
     drift: InputArtifact[Drift],
+    leakage: InputArtifact[LeakageFindings],
     blessing: OutputArtifact[ModelBlessing],
     model_name: Parameter[str],
     gates: Parameter[str],
@@ -40,7 +42,8 @@ def ModelValidator(
 
     Args:
       model: the candidate.
-      comparison, evaluation, infra_blessing, anomalies, drift: what was found out about it and its data.
+      comparison, evaluation, infra_blessing, anomalies, drift, leakage: what was found out about it and its
+        data.
       blessing: the verdict.
       model_name: `retrieval` or `ranking`.
       gates: what of the RunConfig the gates read, as JSON: dataset, gates, validation.
@@ -57,6 +60,7 @@ def ModelValidator(
             infra_blessing=Path(infra_blessing.uri),
             anomalies=Path(anomalies.uri),
             drift=Path(drift.uri),
+            leakage=Path(leakage.uri),
         ),
     )
     result = judge(evidence, config.gates, config.validation, config.dataset.tasks)

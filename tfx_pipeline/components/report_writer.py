@@ -19,9 +19,11 @@ from tfx.types.standard_artifacts import (
 from tfx_pipeline.components.drift_validator import Drift
 from tfx_pipeline.components.funnel_waterfall import WaterfallFacts
 from tfx_pipeline.components.infra_validator import LOAD_FILE, REASON_FILE, RECOMMENDATIONS_FILE
+from tfx_pipeline.components.leakage_linter import LeakageFindings
 from tfx_pipeline.components.model_comparison import ModelComparisonFacts
 from tfx_pipeline.config import MODELS, RANKING, RETRIEVAL
 from tfx_pipeline.drift import DRIFT_FILE
+from tfx_pipeline.leakage.findings import LEAKAGE_FILE
 from tfx_pipeline.report.collect import ModelSources, ReportSources, collect
 from tfx_pipeline.report.render import write_report
 from trainer.version import __version__
@@ -44,6 +46,7 @@ def ReportWriter(
     retrieval_comparison: InputArtifact[ModelComparisonFacts],
     ranking_comparison: InputArtifact[ModelComparisonFacts],
     drift: InputArtifact[Drift],
+    leakage: InputArtifact[LeakageFindings],
     waterfall: InputArtifact[WaterfallFacts],
     retrieval_blessing: InputArtifact[ModelBlessing],
     ranking_blessing: InputArtifact[ModelBlessing],
@@ -68,6 +71,7 @@ def ReportWriter(
             statistics_uri=statistics.uri,
             anomalies_uri=anomalies.uri,
             drift_path=Path(drift.uri) / DRIFT_FILE,
+            leakage_path=Path(leakage.uri) / LEAKAGE_FILE,
             waterfall_uri=waterfall.uri,
             infra_blessed=infra_blessing.get_int_custom_property("blessed") == 1,
             infra_reason=(infra / REASON_FILE).read_text(encoding="utf-8"),

@@ -7,6 +7,10 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from trainer.facts_file import read_facts
+
+LEAKAGE_FILE = "leakage.json"
+
 
 @dataclasses.dataclass(frozen=True)
 class Check:
@@ -97,3 +101,12 @@ def write_report(report: LeakageReport, path: Path) -> None:
     """Writes the report as JSON, with `passed` beside the fields."""
     values = {"passed": report.passed, **dataclasses.asdict(report)}
     path.write_text(json.dumps(values, indent=1, allow_nan=False), encoding="utf-8")
+
+
+def read_report(path: Path) -> LeakageReport:
+    """The inverse of `write_report`.
+
+    Raises:
+      DataError: no such file, or one of another version of Funnel.
+    """
+    return read_facts(LeakageReport, path)

@@ -9,9 +9,9 @@ from pathlib import Path
 import polars as pl
 import tensorflow_transform as tft
 
+from schema.contract import DatasetSpec
 from schema.point_in_time import join_as_of
 from schema.tables import INTERACTIONS, ITEMS, USERS, read_summary
-from tfx_pipeline.config import RunConfig
 from tfx_pipeline.leakage import recorded
 from tfx_pipeline.leakage.associations import MAX_AUC, check_associations
 from tfx_pipeline.leakage.findings import LeakageReport, Protocol
@@ -65,7 +65,8 @@ class LintSettings:
 
 
 def lint(
-    config: RunConfig,
+    spec: DatasetSpec,
+    max_positives_per_user: int,
     data: RunData,
     settings: LintSettings,
     on_step: Callable[[str], None] = lambda _: None,
@@ -73,7 +74,8 @@ def lint(
     """Makes every check.
 
     Args:
-      config: of the run.
+      spec: the declaration of the run.
+      max_positives_per_user: of the run, see `tfx_pipeline.config.ExamplesConfig`.
       data: its tables, examples and graph.
       settings: how much is looked at.
       on_step: called with what is done next, in words.
@@ -81,7 +83,6 @@ def lint(
     Raises:
       DataError: tables or examples are absent or cannot be read.
     """
-    spec = config.dataset
     summary = read_summary(data.tables_dir)
     on_step("reading tables")
     interactions, users, items = (
@@ -114,7 +115,7 @@ def lint(
         items,
         spec,
         train_end_unix_s=summary.train_end_unix_s,
-        max_positives_per_user=config.examples.max_positives_per_user,
+        max_positives_per_user=max_positives_per_user,
         user_ids=_ids([*few.values(), states], features.USER_ID),
         item_ids=_ids([*few.values(), catalogue], features.ITEM_ID),
     )

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from tfx_pipeline.config import RETRIEVAL
 from tfx_pipeline.report import formatting, metric_keys, plots
-from tfx_pipeline.report.facts import RunFacts
+from tfx_pipeline.report.facts import LoadTest, RunFacts
 from trainer.index_facts import IndexFacts, SearchPoint
 from trainer.waterfall import SHOWN, Waterfall
 
@@ -136,6 +136,23 @@ def _mark(point: SearchPoint) -> str:
     if point.is_chosen:
         return "as served"
     return "exact search" if point.num_leaves_to_search is None else ""
+
+
+def load_test_plot(test: LoadTest) -> Markup | None:
+    """Percentiles of the time of a request by rate, one panel per stage; None with a single rate."""
+    if len(test.results) < 2:
+        return None
+    rates = [float(result.rate_per_s) for result in test.results]
+    panels = []
+    for stage in dict.fromkeys(stage for result in test.results for stage in result.latency_ms):
+        latencies = [result.latency_ms.get(stage) for result in test.results]
+        lines = {
+            name: [None if latency is None else float(getattr(latency, name)) for latency in latencies]
+            for name in ("p50", "p95", "p99")
+        }
+        panels.append(plots.Panel(f"{formatting.words(stage)}, ms", "requests per second", rates, lines))
+    alt = f"Percentiles of the time of a request by rate, by stage; {_SEE_TABLE}"
+    return plots.line_plot("load-test", alt, panels)
 
 
 def waterfall_plot(waterfall: Waterfall) -> Markup:

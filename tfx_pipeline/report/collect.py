@@ -23,6 +23,7 @@ from schema.tables import ITEMS, read_summary
 from tfx_pipeline.config import MODELS, RANKING, RETRIEVAL
 from tfx_pipeline.drift_facts import DriftFacts
 from tfx_pipeline.gates import Validation, read_validation
+from tfx_pipeline.leakage.findings import read_report
 from tfx_pipeline.report.data_facts import read_anomalies, read_statistics
 from tfx_pipeline.report.facts import (
     COLD_USERS,
@@ -31,6 +32,7 @@ from tfx_pipeline.report.facts import (
     Figure,
     LikePredictions,
     LoadFacts,
+    LoadTest,
     ModelFacts,
     RunFacts,
     SliceFacts,
@@ -94,6 +96,7 @@ class ReportSources:
       tables_dir: contract tables with summary.json.
       statistics_uri, anomalies_uri: artifacts with one folder per split.
       drift_path: JSON of DriftValidator.
+      leakage_path: JSON of LeakageLinter; absent where it is switched off.
       waterfall_uri: of FunnelWaterfall.
       infra_blessed, infra_reason: the verdict of infra validation, and why when it is negative.
       recommendations_path: JSON list of example answers, see `ExampleAnswer`; item ids instead of titles.
@@ -107,6 +110,7 @@ class ReportSources:
     statistics_uri: _PathLike
     anomalies_uri: _PathLike
     drift_path: _PathLike
+    leakage_path: _PathLike
     waterfall_uri: _PathLike
     infra_blessed: bool
     infra_reason: str
@@ -148,6 +152,7 @@ def collect(sources: ReportSources) -> RunFacts:
         data_fingerprint=tables_dir.name,
         scores=reader.read("scores", read_scores, ()),
         drift=reader.read("drift", partial(_parse_file, DriftFacts, Path(sources.drift_path)), None),
+        leakage=reader.read("leakage", partial(read_report, Path(sources.leakage_path)), None),
         waterfall=reader.read("waterfall", partial(read_waterfall, Path(sources.waterfall_uri)), None),
         load=reader.read("load", partial(_read_load, Path(sources.load_path), config), None),
     )
@@ -162,6 +167,16 @@ def _read_load(path: Path, config: Mapping[str, Any]) -> LoadFacts:
         raise DataError("the configuration sets no objective (slo), so that no load was put on the models")
     file: _LoadFile = _parse_file(_LoadFile, path)
     return file.result
+
+
+def read_load_test(path: Path) -> LoadTest:
+    """Reads loadtest.json of `funnel loadtest`.
+
+    Raises:
+      DataError: it has another form.
+    """
+    found: LoadTest = _parse_file(LoadTest, path)
+    return found
 
 
 def _read_model(name: str, sources: ModelSources, reader: _Reader) -> ModelFacts:

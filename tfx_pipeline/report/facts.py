@@ -16,6 +16,7 @@ from schema.errors import DataError
 from schema.tables import TablesSummary
 from tfx_pipeline.drift_facts import DriftFacts
 from tfx_pipeline.gates import GateResult
+from tfx_pipeline.leakage.findings import LeakageReport
 from tfx_pipeline.report.data_facts import SplitAnomalies, SplitStatistics
 from tfx_pipeline.run_result import ComponentTiming
 from trainer import features
@@ -213,7 +214,7 @@ class Latency:
 
 @dataclasses.dataclass(frozen=True)
 class LoadFacts:
-    """What came of the load that infra validation put on both models, as `serving.loadtest` describes it.
+    """What came of load at one rate, as `serving.loadtest` describes it.
 
     Attributes:
       rate_per_s: mean of the arrivals.
@@ -221,6 +222,8 @@ class LoadFacts:
       error_share: of them, those without an answer.
       latency_ms: by stage; `total` counts from the scheduled time.
       warnings: reasons to doubt the figures.
+      achieved_rate_per_s: answers per second.
+      errors: requests without an answer by kind of error.
     """
 
     rate_per_s: Number
@@ -228,6 +231,21 @@ class LoadFacts:
     error_share: Number
     latency_ms: Mapping[str, Latency]
     warnings: tuple[str, ...]
+    achieved_rate_per_s: Number = math.nan
+    errors: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadTest:
+    """What `funnel loadtest` measured on a running server.
+
+    Attributes:
+      settings: target, layout, k and so on.
+      results: by ascending rate.
+    """
+
+    settings: Mapping[str, Any]
+    results: tuple[LoadFacts, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,8 +293,10 @@ class RunFacts:
       since: what changed since the run that blessed a model last; None when there was none.
       scores: predictions of the ranking model against what happened, by task.
       drift: how far the data moved.
+      leakage: whether the data say what nobody could have known at the time.
       waterfall: where the funnel lost what people went on to choose.
       load: what the models held during infra validation.
+      load_test: what a running server held, once somebody tested it.
     """
 
     created_unix_s: int
@@ -300,8 +320,10 @@ class RunFacts:
     since: Differences | None = None
     scores: tuple[TaskScores, ...] = ()
     drift: DriftFacts | None = None
+    leakage: LeakageReport | None = None
     waterfall: Waterfall | None = None
     load: LoadFacts | None = None
+    load_test: LoadTest | None = None
 
     @property
     def run_id(self) -> str:

@@ -7,6 +7,7 @@ import platform
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -54,13 +55,37 @@ def publish(artifact: Path, report_dir: Path, timings: Sequence[ComponentTiming]
             machine=machine(),
             since=differences(blessed[-1], facts) if blessed else None,
         )
+    _write(facts, report_dir)
+    history = read_history(report_dir)
+    write_files({RUNS_PAGE: render_runs(history.runs, history.unreadable)}, report_dir)
+    return report_dir / PAGE
+
+
+def add_to_newest(report_dir: Path, **measured: Any) -> Path:
+    """Adds what was measured after a run to the report of the newest run, in place of what was there.
+
+    Args:
+      report_dir: of the output directory.
+      measured: fields of RunFacts.
+
+    Returns:
+      The newest run's page.
+
+    Raises:
+      DataError: there is no report, or it is of another version of Funnel.
+    """
+    facts = read_facts(report_dir / METRICS_FILE)
+    missing = {piece: why for piece, why in facts.missing.items() if piece not in measured}
+    _write(dataclasses.replace(facts, missing=missing, **measured), report_dir)
+    return report_dir / PAGE
+
+
+def _write(facts: RunFacts, report_dir: Path) -> None:
+    """Writes the report of the newest run where people look first, and to the folder of the run."""
     files = report_files(facts, runs_link=RUNS_PAGE)
     write_files(files, report_dir)
     page = files[PAGE].replace(f'href="{RUNS_PAGE}"', f'href="../{RUNS_PAGE}"')
     write_files({**files, PAGE: page}, report_dir / facts.run_id)
-    history = read_history(report_dir)
-    write_files({RUNS_PAGE: render_runs(history.runs, history.unreadable)}, report_dir)
-    return report_dir / PAGE
 
 
 def read_history(report_dir: Path) -> History:

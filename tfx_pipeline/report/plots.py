@@ -133,7 +133,7 @@ def line_plot(name: str, alt: str, panels: Sequence[Panel]) -> Markup:
         figure, axes = _subplots(len(panels), _PANEL_HEIGHT_INCHES)
         for axis, panel in zip(axes, panels, strict=True):
             _draw_panel(axis, panel)
-        if len(panels) > 1 and len({(*panel.lines, *panel.marks) for panel in panels}) == 1:
+        if len(panels) > 1 and len({frozenset((*panel.lines, *panel.marks)) for panel in panels}) == 1:
             figure.legend(
                 *axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=_LEGEND_COLUMNS
             )

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+from tfx_pipeline.config import RANKING, RETRIEVAL
 from tfx_pipeline.gates import Verdict, why_held_back
 from tfx_pipeline.report import formatting, metric_keys
-from tfx_pipeline.report.facts import Against, RunFacts
+from tfx_pipeline.report.facts import Against, ModelFacts, RunFacts
 from trainer.comparison import LAST_BLESSED
+
+_COUNTED = {RETRIEVAL: "users", RANKING: "impressions of test users"}
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelVerdict:
-    """What became of one model: `released`, `held` (blessed, not pushed) or `rejected`, and why."""
+    """What became of one model: `released`, `held` (blessed, not pushed) or `rejected`, and why.
+
+    `answers` holds questions with their answers: is it better, for whom, how sure is that.
+    """
 
     model: str
     state: str
     sentence: str
     reasons: tuple[str, ...]
-    headline: str
+    answers: tuple[tuple[str, str], ...]
 
 
 def overall_sentence(verdicts: Sequence[ModelVerdict]) -> str:
@@ -71,7 +77,7 @@ def verdict(name: str, facts: RunFacts) -> ModelVerdict:
         reasons = reasons or ["The Pusher recorded no version; its log says why."]
     else:
         state, sentence = "rejected", "not blessed, so not pushed"
-    return ModelVerdict(name, state, sentence, tuple(reasons), _headline(name, facts))
+    return ModelVerdict(name, state, sentence, tuple(reasons), tuple(_answers(name, facts)))
 
 
 def headline_key(name: str, facts: RunFacts) -> str | None:
@@ -86,28 +92,65 @@ def headline_key(name: str, facts: RunFacts) -> str | None:
     return next(iter([*named, *recalls, *aucs, *keys]), None)
 
 
-def _headline(name: str, facts: RunFacts) -> str:
-    key = headline_key(name, facts)
+def _answers(name: str, facts: RunFacts) -> Iterator[tuple[str, str]]:
+    model, key = facts.models[name], headline_key(name, facts)
     if key is None:
-        return ""
-    figure = next(f for f in facts.models[name].figures if not f.slice and f.key == key)
-    sentence = f"{metric_keys.label(key)} {formatting.decimal(figure.value)}"
-    against = [
-        a for a in facts.models[name].against if not a.slice and a.key == key and a.difference is not None
-    ]
-    baselines = [a for a in against if a.rival != LAST_BLESSED and a.value is not None]
-    for a in against:
-        if a.rival == LAST_BLESSED:
-            sentence += f", {_difference(a)} against the last blessed model"
+        return
+    figure = next(f for f in model.figures if not f.slice and f.key == key)
+    yield metric_keys.label(key), f"{formatting.decimal(figure.value)}{_bounds(figure.low, figure.high)}"
+    whole = [a for a in model.against if not a.slice and a.key == key and a.difference is not None]
+    baselines = [a for a in whole if a.rival != LAST_BLESSED and a.value is not None]
+    told = [_compared(a, "the last blessed model") for a in whole if a.rival == LAST_BLESSED]
     if baselines:
         best = min(baselines, key=lambda a: metric_keys.badness(key, a.value or 0.0))
-        sentence += f", {_difference(best)} against the best baseline ({formatting.rival(best.rival)})"
-    return sentence
+        told.append(_compared(best, f"{formatting.rival(best.rival)}, the best baseline"))
+    if told:
+        yield "Better?", ". ".join(text[0].upper() + text[1:] for text in told)
+    if slices := _for_whom(model, key):
+        yield "For whom?", slices
+    if model.confidence is not None:
+        yield "How sure?", f"{model.confidence:.0%} intervals over {figure.count:,} {_COUNTED[name]}"
 
 
-def _difference(a: Against) -> str:
-    text = formatting.difference(a.difference)
+def _compared(a: Against, rival: str) -> str:
+    """`surely worse than iALS, the best baseline: −0.0384 (−0.0509 to −0.0259)`."""
+    worsening = metric_keys.badness(a.key, a.difference or 0.0) - metric_keys.badness(a.key, 0.0)
     if a.low is None or a.high is None:
-        return text
-    low, high = (formatting.difference(bound) for bound in (a.low, a.high))
-    return f"{text} ({low} to {high})"
+        words = "worse than" if worsening > 0 else "better than" if worsening < 0 else "equal to"
+    elif a.is_unclear:
+        words = "no clear difference from"
+    else:
+        words = "surely worse than" if worsening > 0 else "surely better than"
+    bounds = _bounds(a.low, a.high, formatting.difference)
+    return f"{words} {rival}: {formatting.difference(a.difference)}{bounds}"
+
+
+def _bounds(low: float | None, high: float | None, text: Callable[[float], str] = formatting.decimal) -> str:
+    return "" if low is None or high is None else f" ({text(low)} to {text(high)})"
+
+
+def _for_whom(model: ModelFacts, key: str) -> str:
+    """Slices that surely moved since the last blessed model; without one, the weakest slice."""
+    trusted = [part.name for part in model.slices if part.name and not part.note]
+    moved = [
+        (metric_keys.badness(key, a.difference) - metric_keys.badness(key, 0.0), a)
+        for a in model.against
+        if a.rival == LAST_BLESSED and a.key == key and a.slice in trusted and a.difference is not None
+    ]
+    if moved:
+        clear = [(worsening, a) for worsening, a in moved if a.low is not None and not a.is_unclear]
+        lost = sorted((pair for pair in clear if pair[0] > 0), key=lambda pair: -pair[0])
+        text = f"of {len(moved)} slices {len(clear) - len(lost)} surely gained, {len(lost)} surely lost"
+        if lost:
+            most = lost[0][1]
+            text += f", most {formatting.words(most.slice)} ({formatting.difference(most.difference)})"
+        return text[0].upper() + text[1:]
+    values = [
+        (metric_keys.badness(key, value), part, value)
+        for part in trusted
+        if (value := model.on(part).get(key)) is not None
+    ]
+    if not values:
+        return ""
+    _, part, value = max(values)
+    return f"Weakest of {len(values)} slices: {formatting.words(part)} ({formatting.decimal(value)})"

@@ -11,6 +11,7 @@ from schema.tables import TablesSummary
 from tfx_pipeline.config import MODELS, RANKING, RETRIEVAL
 from tfx_pipeline.drift_facts import DriftFacts, FeatureDrift
 from tfx_pipeline.gates import Verdict
+from tfx_pipeline.leakage.findings import LeakageReport
 from tfx_pipeline.report import formatting, metric_keys
 from tfx_pipeline.report.charts import best_epoch, log_label
 from tfx_pipeline.report.facts import (
@@ -19,6 +20,7 @@ from tfx_pipeline.report.facts import (
     ExampleAnswer,
     Figure,
     LoadFacts,
+    LoadTest,
     RunFacts,
     Setting,
     TaskScores,
@@ -390,6 +392,81 @@ def drift_absent(drift: DriftFacts) -> list[str]:
     ]
 
 
+def leakage_sentence(found: LeakageReport) -> str:
+    """The verdict of the linter, in words."""
+    failed = [check.name for check in found.checks if not check.passed]
+    if failed:
+        return f"Leaks were found: {', '.join(failed)}. The figures of this page are too good."
+    return (
+        f"None of {len(found.checks)} checks found anything in the data that nobody could have known at the "
+        "moment of the request."
+    )
+
+
+def leakage_table(found: LeakageReport) -> Table:
+    """What the linter looked at and found; the failed checks first."""
+    rows = [
+        Row(
+            check.name,
+            "",
+            (
+                Cell(*(("no leak", "better") if check.passed else ("leak", "worse"))),
+                Cell(check.detail, note="; ".join(check.findings)),
+            ),
+        )
+        for check in sorted(found.checks, key=lambda check: check.passed)
+    ]
+    return Table(
+        "Checks of the leakage linter", ("Check", "Verdict", "Looked at"), tuple(rows), text_columns=3
+    )
+
+
+def associations_table(found: LeakageReport) -> Table:
+    """How well single features order the labels of the eval split, the best first."""
+    rows = [
+        Row(
+            one.feature,
+            "",
+            (
+                Cell(formatting.words(one.task)),
+                Cell(formatting.decimal(one.auc), "worse" if one.auc > found.max_auc else "", value=one.auc),
+                Cell(formatting.number(one.num_rows), value=one.num_rows),
+            ),
+        )
+        for one in found.associations
+    ]
+    return Table(
+        "How well one feature alone orders a label",
+        ("Feature", "Task", "AUC or XAUC", "Rows"),
+        tuple(rows),
+        note=f"Above {found.max_auc:g} a feature is taken for a leak.",
+        text_columns=2,
+        name="associations",
+    )
+
+
+def inflation_table(found: LeakageReport) -> Table:
+    """What cheap models would seem to be worth under protocols that leak."""
+    honest = found.inflation[0].metrics
+    rows = [
+        Row(
+            f"{way.name} (honest)" if way.is_honest else way.name,
+            "",
+            tuple(
+                Cell(
+                    formatting.decimal(value),
+                    note="" if way.is_honest else formatting.difference(value - honest[name]),
+                    value=value,
+                )
+                for name, value in way.metrics.items()
+            ),
+        )
+        for way in found.inflation
+    ]
+    columns = ("Protocol", *(formatting.words(name.replace("/", " ")) for name in honest))
+    return Table("What cheap models would seem to be worth if the data leaked", columns, tuple(rows))
+
+
 def load_table(load: LoadFacts) -> Table:
     """How long a request took under load, by stage."""
     rows = []
@@ -404,6 +481,35 @@ def load_table(load: LoadFacts) -> Table:
         f"second, {formatting.share(load.error_share)} without an answer"
     )
     return Table(caption, ("Stage", "p50", "p95", "p99", "Longest"), tuple(rows), "; ".join(load.warnings))
+
+
+def load_test_table(test: LoadTest) -> Table:
+    """How long requests took at each rate, by stage, and how many failed."""
+    rows = []
+    for result in test.results:
+        for stage, latency in result.latency_ms.items():
+            times = (latency.p50, latency.p95, latency.p99, latency.max)
+            cells = [Cell(formatting.words(stage)), Cell(formatting.decimal(result.achieved_rate_per_s))]
+            failed = Cell(formatting.share(result.error_share), "worse" if result.error_share else "")
+            cells = [*cells, *(Cell(formatting.decimal(time), value=time) for time in times), failed]
+            rows.append(Row(f"{formatting.number(result.rate_per_s)} per s", "", tuple(cells)))
+    columns = ("Asked", "Stage", "Answered per s", "p50 ms", "p95 ms", "p99 ms", "Longest ms", "Failed")
+    warnings = dict.fromkeys(warning for result in test.results for warning in result.warnings)
+    return Table("Time of a request by rate", columns, tuple(rows), "; ".join(warnings), text_columns=2)
+
+
+def load_test_sentences(test: LoadTest) -> list[str]:
+    """What was asked, and which errors there were."""
+    settings = test.settings
+    sentences = [
+        f"funnel loadtest against {settings['target']}, layout {settings['layout']}: the best "
+        f"{settings['k']} of {settings['num_candidates']} candidates for one of "
+        f"{settings['num_users']:,} users; times count from when a request should have left."
+    ]
+    for result in test.results:
+        for kind, count in result.errors.items():
+            sentences.append(f"At {formatting.number(result.rate_per_s)} per s: {count:,} × {kind}.")
+    return sentences
 
 
 def _slice_metrics(headline: str, keys: Iterable[str], facts: RunFacts) -> list[str]:

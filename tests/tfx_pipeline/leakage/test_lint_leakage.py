@@ -38,6 +38,7 @@ def test_findings_are_shown_written_and_decide_the_exit_code(
     monkeypatch.setattr(lint, "lint", lambda *_: found)
     result = CliRunner().invoke(main, ["lint-leakage", "--output-dir", str(tmp_path)])
     assert result.exit_code == exit_code, result.output
+    assert "not added to a report: there is no report at" in result.output
     assert "+0.050" in result.output and "0.950" in result.output
     assert ("u1 [x] history is [i1], expected []" in result.output) == (not found.passed)
     written = json.loads((tmp_path / "leakage.json").read_text())
