@@ -9,7 +9,7 @@ Letters: n = interactions, U = users, I = items.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import lightgbm
 import numpy as np
@@ -18,7 +18,7 @@ import polars as pl
 import scipy.sparse as sp
 from implicit.nearest_neighbours import CosineRecommender
 
-from schema.contract import DatasetSpec
+from schema.contract import DatasetSpec, TaskKind
 from schema.point_in_time import EVENT_TIME, EarlierEvents, key_codes
 from tfx_pipeline.leakage.findings import Protocol
 from trainer import metrics
@@ -83,8 +83,9 @@ def measure_inflation(
 ) -> tuple[Protocol, ...]:
     """Trains and judges the cheap models under every protocol.
 
-    Ranking: LightGBM on impressions and smoothed rates of the positive label, of the user, of each counter
-    key of the item, and of the user with that key; its AUC on the test rows. Retrieval: popularity and
+    Ranking: LightGBM on impressions and smoothed rates of the label of the first binary task that has both
+    classes, of the user, of each counter key of the item, and of the user with that key; its AUC on the test
+    rows, left out where there is no such task. Retrieval: popularity and
     item-kNN (cosine); recall@100 of the positives of the test rows that are new to the user.
 
     Args:
@@ -99,15 +100,29 @@ def measure_inflation(
     log = interactions.sort(EVENT_TIME, "row_number")
     positive = (log[spec.positive].fill_null(0) > 0).to_numpy()
     temporal = (log["split"] == "train").to_numpy(), (log["split"] == "test").to_numpy()
+    label = _ranked_label(log, spec, temporal)
     for way in _WAYS:
         on_protocol(way.name)
         train, test = _random_split(*temporal) if way.is_random else temporal
-        values = {
-            "lightgbm/auc": _ranking_auc(log, items, spec, positive, train, test, way.sees_all),
-            **_retrieval_recall(log, items, positive, train, test, way.sees_all),
-        }
+        values = {}
+        if label is not None:
+            values["lightgbm/auc"] = _ranking_auc(log, items, spec, label, train, test, way.sees_all)
+        values |= _retrieval_recall(log, items, positive, train, test, way.sees_all)
         found.append(Protocol(way.name, way.is_honest, values))
     return tuple(found)
+
+
+def _ranked_label(log: pl.DataFrame, spec: DatasetSpec, splits: Iterable[BoolArray]) -> BoolArray | None:
+    """The first label of a binary task with both classes in every split.
+
+    The positive of a log of choices alone, such as MovieLens, has one class.
+    """
+    for task in spec.tasks:
+        if task.kind is TaskKind.BINARY:
+            label = (log[task.label].fill_null(0) > 0).to_numpy()
+            if all(len(np.unique(label[split])) == 2 for split in splits):
+                return label
+    return None
 
 
 def _random_split(train: BoolArray, test: BoolArray) -> tuple[BoolArray, BoolArray]:
@@ -123,32 +138,32 @@ def _ranking_auc(
     log: pl.DataFrame,
     items: pl.DataFrame,
     spec: DatasetSpec,
-    positive: BoolArray,
+    label: BoolArray,
     train: BoolArray,
     test: BoolArray,
     sees_all: bool,
 ) -> float:
     times = log[EVENT_TIME].to_numpy()
     moments = np.full(len(log), times.max() + 1) if sees_all else times
-    columns = np.column_stack(list(_rates(log, items, spec, positive, moments))).astype(np.float32)
+    columns = np.column_stack(list(_rates(log, items, spec, label, moments))).astype(np.float32)
     rng = np.random.default_rng(_SEED)
     rows = [
         rng.permutation(np.flatnonzero(split))[:most]
         for split, most in ((train, _MAX_TRAIN_ROWS), (test, _MAX_TEST_ROWS))
     ]
-    data = lightgbm.Dataset(columns[rows[0]], positive[rows[0]].astype(np.float64))
+    data = lightgbm.Dataset(columns[rows[0]], label[rows[0]].astype(np.float64))
     model = lightgbm.train(_PARAMETERS, data, _NUM_TREES)
-    return metrics.auc(positive[rows[1]].astype(np.float64), np.asarray(model.predict(columns[rows[1]])))
+    return metrics.auc(label[rows[1]].astype(np.float64), np.asarray(model.predict(columns[rows[1]])))
 
 
 def _rates(
-    log: pl.DataFrame, items: pl.DataFrame, spec: DatasetSpec, positive: BoolArray, moments: IntArray
+    log: pl.DataFrame, items: pl.DataFrame, spec: DatasetSpec, label: BoolArray, moments: IntArray
 ) -> Iterator[FloatArray]:
-    """Impressions and smoothed share of positives of each group of events, strictly before each moment."""
+    """Impressions and smoothed mean of the label of each group of events, strictly before each moment."""
     times = log[EVENT_TIME].to_numpy()
-    values = np.column_stack([np.ones(len(log)), positive]).astype(np.float64)
+    values = np.column_stack([np.ones(len(log)), label]).astype(np.float64)
     users = log["user_id"].rank("dense").cast(pl.Int64).to_numpy()
-    prior = positive.mean()
+    prior = label.mean()
     groups = [(np.arange(len(log)), users)]
     for key in spec.counters.keys:
         rows, codes = key_codes(log.select("item_id", EVENT_TIME), items, key)

@@ -27,8 +27,7 @@ SPEC = DatasetSpec.model_validate(
 )
 
 
-@pytest.fixture(scope="module")
-def protocols() -> tuple[Protocol, ...]:
+def fashion_log() -> pl.DataFrame:
     """Every day other items are in fashion: of those, and no others, most are clicked."""
     rng = np.random.default_rng(4)
     rows = 8_000
@@ -37,7 +36,7 @@ def protocols() -> tuple[Protocol, ...]:
         rng.random(rows) < 0.7, day * 10 + rng.integers(10, size=rows), rng.integers(NUM_ITEMS, size=rows)
     )
     click = rng.random(rows) < np.where(item // 10 == day, 0.8, 0.1)
-    log = pl.DataFrame(
+    return pl.DataFrame(
         {
             "user_id": [f"u{n}" for n in rng.integers(400, size=rows)],
             "item_id": [f"i{n}" for n in item],
@@ -47,7 +46,26 @@ def protocols() -> tuple[Protocol, ...]:
             "click": click.astype(np.float32),
         }
     )
-    return measure_inflation(log, pl.DataFrame({"item_id": [f"i{n}" for n in range(NUM_ITEMS)]}), SPEC)
+
+
+CATALOGUE = pl.DataFrame({"item_id": [f"i{n}" for n in range(NUM_ITEMS)]})
+
+
+@pytest.fixture(scope="module")
+def protocols() -> tuple[Protocol, ...]:
+    return measure_inflation(fashion_log(), CATALOGUE, SPEC)
+
+
+def test_a_log_of_choices_alone_is_ranked_by_the_first_task_that_tells_its_rows_apart() -> None:
+    log = fashion_log().rename({"click": "like"}).with_columns(watched=pl.lit(1.0), shared=pl.lit(0.0))
+    tasks = [{"name": name, "label": name, "kind": "binary"} for name in ("shared", "like")]
+    declared = SPEC.model_dump() | {"positive": "watched"}
+    declared["interactions"]["labels"] = {name: name for name in ("watched", "shared", "like")}
+    by_like = measure_inflation(log, CATALOGUE, DatasetSpec.model_validate({**declared, "tasks": tasks}))
+    assert by_like[2].metrics["lightgbm/auc"] > by_like[0].metrics["lightgbm/auc"] + 0.1
+    unranked = measure_inflation(log, CATALOGUE, DatasetSpec.model_validate({**declared, "tasks": tasks[:1]}))
+    assert "lightgbm/auc" not in unranked[0].metrics
+    assert all(np.isfinite(value) for protocol in unranked for value in protocol.metrics.values())
 
 
 def test_the_honest_protocol_comes_first_and_alone(protocols: tuple[Protocol, ...]) -> None:
