@@ -33,7 +33,8 @@ def test_findings_are_shown_written_and_decide_the_exit_code(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, checks: tuple[Check, ...], exit_code: int
 ) -> None:
     found = report(*checks)
-    monkeypatch.setattr("tfx_pipeline.run_result.read_run", lambda _: SimpleNamespace(config=None))
+    config = SimpleNamespace(dataset=None, examples=SimpleNamespace(max_positives_per_user=1))
+    monkeypatch.setattr("tfx_pipeline.run_result.read_run", lambda _: SimpleNamespace(config=config))
     monkeypatch.setattr(run_data, "run_data", lambda *_: None)
     monkeypatch.setattr(lint, "lint", lambda *_: found)
     result = CliRunner().invoke(main, ["lint-leakage", "--output-dir", str(tmp_path)])
