@@ -41,7 +41,7 @@ IALS_FACTORS = 64
 # What is chosen from on the eval split: of the values that `benchmarks.baselines` searches, the best ones of
 # KuaiRand, MovieLens and the simulated platform. B of BM25; alpha and ridge per alpha of iALS.
 KNN_CHOICES = (0.0, 0.75)
-IALS_CHOICES = ((5.0, 10.0), (100.0, 5.0), (100.0, 10.0))
+IALS_CHOICES = ((5.0, 10.0), (100.0, 5.0), (100.0, 10.0), (200.0, 5.0))
 # The latest positives that item-kNN and iALS are fitted on: their time grows with the log.
 MAX_POSITIVES = 5_000_000
 # Bounds the memory of a chunk of users times items to some tens of megabytes.
