@@ -1,5 +1,7 @@
 """One call of the funnel beside retrieval and then ranking, in this process and over gRPC.
 
+In this process a signature is called as the model server calls it, without the server.
+
     python -m benchmarks.funnel_call --run-dir runs/default --work-dir /tmp/funnel-call
 
 Gives the pushed models of a finished run a catalogue of --items items, whose features are each drawn from
@@ -23,7 +25,7 @@ import tensorflow as tf
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
 from serving.process import ModelServerProcess
-from serving.servable import read_signature_defs
+from serving.servable import DEFAULT_SIGNATURE, Servable, read_signature_defs
 from tfx_pipeline.config import FUNNEL, RANKING, RETRIEVAL, RunPaths
 from tfx_pipeline.recommend import serving_folder
 from tfx_pipeline.refresh import read_catalogue, write_catalogue
@@ -119,33 +121,35 @@ def _timed(calls: Callable[[int], Any], count: int) -> list[float]:
 
 
 def _in_process(folders: dict[str, Path], bundle: str, users: Arrays, count: int) -> dict[str, list[float]]:
-    loaded = {name: tf.saved_model.load(str(folders[name])) for name in (RETRIEVAL, RANKING, bundle)}
-    calls = {name: model.signatures["serving_default"] for name, model in loaded.items()}
-    specs = {name: call.structured_input_signature[1] for name, call in calls.items()}
-    number_of_users = len(users["user_id"])
-
-    def tensors(name: str, row: int, **given: Any) -> dict[str, tf.Tensor]:
-        arrays = _request(specs[name], users, row % number_of_users, **given)
-        return {key: tf.constant(value) for key, value in arrays.items()}
-
+    models = {name: Servable(name, 1, folders[name]) for name in (RETRIEVAL, RANKING, bundle)}
+    specs = {name: input_specs(model.signature(DEFAULT_SIGNATURE)) for name, model in models.items()}
+    rows = range(len(users["user_id"]))
     k, candidates = np.array([K], np.int32), np.array([NUM_CANDIDATES], np.int32)
-    whole = [tensors(bundle, row, k=k, num_candidates=candidates) for row in range(number_of_users)]
-    first = [tensors(RETRIEVAL, row, k=candidates) for row in range(number_of_users)]
-    second = [
-        tensors(RANKING, row, candidate_item_ids=np.array([[b""]], object)) for row in range(number_of_users)
+    whole = [_request(specs[bundle], users, row, k=k, num_candidates=candidates) for row in rows]
+    first = [_request(specs[RETRIEVAL], users, row, k=candidates) for row in rows]
+    empty = np.array([[b""]], object)
+    second = [_request(specs[RANKING], users, row, candidate_item_ids=empty) for row in rows]
+
+    # Whoever retrieval finds: the ranker alone, on what it is asked in the second of two calls.
+    judged = [
+        {**request, "candidate_item_ids": models[RETRIEVAL].predict(DEFAULT_SIGNATURE, found)["item_ids"]}
+        for request, found in zip(second, first, strict=True)
     ]
 
     def one(number: int) -> None:
-        calls[bundle](**whole[number % number_of_users])["item_ids"].numpy()
+        models[bundle].predict(DEFAULT_SIGNATURE, whole[number % len(rows)])
 
     def two(number: int) -> None:
-        row = number % number_of_users
-        found = calls[RETRIEVAL](**first[row])["item_ids"]
-        calls[RANKING](**{**second[row], "candidate_item_ids": found})["score"].numpy()
+        row = number % len(rows)
+        found = models[RETRIEVAL].predict(DEFAULT_SIGNATURE, first[row])["item_ids"]
+        models[RANKING].predict(DEFAULT_SIGNATURE, {**second[row], "candidate_item_ids": found})
 
     return {
         f"{bundle}, in process": _timed(one, count),
         "retrieval, then ranking, in process": _timed(two, count),
+        "ranking alone, in process": _timed(
+            lambda number: models[RANKING].predict(DEFAULT_SIGNATURE, judged[number % len(rows)]), count
+        ),
     }
 
 

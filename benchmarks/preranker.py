@@ -69,6 +69,7 @@ from trainer.ranking import SCORE, RankingModel
 from trainer.ranking_export import CANDIDATES, ServedRanker
 from trainer.served_index import K
 from trainer.tfx_schema import interactions_schema
+from trainer.transform_graph import TransformGraph
 
 NUM_CANDIDATES, NUM_KEPT = 5_000, 500
 TARGET_P50_MS = 10.0
@@ -119,7 +120,7 @@ def distilled(run_dir: Path, folder: Path, num_users: int, config: PrerankerConf
     """
     run, paths = read_run(run_dir), RunPaths(run_dir)
     ranker, catalogue, spec, output = restored(serving_folder(run, paths, RANKING))
-    layer = output.transform_features_layer()
+    layer = TransformGraph(output)
     user_id = ft.feature_space(spec).find(ft.USER_ID).id_name
 
     requests = asked_requests(run, spec, num_users, config.seed)
@@ -135,7 +136,7 @@ def distilled(run_dir: Path, folder: Path, num_users: int, config: PrerankerConf
     served = ServedRanker(ranker, layer, catalogue, spec)
     moment = read_summary(Path(run.tables_dir)).train_end_unix_s
     start_s = time.process_time()
-    items = catalogue_features(served, layer, spec, moment)
+    items = catalogue_features(served.ranker, layer, spec, moment)
     found = distil(ranker, learnt_from, items, spec, config)
     facts = {
         "num_requests": len(learnt_from[user_id]),
@@ -143,7 +144,7 @@ def distilled(run_dir: Path, folder: Path, num_users: int, config: PrerankerConf
         "log": found.log,
         "held_out": found.survival,
     }
-    _save(served, ServedPreRanker(found.student, ranker, served, layer, spec, moment), folder)
+    _save(served, ServedPreRanker(found.student, served, layer, spec, moment), folder)
     popularity = item_popularity(items, spec)[:-1]
     return Exported(folder, catalogue.item_ids, popularity, requests, facts)
 
@@ -193,7 +194,7 @@ def made_up(folder: Path, spec: DatasetSpec, config: PrerankerConfig) -> Exporte
     rng = np.random.default_rng(config.seed)
     item_ids = np.array([f"item{number}" for number in range(_NUM_ITEMS)], object)
     output = _transform_graph(folder, _raw_examples(spec, item_ids, rng), spec)
-    layer = output.transform_features_layer()
+    layer = TransformGraph(output)
     catalogue = _catalogue(spec, layer, item_ids, rng)
     sizes = vocabulary_sizes(output, spec)
     labels = {label: rng.integers(2, size=1_000).astype(np.float32) for label in spec.task_labels}
@@ -207,7 +208,7 @@ def made_up(folder: Path, spec: DatasetSpec, config: PrerankerConfig) -> Exporte
     # The variables of the layers exist once they have been asked.
     served.rank(_tensors(requests[0]), tf.constant([list(item_ids[:2])]))
     served = ServedRanker(ranker, layer, catalogue, spec)
-    items = catalogue_features(served, layer, spec, _TRAIN_END_UNIX_S)
+    items = catalogue_features(served.ranker, layer, spec, _TRAIN_END_UNIX_S)
     described = describe_items(ranker, items)
     features = raw_inputs.transform_request(layer, _tensors(requests[0]), spec)
     queries = describe_query(ranker, ranker.encode_query(features))
@@ -215,7 +216,7 @@ def made_up(folder: Path, spec: DatasetSpec, config: PrerankerConfig) -> Exporte
     # A pre-ranker that was fitted to nothing reads nothing.
     student.query_inputs.fit(tf.random.normal([100, queries.shape[1]]))
     student.item_inputs.fit(described)
-    pre_ranker = ServedPreRanker(student, ranker, served, layer, spec, _TRAIN_END_UNIX_S)
+    pre_ranker = ServedPreRanker(student, served, layer, spec, _TRAIN_END_UNIX_S)
     _save(served, pre_ranker, folder / "model")
     return Exported(folder / "model", item_ids, item_popularity(items, spec)[:-1], requests, {})
 

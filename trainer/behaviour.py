@@ -24,7 +24,13 @@ _EPSILON = 1e-6
 
 
 class _Behaviour(tf.keras.layers.Layer):
-    """A layer over the latest `max_events` events."""
+    """A layer over the latest `max_events` events.
+
+    Attributes:
+      reads_candidates: whether what it says depends on the candidate.
+    """
+
+    reads_candidates = True
 
     def __init__(self, config: BehaviourConfig, **kwargs: object) -> None:
         super().__init__(**kwargs)
@@ -71,7 +77,7 @@ class _Behaviour(tf.keras.layers.Layer):
           training: whether dropout acts.
 
         Returns:
-          float32 [U, N, W]; zeros for users without history.
+          float32 [U, N, W]; zeros for users without history. [U, 1, W] where candidates are not read.
         """
         events, mask, event_features = self._latest(events, mask, event_features)
         return self._match(candidates, events, mask, event_features, training)
@@ -100,7 +106,9 @@ class _Behaviour(tf.keras.layers.Layer):
 
 
 class MeanBehaviour(_Behaviour):
-    """The mean of the events, the same for every candidate; does not read `event_features`."""
+    """The mean of the events; reads neither candidates nor `event_features`."""
+
+    reads_candidates = False
 
     def __init__(self, config: BehaviourConfig, **kwargs: object) -> None:
         """Makes the layer; see `BehaviourConfig`."""
@@ -115,7 +123,7 @@ class MeanBehaviour(_Behaviour):
         event_features: tf.Tensor | None,
         training: bool,
     ) -> tf.Tensor:
-        return tf.broadcast_to(self.mean(events, mask)[:, tf.newaxis], tf.shape(candidates))
+        return self.mean(events, mask)[:, tf.newaxis]
 
 
 class TargetAttention(_Behaviour):

@@ -125,17 +125,20 @@ class FeatureEncoder(tf.keras.layers.Layer):
         """
         return tf.concat(self.encode(inputs), axis=-1)
 
-    def encode(self, inputs: Mapping[str, tf.Tensor]) -> list[tf.Tensor]:
+    def encode(
+        self, inputs: Mapping[str, tf.Tensor], encoded: Sequence[features.Feature] | None = None
+    ) -> list[tf.Tensor]:
         """Encodes a batch, feature by feature.
 
         Args:
           inputs: transformed features by name; ids int [...], lists of ids int [..., L], cdf float32 [...].
+          encoded: some of the features; None for all.
 
         Returns:
           float32 [..., W] of each feature, in their order.
         """
         parts = []
-        for feature in self.encoded:
+        for feature in self.encoded if encoded is None else encoded:
             if feature.is_list:
                 parts.append(self.tables.mean(feature.space, inputs[feature.id_name]))
             elif feature.is_categorical:
@@ -184,11 +187,12 @@ class CrossEncoder(tf.keras.layers.Layer):
         """Encodes B rows.
 
         Args:
-          query: transformed query features, int [B].
-          candidate: transformed candidate features, int [B], lists [B, L].
+          query: transformed query features, int [...].
+          candidate: transformed candidate features, int [...], lists [..., L]; the dimensions before
+            L broadcast to those of the query.
 
         Returns:
-          float32 [B, width] of each pair.
+          float32 [..., width] of each pair.
         """
         parts = []
         for (left, right), size, table in zip(self.pairs, self.sizes, self.tables, strict=True):
@@ -196,8 +200,8 @@ class CrossEncoder(tf.keras.layers.Layer):
             second = tf.cast(candidate[category_name(right)], tf.int64)
             if right.is_list:
                 mask = tf.cast(tf.not_equal(second, features.PADDING_ID), tf.float32)[..., tf.newaxis]
-                total = tf.reduce_sum(table(first[:, tf.newaxis] + second) * mask, axis=1)
-                parts.append(total / tf.maximum(tf.reduce_sum(mask, axis=1), 1.0))
+                total = tf.reduce_sum(table(first[..., tf.newaxis] + second) * mask, axis=-2)
+                parts.append(total / tf.maximum(tf.reduce_sum(mask, axis=-2), 1.0))
             else:
                 parts.append(table(first + second))
         return parts

@@ -1,7 +1,7 @@
 """The whole funnel as one SavedModel: a request in, the items to show out.
 
-Query tower, index, item features, ranker, score and selection are one graph: nothing but the answer leaves
-the server, and the query is transformed once.
+Query tower, index, pre-ranker, ranker, score and selection are one graph: nothing but the answer leaves the
+server, and the query is transformed once. Between index and selection items are rows of the catalogue.
 
 Letters: B = requests, N = candidates per request, K = items per request, T = tasks.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -19,8 +19,9 @@ from trainer import features as ft
 from trainer import raw_inputs
 from trainer.bundle import ServedModel, Signature, Tensors
 from trainer.catalogue import Catalogue
-from trainer.index import NO_ROW, CandidateIndex
-from trainer.ranking import SCORE, RankingModel
+from trainer.index import NO_ROW, CandidateIndex, Found
+from trainer.preranker import CataloguePreRanker, PreRanker
+from trainer.ranking import SCORE, EncodedQuery, RankingModel
 from trainer.ranking_export import IS_KNOWN, CatalogueRanker
 from trainer.retrieval import RetrievalModel
 from trainer.score import SCORE_WEIGHTS
@@ -29,6 +30,20 @@ from trainer.user_lookup import UserLookup
 
 NUM_CANDIDATES = "num_candidates"
 SERVING_USER = "serving_user"
+
+
+class PreRanking(NamedTuple):
+    """A pre-ranker inside the funnel.
+
+    Attributes:
+      student: distilled from the ranker.
+      event_time_unix_s: the moment that the age of items is as of, see `CataloguePreRanker`.
+      num_kept: see `PrerankerConfig`.
+    """
+
+    student: PreRanker
+    event_time_unix_s: int
+    num_kept: int
 
 
 class ServedFunnel(ServedModel):
@@ -44,6 +59,7 @@ class ServedFunnel(ServedModel):
         users: UserLookup,
         spec: DatasetSpec,
         max_k: int,
+        preranking: PreRanking | None = None,
     ) -> None:
         """Joins the two models.
 
@@ -51,11 +67,12 @@ class ServedFunnel(ServedModel):
           retrieval: trained.
           index: over the candidate vectors of the catalogue, in its order.
           ranker: trained with the same Transform graph.
-          layer: `tft.TFTransformOutput.transform_features_layer()`.
+          layer: `trainer.transform_graph.TransformGraph`.
           catalogue: every item.
           users: what is known of every user.
           spec: the declaration of the dataset.
           max_k: the largest number of candidates of a request.
+          preranking: what cuts the candidates before the ranker; None hands all of them to it.
         """
         super().__init__()
         self._spec = spec
@@ -68,6 +85,12 @@ class ServedFunnel(ServedModel):
         )
         self.index = ServedIndex(index, catalogue.item_ids, max_k)
         self.ranker = CatalogueRanker(ranker, layer, catalogue, spec)
+        self.preranker: CataloguePreRanker | None = None
+        self.num_kept = max_k
+        if preranking is not None:
+            student, moment = preranking.student, preranking.event_time_unix_s
+            self.preranker = CataloguePreRanker(student, self.ranker, layer, spec, moment)
+            self.num_kept = min(max_k, preranking.num_kept)
         self.users = users
 
     def recommend(self, raw: Tensors) -> dict[str, tf.Tensor]:
@@ -81,7 +104,8 @@ class ServedFunnel(ServedModel):
           The outputs of `serving_default`, see docs/architecture.md; K = max(k).
 
         Raises:
-          InvalidArgumentError: a k is below 1 or above its num_candidates, or that is above max_k.
+          InvalidArgumentError: a k is below 1, above its num_candidates or above what the pre-ranker keeps of
+            these, or num_candidates is above max_k.
         """
         k, num_candidates = raw[K], raw[NUM_CANDIDATES]
         checks = [
@@ -90,21 +114,26 @@ class ServedFunnel(ServedModel):
                 k, num_candidates, "k must not be above num_candidates, out of which the k items are chosen"
             ),
         ]
+        if self.preranker is not None:
+            message = f"k must not be above {self.num_kept}, the number of candidates that the ranker scores"
+            checks.append(tf.debugging.assert_less_equal(k, self.num_kept, message))
         with tf.control_dependencies(checks):
             num_candidates = tf.identity(num_candidates)
         features = raw_inputs.transform_request(self._layer(), raw, self._spec)
         found = self.index.search(self._encode_queries(features), {**raw, K: num_candidates})
-        is_found = found.rows != NO_ROW
-        rows = tf.where(is_found, found.rows, self.ranker.num_items)
-        judged = self.ranker.rank(features, raw[ft.EVENT_TIME], rows, raw[SCORE_WEIGHTS])
+        query = self.ranker.model.encode_query(features)
+        candidates, retrieval_scores = self._kept(query, found)
+        is_found = candidates != NO_ROW
+        rows = tf.where(is_found, candidates, self.ranker.num_items)
+        judged = self.ranker.rank(query, features, raw[ft.EVENT_TIME], rows, raw[SCORE_WEIGHTS])
 
         # Of equal scores the one that retrieval found first stays first: top_k is stable.
         scores = tf.where(is_found, judged[SCORE], -math.inf)
         best, order = tf.math.top_k(scores, tf.reduce_max(k))
         is_result = tf.math.is_finite(best) & (tf.range(tf.shape(best)[1]) < k[:, tf.newaxis])
-        rows = tf.where(is_result, tf.gather(found.rows, order, batch_dims=1), NO_ROW)
+        rows = tf.where(is_result, tf.gather(candidates, order, batch_dims=1), NO_ROW)
         numbers = {name: tf.gather(value, order, batch_dims=1) for name, value in judged.items()}
-        numbers["retrieval_score"] = tf.gather(found.scores, order, batch_dims=1)
+        numbers["retrieval_score"] = tf.gather(retrieval_scores, order, batch_dims=1)
         user_id = ft.feature_space(self._spec).find(ft.USER_ID).id_name
         return {
             "item_ids": self.index.ids(rows),
@@ -115,6 +144,18 @@ class ServedFunnel(ServedModel):
             "history_length": tf.math.count_nonzero(tf.not_equal(raw[ft.HISTORY], ""), axis=1),
             "exact_fallback": tf.cast(found.exact_fallback, tf.int64),
         }
+
+    def _kept(self, query: EncodedQuery, found: Found) -> tuple[tf.Tensor, tf.Tensor]:
+        """The candidates that the ranker scores, rows int32 and retrieval scores float32 [B, N]."""
+        if self.preranker is None:
+            return found.rows, found.scores
+        is_found = found.rows != NO_ROW
+        scores = self.preranker.score(query, tf.maximum(found.rows, 0))
+        num_kept = tf.minimum(self.num_kept, tf.shape(found.rows)[1])
+        places = tf.math.top_k(tf.where(is_found, scores, -math.inf), num_kept).indices
+        # In the order in which retrieval found them.
+        places = tf.sort(places, axis=1)
+        return tuple(tf.gather(column, places, batch_dims=1) for column in (found.rows, found.scores))
 
     def request_of_user(self, raw: Tensors) -> dict[str, tf.Tensor]:
         """The request of B users, who are known by id, with what was known of them at the end of training.

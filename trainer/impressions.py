@@ -8,6 +8,7 @@ item, S = task labels.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -160,41 +161,71 @@ class PastOutcomes(tf.keras.layers.Layer):
         if surface is not None and impressions.surface is not None:
             same = tf.equal(impressions.surface, surface[:, tf.newaxis])
             of_user.append(shown & same & (impressions.surface >= ft.FIRST_VOCABULARY_ID))
-        num_candidates = tf.shape(label_means)[1]
-        groups = [tf.repeat(group[:, tf.newaxis], num_candidates, axis=1) for group in of_user]
-        groups += [shares_value(values, impressions.keys[key]) for key, values in candidates.items()]
+        by_key = [_shares(values, impressions.keys[key]) for key, values in candidates.items()]
+        tables = [
+            self._summary(impressions, tf.stack(groups, axis=-2), label_means)
+            # Those of the user, the same for all candidates, are added up once.
+            for groups in ([group[:, tf.newaxis] for group in of_user], by_key)
+        ]
+        return tf.concat(tables, axis=-1)
 
-        group = tf.stack(groups, axis=2)  # [U, N, G, L]
+    def _summary(self, impressions: Impressions, group: tf.Tensor, label_means: tf.Tensor) -> tf.Tensor:
+        """Groups bool [U, N or 1, G, L], and label means [U, N, S], to float32 [U, N, G (2 + S)]."""
+        num_users, num_candidates = tf.unstack(tf.shape(label_means)[:2])
+        ones = tf.ones_like(impressions.labels[..., :1])
         counted = tf.cast(group, tf.float32)
-        number = tf.reduce_sum(counted, axis=-1, keepdims=True)
-        sums = tf.einsum("ungl,uls->ungs", counted, impressions.labels)
+        counts = _times(counted, tf.concat([ones, impressions.labels], axis=-1))
+        number, sums = counts[..., :1], counts[..., 1:]
         excess = sums - number * label_means[:, :, tf.newaxis]
         rates = excess / (number + _SMOOTHING) / self._scale
-        ages = tf.where(group, impressions.log_age[:, tf.newaxis, tf.newaxis], 1.0)
-        # The least of no ages at all, where nobody has impressions, is infinite.
-        latest = tf.minimum(tf.reduce_min(ages, axis=-1), 1.0)
-        table = tf.concat([tf.math.log1p(number), latest[..., tf.newaxis], rates], axis=-1)
-        width = table.shape[2] * table.shape[3]
-        return tf.reshape(table, [tf.shape(table)[0], num_candidates, width])
+        recency = counted * (1.0 - impressions.log_age[:, tf.newaxis, tf.newaxis])
+        # The largest of nothing at all, where nobody has impressions, is minus infinity.
+        latest = 1.0 - tf.maximum(tf.reduce_max(recency, axis=-1, keepdims=True), 0.0)
+        known = tf.concat([tf.math.log1p(number), latest], axis=-1)
+        known = tf.broadcast_to(known, [num_users, num_candidates, *known.shape[2:]])
+        table = tf.concat([known, rates], axis=-1)
+        return tf.reshape(table, [num_users, num_candidates, table.shape[2] * table.shape[3]])
 
 
-def shares_value(candidates: tf.Tensor, impressions: tf.Tensor) -> tf.Tensor:
-    """Whether a candidate has a known value in common with an impression: bool [U, N, L].
+def shares_value(candidates: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
+    """Whether a candidate has one of the known values of a request: bool [U, N].
+
+    Args:
+      candidates: int [U, N, T].
+      values: int [U, L].
+    """
+    return tf.reduce_any(_same(candidates, values), axis=[2, 3])
+
+
+def _shares(candidates: tf.Tensor, impressions: tf.Tensor) -> tf.Tensor:
+    """Whether an impression has a known value in common with a candidate: bool [U, N, L].
 
     Args:
       candidates: int [U, N, T].
       impressions: int [U, L, T'].
     """
-    mine, theirs = tf.cast(candidates, tf.int32), tf.cast(impressions, tf.int32)
+    # Value by value: arrays of five dimensions take several times as long to compare and to reduce.
+    values = tf.unstack(impressions, axis=-1)
+    same = functools.reduce(tf.logical_or, (_same(candidates, value) for value in values))
+    if candidates.shape[2] is None:
+        return tf.reduce_any(same, axis=2)
+    # A reduction over an axis in the middle takes several times as long.
+    return functools.reduce(tf.logical_or, tf.unstack(same, axis=2))
+
+
+def _same(candidates: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
+    """Which known values are equal: int [U, N, T] and [U, L] to bool [U, N, T, L]."""
+    mine, theirs = tf.cast(candidates, tf.int32), tf.cast(values, tf.int32)
     # No candidate has the id -1.
     theirs = tf.where(theirs >= ft.FIRST_VOCABULARY_ID, theirs, -1)
-    # One row of pairs per user: comparing arrays of five dimensions takes several times as long.
-    num_users, num_candidates, width = tf.unstack(tf.shape(mine))
-    mine = tf.reshape(mine, [num_users, num_candidates * width, 1])
-    length, other_width = tf.unstack(tf.shape(theirs)[1:])
-    same = tf.equal(mine, tf.reshape(theirs, [num_users, 1, length * other_width]))
-    same = tf.reshape(same, [num_users, num_candidates, width, length, other_width])
-    return tf.reduce_any(same, axis=[2, 4])
+    return tf.equal(mine[..., tf.newaxis], theirs[:, tf.newaxis, tf.newaxis])
+
+
+def _times(groups: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
+    """Float32 [U, N, G, L] times [U, L, S]: [U, N, G, S]. An einsum would transpose."""
+    num_users, *_ = shape = tf.unstack(tf.shape(groups))
+    product = tf.matmul(tf.reshape(groups, [num_users, shape[1] * groups.shape[2], shape[3]]), values)
+    return tf.reshape(product, [num_users, shape[1], groups.shape[2], values.shape[2]])
 
 
 def _log_age(age_days: tf.Tensor) -> tf.Tensor:

@@ -23,7 +23,7 @@ from trainer.bundle import Signature
 from trainer.encoder import with_powers
 from trainer.preranker_config import PrerankerConfig
 from trainer.ranking import EncodedQuery, RankingModel
-from trainer.ranking_export import CANDIDATES, IS_KNOWN, ServedRanker
+from trainer.ranking_export import CANDIDATES, IS_KNOWN, CatalogueRanker, ServedRanker
 from trainer.served_index import K
 
 # Impressions that stand for what a user without any would do, as in `trainer.impressions`.
@@ -35,8 +35,8 @@ _LARGEST_INPUT = 10.0
 def describe_query(ranker: RankingModel, query: EncodedQuery) -> tf.Tensor:
     """What the ranker knows of a request, as one row.
 
-    The ranker compares a candidate with every impression. Here they are summed up before any candidate is
-    known: the sum of their embeddings, and the sums weighted by each label and by age, over their number.
+    The ranker compares a candidate with every impression. Here the latest are summed up before any candidate
+    is known: the sum of their embeddings, and the sums weighted by each label and by age, over their number.
     Since the product of such a sum with an item's vector is the sum of the products, it still tells whether
     the user liked what resembles the item.
 
@@ -47,7 +47,7 @@ def describe_query(ranker: RankingModel, query: EncodedQuery) -> tf.Tensor:
     Returns:
       float32 [U, Q].
     """
-    shown = tf.cast(query.impressions.is_shown, tf.float32)[..., tf.newaxis]
+    shown = tf.cast(query.is_event, tf.float32)[..., tf.newaxis]
     number = tf.reduce_sum(shown, axis=1)
     weights = shown * tf.concat([tf.ones_like(shown), query.event_features], axis=-1)
     sums = tf.einsum("ulf,ulw->ufw", weights, query.events) / (number + _SMOOTHING)[..., tf.newaxis]
@@ -74,13 +74,13 @@ def describe_items(ranker: RankingModel, items: Mapping[str, tf.Tensor]) -> tf.T
 
 
 def catalogue_features(
-    served: ServedRanker, layer: Any, spec: DatasetSpec, event_time_unix_s: int
+    ranker: CatalogueRanker, layer: Any, spec: DatasetSpec, event_time_unix_s: int
 ) -> dict[str, tf.Tensor]:
     """All that the ranker reads of a candidate, for every item at one moment.
 
     Args:
-      served: holds the catalogue.
-      layer: `tft.TFTransformOutput.transform_features_layer()`.
+      ranker: holds the catalogue.
+      layer: `trainer.transform_graph.TransformGraph`.
       spec: the declaration of the dataset.
       event_time_unix_s: the moment that the age of items is as of; that of the counters is the end of
         training.
@@ -88,11 +88,11 @@ def catalogue_features(
     Returns:
       [I, ...] by transformed name, the last row for any item outside the catalogue.
     """
-    items = {name: tf.convert_to_tensor(column) for name, column in served.ranker.items.items()}
+    items = ranker.features
     if ft.feature_space(spec).cross:
-        upload_time = tf.convert_to_tensor(served.ranker.upload_time_unix_s)
+        upload_time = tf.convert_to_tensor(ranker.upload_time_unix_s)
         moment = tf.fill(tf.shape(upload_time), tf.constant(event_time_unix_s, tf.int64))
-        items |= raw_inputs.transform_cross(layer, moment, upload_time, spec)
+        items = items | raw_inputs.transform_cross(layer, moment, upload_time, spec)
     return items
 
 
@@ -197,14 +197,13 @@ def _network(input_width: int, hidden_layers: Sequence[int], output_width: int) 
     return network
 
 
-class ServedPreRanker(tf.Module):
-    """The signature of the pre-ranker inside the exported ranker, and the variables that it reads."""
+class CataloguePreRanker(tf.Module):
+    """The pre-ranker over the items of a catalogue, which it knows by their rows."""
 
     def __init__(
         self,
         student: PreRanker,
-        ranker: RankingModel,
-        served: ServedRanker,
+        ranker: CatalogueRanker,
         layer: Any,
         spec: DatasetSpec,
         event_time_unix_s: int,
@@ -213,25 +212,40 @@ class ServedPreRanker(tf.Module):
 
         Args:
           student: distilled from the ranker.
-          ranker: trained.
-          served: holds the catalogue.
-          layer: `tft.TFTransformOutput.transform_features_layer()`.
+          ranker: over the catalogue.
+          layer: `trainer.transform_graph.TransformGraph`.
           spec: the declaration of the dataset.
           event_time_unix_s: the moment that the age of items is as of, see `catalogue_features`.
         """
         super().__init__()
-        self._spec = spec
-        # Closures keep Keras models out of the object graph that is saved; their weights are in it.
-        self._layer: Callable[[], Any] = lambda: layer
-        self._ranker: Callable[[], RankingModel] = lambda: ranker
+        self.ranker = ranker
+        # A closure keeps the Keras model out of the object graph that is saved; its weights are in it.
         self._student: Callable[[], PreRanker] = lambda: student
-        self.transform_resources = served.ranker.transform_resources
-        self.weights = [*student.weights, *ranker.weights]
-        self.attributes = served.ranker.attributes
-        self.rows = served.rows
-        items = catalogue_features(served, layer, spec, event_time_unix_s)
-        vectors = student.precompute(describe_items(ranker, items))
+        self.weights = student.weights
+        items = catalogue_features(ranker, layer, spec, event_time_unix_s)
+        vectors = student.precompute(describe_items(ranker.model, items))
         self.item_vectors = tf.Variable(vectors, trainable=False, name="preranker_item_vectors")
+
+    def score(self, query: EncodedQuery, rows: tf.Tensor) -> tf.Tensor:
+        """Scores of items by their rows, int [U, N]: float32 [U, N]; the higher, the better."""
+        student = self._student()
+        users = student.user_vectors(describe_query(self.ranker.model, query))
+        return student.score(users, self.item_vectors, rows)
+
+
+class ServedPreRanker(tf.Module):
+    """The signature of the pre-ranker inside the exported ranker, and the variables that it reads."""
+
+    def __init__(
+        self, student: PreRanker, served: ServedRanker, layer: Any, spec: DatasetSpec, event_time_unix_s: int
+    ) -> None:
+        """Computes the vectors of the catalogue; arguments as of `CataloguePreRanker`."""
+        super().__init__()
+        self._spec = spec
+        self._layer: Callable[[], Any] = lambda: layer
+        self.preranker = CataloguePreRanker(student, served.ranker, layer, spec, event_time_unix_s)
+        self.ranker = served.ranker
+        self.rows = served.rows
 
     def pre_rank(
         self, raw: Mapping[str, tf.Tensor], candidate_item_ids: tf.Tensor, k: tf.Tensor
@@ -255,15 +269,12 @@ class ServedPreRanker(tf.Module):
         with tf.control_dependencies([check]):
             longest = tf.minimum(tf.maximum(tf.reduce_max(k), 0), tf.shape(candidate_item_ids)[1])
         features = raw_inputs.transform_request(self._layer(), raw, self._spec)
-        ranker, student = self._ranker(), self._student()
-        users = student.user_vectors(describe_query(ranker, ranker.encode_query(features)))
-
         rows = self.rows.lookup(candidate_item_ids)
-        scores = student.score(users, self.item_vectors, rows)
+        scores = self.preranker.score(self.ranker.model.encode_query(features), rows)
         eligible = tf.not_equal(candidate_item_ids, "") & _is_first(candidate_item_ids)
         best, places = tf.math.top_k(tf.where(eligible, scores, -np.inf), longest)
         chosen = (best > -np.inf) & (tf.range(longest) < k[:, tf.newaxis])
-        is_known = tf.cast(tf.gather(rows, places, batch_dims=1) < self.item_vectors.shape[0] - 1, tf.int64)
+        is_known = tf.cast(tf.gather(rows, places, batch_dims=1) < self.ranker.num_items, tf.int64)
         return {
             "item_ids": tf.where(chosen, tf.gather(candidate_item_ids, places, batch_dims=1), ""),
             "scores": tf.where(chosen, best, 0.0),

@@ -11,6 +11,7 @@ class PrerankerConfig(pydantic.BaseModel):
     """The pre-ranker, which cuts the candidates of retrieval to those that the ranker scores.
 
     Attributes:
+      num_kept: candidates that the ranker scores, at most, of those that retrieval finds for `funnel`.
       vector_width: of the user and item vectors.
       tower_width: hidden width of the networks that make these vectors; they run once per request and once
         per item, never per pair.
@@ -34,6 +35,7 @@ class PrerankerConfig(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 
+    num_kept: pydantic.PositiveInt = 500
     vector_width: pydantic.PositiveInt = 64
     tower_width: pydantic.PositiveInt = 128
     hidden_layers: tuple[pydantic.PositiveInt, ...] = pydantic.Field(default=(128, 64, 64), min_length=1)

@@ -35,7 +35,7 @@ from trainer.encoder import (
 from trainer.experts import experts
 from trainer.impressions import Impressions, ItemAttributes, PastOutcomes, read_impressions, shares_value
 from trainer.interactions import interaction
-from trainer.label_statistics import LabelStatistics
+from trainer.label_statistics import LabelStatistics, bucket_name
 from trainer.loss_balancing import LossBalancer
 from trainer.ranking_losses import labelled_loss, objective
 from trainer.score import declared_weights, final_score
@@ -117,6 +117,32 @@ class EncodedQuery(NamedTuple):
     shared: Mapping[str, tf.Tensor]
 
 
+class EncodedItems(NamedTuple):
+    """What the ranker knows of items whoever asks and when: made once per item where items are served.
+
+    Letters: [...] = the items, [M], or [U, N] in a request.
+
+    Attributes:
+      features: float32 [..., W] of every candidate feature that is read.
+      counters: float32 [..., W], of the log.
+      embedding: float32 [..., W] of the item's id.
+      values: int [..., T] of each feature that is compared with what the query names or was shown: the keys
+        of the counters, and those that share a vocabulary with a query feature.
+      key_embedding: float32 [..., W], what the keys say together; W is 0 where nothing reads it.
+      label_means: float32 [..., S], of everybody.
+      ids: int [...], or [..., L], by transformed name: what is crossed with the query, and what outputs
+        depend on besides the logits.
+    """
+
+    features: tuple[tf.Tensor, ...]
+    counters: tf.Tensor
+    embedding: tf.Tensor
+    values: Mapping[str, tf.Tensor]
+    key_embedding: tf.Tensor
+    label_means: tf.Tensor
+    ids: Mapping[str, tf.Tensor]
+
+
 class RankingModel(tfrs.models.Model):
     """Multi-task model (Caruana 1997) over the tasks of a dataset declaration.
 
@@ -173,6 +199,7 @@ class RankingModel(tfrs.models.Model):
         self.interaction = interaction(config.interaction)
         self.is_parallel = config.interaction.structure == "parallel"
         self.tasks = spec.tasks
+        self.cross_features = tuple(f for f in self.item_encoder.encoded if f in space.cross)
         self.body = experts(config.experts, [task.name for task in spec.tasks])
         self.objectives = {task.name: objective(task, statistics[task.name]) for task in spec.tasks}
         self.positions = {
@@ -203,6 +230,11 @@ class RankingModel(tfrs.models.Model):
         self._item_id = space.find(ft.ITEM_ID).id_name
         self._surface_id = space.find(ft.SURFACE).id_name if spec.surface_is_mapped else None
         self._num_counters = len(count_names(spec)) - len(log_count_names(spec))
+        read_besides = [right for _, right in pairs if right not in space.cross]
+        durations = [task.duration_feature for task in spec.tasks if task.duration_feature is not None]
+        self._item_ids = tuple(
+            dict.fromkeys([*map(category_name, read_besides), *map(bucket_name, durations)])
+        )
         self._single_ids = tuple(f.id_name for f in embedded if not f.is_list)
         self._id_dropout_fraction = config.id_dropout_fraction
 
@@ -231,6 +263,27 @@ class RankingModel(tfrs.models.Model):
             {left.name: _values(features, left) for left, _ in self.shared},
         )
 
+    def encode_items(self, features: Mapping[str, tf.Tensor]) -> EncodedItems:
+        """Encodes the transformed candidate features and counters of M items."""
+        fixed = [feature for feature in self.item_encoder.encoded if feature not in self.cross_features]
+        counters = tf.ensure_shape(features[ft.COUNTERS], [None, self._num_counters])
+        compared = [*self.keys.values(), *(right for _, right in self.shared)]
+        values = {feature.name: _values(features, feature) for feature in compared}
+        item = self.tables(ft.ITEM_SPACE, features[self._item_id])
+        return EncodedItems(
+            features=tuple(self.item_encoder.encode(features, fixed)),
+            counters=with_powers(counters),
+            embedding=item,
+            values=values,
+            key_embedding=(
+                self._embed_keys({key: values[key] for key in self.keys})
+                if self.behaviour.reads_candidates
+                else item[:, :0]
+            ),
+            label_means=features[ft.LABEL_MEANS],
+            ids={name: features[name] for name in self._item_ids},
+        )
+
     def logits(
         self,
         query: EncodedQuery,
@@ -251,36 +304,59 @@ class RankingModel(tfrs.models.Model):
         """
 
         # Not -1, which could be any number when there are no candidates.
-        num_queries = tf.shape(query.history)[0]
+        shape = [tf.shape(query.history)[0], num_candidates]
 
         def grouped(rows: tf.Tensor) -> tf.Tensor:
-            return tf.reshape(rows, tf.concat([[num_queries, num_candidates], tf.shape(rows)[1:]], axis=0))
+            return tf.reshape(rows, tf.concat([shape, tf.shape(rows)[1:]], axis=0))
 
-        def flat(groups: tf.Tensor) -> tf.Tensor:
-            return tf.reshape(groups, [-1, groups.shape[-1]])
+        items = tf.nest.map_structure(grouped, self.encode_items(features))
+        at_request = {
+            name: grouped(features[name]) for f in self.cross_features for name in f.transformed_names
+        }
+        return self.logits_of_parts(self.parts(query, items, at_request, training), shape, training)
 
-        item = self.tables(ft.ITEM_SPACE, features[self._item_id])
-        match = item * tf.repeat(query.history, num_candidates, axis=0)
-        keys = {name: grouped(_values(features, key)) for name, key in self.keys.items()}
-        past = self.past_outcomes(query.impressions, query.surface, keys, grouped(features[ft.LABEL_MEANS]))
-        counters = tf.ensure_shape(features[ft.COUNTERS], [None, self._num_counters])
+    def parts(
+        self,
+        query: EncodedQuery,
+        items: EncodedItems,
+        at_request: Mapping[str, tf.Tensor],
+        training: bool = False,
+    ) -> list[tf.Tensor]:
+        """The inputs of the body for U queries with N candidates each.
+
+        Args:
+          query: U encoded queries.
+          items: U × N encoded items.
+          at_request: transformed features of item and request time together, [U, N].
+          training: whether dropout is on.
+
+        Returns:
+          float32 [U, N, W] of each feature, or [U, 1, W] where it is the same for all candidates.
+        """
+        match = items.embedding * query.history[:, tf.newaxis]
+        keys = {key: items.values[key] for key in self.keys}
+        past = self.past_outcomes(query.impressions, query.surface, keys, items.label_means)
         attended = self.behaviour.match(
-            self._embed_keys(keys), query.events, query.is_event, query.event_features, training
+            items.key_embedding, query.events, query.is_event, query.event_features, training
         )
-        parts = [tf.repeat(part, num_candidates, axis=0) for part in query.parts]
-        parts += self.item_encoder.encode(features)
-        parts += [with_powers(counters), match, tf.reduce_sum(match, axis=-1, keepdims=True)]
-        parts += [flat(past), flat(attended)]
-        crossed = {name: tf.repeat(ids, num_candidates) for name, ids in query.crossed.items()}
-        parts += self.cross_encoder(crossed, features)
+        parts = [part[:, tf.newaxis] for part in query.parts]
+        parts += [*items.features, *self.item_encoder.encode(at_request, self.cross_features)]
+        parts += [items.counters, match, tf.reduce_sum(match, axis=-1, keepdims=True), past, attended]
+        crossed = {name: ids[:, tf.newaxis] for name, ids in query.crossed.items()}
+        parts += self.cross_encoder(crossed, {**items.ids, **at_request})
         for left, right in self.shared:
-            is_shared = shares_value(
-                grouped(_values(features, right)), query.shared[left.name][:, tf.newaxis]
-            )
-            parts.append(tf.cast(tf.reshape(is_shared, [-1, 1]), tf.float32))
-        return self._heads(parts, training)
+            is_shared = shares_value(items.values[right.name], query.shared[left.name])
+            parts.append(tf.cast(is_shared, tf.float32)[..., tf.newaxis])
+        return parts
 
-    def _heads(self, parts: Sequence[tf.Tensor], training: bool) -> dict[str, tf.Tensor]:
+    def logits_of_parts(
+        self, parts: Sequence[tf.Tensor], shape: Sequence[Any], training: bool = False
+    ) -> dict[str, tf.Tensor]:
+        """The logits of every task from `parts` of `shape`, U and N: float32 [U × N, logits of the task]."""
+        parts = [
+            tf.reshape(tf.broadcast_to(part, [*shape, part.shape[-1]]), [-1, part.shape[-1]])
+            for part in parts
+        ]
         inputs = tf.concat(parts, axis=-1)
         crossed = inputs if self.interaction is None else self.interaction(parts, training=training)
         shared = self.body(inputs if self.is_parallel else crossed, training=training)

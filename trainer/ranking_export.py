@@ -20,7 +20,9 @@ from trainer.bundle import ServedModel, Signature, Tensors, appearing_whole, sav
 from trainer.catalogue import Catalogue
 from trainer.fingerprint import Fingerprint
 from trainer.golden import GoldenRequest
-from trainer.ranking import SCORE, RankingModel
+from trainer.item_table import ItemTable
+from trainer.ranking import SCORE, EncodedQuery, RankingModel
+from trainer.request_logits import request_logits
 from trainer.score import SCORE_WEIGHTS, final_score, request_weights
 
 CANDIDATES = "candidate_item_ids"
@@ -40,7 +42,7 @@ class CatalogueRanker(tf.Module):
 
         Args:
           model: trained.
-          layer: `tft.TFTransformOutput.transform_features_layer()`.
+          layer: `trainer.transform_graph.TransformGraph`.
           catalogue: all items that can be looked up.
           spec: the declaration of the dataset.
         """
@@ -48,22 +50,20 @@ class CatalogueRanker(tf.Module):
         self._spec = spec
         self.num_items = len(catalogue)
         self._layer: Callable[[], Any] = lambda: layer
-        self.transform_resources = raw_inputs.exported_resources(layer)
+        self.transform_resources = layer
         # Only the weights: the Keras model would bring its optimizer and training functions along.
         self.weights = model.weights
         self.attributes = model.attributes.tables
         # A closure keeps the model itself out of the object graph that is saved.
         self._model: Callable[[], RankingModel] = lambda: model
         unknown = _unknown_item(layer, spec)
-        columns = {
+        features = {
             name: _append_row(tf.constant(column), unknown[name])
             for name, column in catalogue.transformed.items()
         }
-        columns |= {name: tf.constant(column) for name, column in catalogue.counters.items()}
-        self.items = {
-            name: tf.Variable(column, trainable=False, name=f"item_{name}")
-            for name, column in columns.items()
-        }
+        features |= {name: tf.constant(column) for name, column in catalogue.counters.items()}
+        self._features: Callable[[], dict[str, tf.Tensor]] = lambda: features
+        self.items = ItemTable(model.encode_items(features))
         if catalogue.upload_time_unix_s is not None:
             upload_time = tf.constant(catalogue.upload_time_unix_s, tf.int64)
             missing = tf.constant([raw_inputs.MISSING["int64"]], tf.int64)
@@ -74,8 +74,14 @@ class CatalogueRanker(tf.Module):
         """The trained model."""
         return self._model()
 
+    @property
+    def features(self) -> dict[str, tf.Tensor]:
+        """Transformed features and counters of the items, [I + 1, ...] by name; the last row is unknown."""
+        return self._features()
+
     def rank(
         self,
+        query: EncodedQuery,
         features: Mapping[str, tf.Tensor],
         event_time_unix_s: tf.Tensor,
         rows: tf.Tensor,
@@ -84,7 +90,8 @@ class CatalogueRanker(tf.Module):
         """Judges N items for each of B requests.
 
         Args:
-          features: transformed query features and impressions of the requests.
+          query: the requests, from `model.encode_query`.
+          features: transformed query features of the requests.
           event_time_unix_s: int64 [B].
           rows: int [B, N], 0 to num_items; num_items is the row of an unknown item.
           score_weights: float32 [B, T], see `trainer.score.request_weights`.
@@ -93,16 +100,18 @@ class CatalogueRanker(tf.Module):
           float32 [B, N] per task and `score`.
         """
         model, shape = self._model(), tf.shape(rows)
-        num_candidates, flat = shape[1], tf.reshape(rows, [-1])
-        pairs = {name: tf.gather(column, flat) for name, column in self.items.items()}
-        if ft.feature_space(self._spec).cross:
+        num_candidates = shape[1]
+        items, at_request = self.items.gather(rows), {}
+        if model.cross_features:
             event_time = tf.repeat(event_time_unix_s, num_candidates)
-            upload_time = tf.gather(self.upload_time_unix_s, flat)
-            pairs |= raw_inputs.transform_cross(self._layer(), event_time, upload_time, self._spec)
-        for name in model.output_features:
-            pairs[name] = tf.repeat(features[name], num_candidates)
-        logits = model.logits(model.encode_query(features), pairs, num_candidates)
-        outputs = {name: tf.reshape(v, shape) for name, v in model.predictions(logits, pairs).items()}
+            upload_time = tf.gather(self.upload_time_unix_s, tf.reshape(rows, [-1]))
+            crossed = raw_inputs.transform_cross(self._layer(), event_time, upload_time, self._spec)
+            at_request = {name: tf.reshape(column, shape) for name, column in crossed.items()}
+        parts = model.parts(query, items, at_request)
+        logits = request_logits(model, parts, tf.unstack(shape))
+        besides = {name: tf.reshape(ids, [-1]) for name, ids in items.ids.items() if ids.shape.rank == 2}
+        besides |= {name: tf.repeat(features[name], num_candidates) for name in model.output_features}
+        outputs = {name: tf.reshape(v, shape) for name, v in model.predictions(logits, besides).items()}
         outputs[SCORE] = final_score(outputs, request_weights(score_weights, self._spec.tasks))
         return outputs
 
@@ -153,7 +162,8 @@ class ServedRanker(ServedModel):
             score_weights = self._declared(candidate_item_ids)
         # The query is transformed and encoded once, whatever the number of candidates.
         features = raw_inputs.transform_request(self._layer(), raw, self._spec)
-        outputs = self.ranker.rank(features, raw[ft.EVENT_TIME], rows, score_weights)
+        query = self.ranker.model.encode_query(features)
+        outputs = self.ranker.rank(query, features, raw[ft.EVENT_TIME], rows, score_weights)
         outputs[IS_KNOWN] = tf.cast(rows < self.ranker.num_items, tf.int64)
         is_item = tf.not_equal(candidate_item_ids, "")
         return {name: tf.where(is_item, value, tf.zeros_like(value)) for name, value in outputs.items()}

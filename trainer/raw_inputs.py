@@ -32,7 +32,7 @@ def transform_query(layer: Any, raw: Mapping[str, tf.Tensor], spec: DatasetSpec)
     """Raw query features of a request to transformed ones.
 
     Args:
-      layer: `tft.TFTransformOutput.transform_features_layer()`.
+      layer: `trainer.transform_graph.TransformGraph`.
       raw: tensors as in `query_signature`.
       spec: the declaration.
 
@@ -61,7 +61,7 @@ def transform_request(layer: Any, raw: Mapping[str, tf.Tensor], spec: DatasetSpe
     """Raw features of a request to the ranker to transformed ones, by one run of the graph.
 
     Args:
-      layer: `tft.TFTransformOutput.transform_features_layer()`.
+      layer: `trainer.transform_graph.TransformGraph`.
       raw: tensors as in `ranking_signature`; the impressions' other lists count only where IMPRESSION_ITEMS
         is not "".
       spec: the declaration.
@@ -105,16 +105,6 @@ def transform_cross(
     return _transform(layer, raw, inputs, space.cross)
 
 
-def exported_resources(layer: Any) -> Any:
-    """What an exported module must hold of the Transform layer: the loaded graph with its vocabulary files.
-
-    Holding the layer itself would do, but it is a Keras model, and saving one traces the Transform graph
-    again for training and for inference, which takes most of the export's time.
-    """
-    loader = getattr(layer, "_saved_model_loader", None)
-    return layer if loader is None else loader._imported
-
-
 def compiled(
     transform: Callable[[Any, Mapping[str, tf.Tensor], DatasetSpec], dict[str, tf.Tensor]],
     layer: Any,
@@ -146,9 +136,8 @@ def _to_sparse(values: tf.Tensor, raw: RawInput) -> tf.SparseTensor:
         present = matrix >= 0
     else:
         present = ~tf.math.is_nan(matrix)
-    return tf.SparseTensor(
-        tf.where(present), tf.boolean_mask(matrix, present), tf.shape(matrix, out_type=tf.int64)
-    )
+    places = tf.where(present)
+    return tf.SparseTensor(places, tf.gather_nd(matrix, places), tf.shape(matrix, out_type=tf.int64))
 
 
 def parse_interaction_examples(serialized: tf.Tensor, spec: DatasetSpec) -> dict[str, tf.Tensor]:

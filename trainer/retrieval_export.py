@@ -54,7 +54,7 @@ class ServedRetrieval(ServedModel):
         Args:
           model: trained.
           index: over the candidate vectors of the catalogue, in its order.
-          layer: `tft.TFTransformOutput.transform_features_layer()`.
+          layer: `trainer.transform_graph.TransformGraph`.
           catalogue: every item.
           spec: the declaration of the dataset.
           max_k: the largest k of a request.
@@ -66,7 +66,7 @@ class ServedRetrieval(ServedModel):
         check_attributes(index.allow_lists.attributes, spec)
         self._spec = spec
         self._layer: Callable[[], Any] = lambda: layer
-        self.transform_resources = raw_inputs.exported_resources(layer)
+        self.transform_resources = layer
         # Only the weights: the Keras model would bring its optimizer and training functions along.
         self.weights = model.query_tower.weights
         # A closure keeps the model itself out of the object graph that is saved.

@@ -59,7 +59,7 @@ def load_validation_users(
 
     Args:
       patterns: gzipped TFRecord files of user-state examples.
-      layer: `tft.TFTransformOutput.transform_features_layer()`.
+      layer: `trainer.transform_graph.TransformGraph`.
       catalogue: every item; held-out positives outside it cannot be found, and do not count.
       spec: the declaration of the dataset.
       max_users: stops after this many.

@@ -11,17 +11,19 @@ from schema.errors import BundleError
 from trainer.allow_lists import AllowLists
 from trainer.bundle import appearing_whole, save_bundle
 from trainer.checkpoint import read_checkpoint
-from trainer.config import RetrievalConfig
+from trainer.config import RankingConfig, RetrievalConfig
 from trainer.fingerprint import CATALOGUE, Fingerprint, check_together, hash_catalogue
-from trainer.funnel_export import ServedFunnel
+from trainer.funnel_export import PreRanking, ServedFunnel
 from trainer.index import CandidateIndex
 from trainer.index_build import exact_facts
 from trainer.input_pipeline import load_catalogue
 from trainer.retrieval_export import ServedRetrieval, export, read_index
 from trainer.run_ranking import restore as restore_ranker
+from trainer.run_ranking import restore_preranker
 from trainer.run_retrieval import attributes
 from trainer.run_retrieval import restore as restore_retrieval
 from trainer.sample_requests import golden_requests, sample_users
+from trainer.transform_graph import TransformGraph
 from trainer.user_lookup import UserLookup
 
 _logger = logging.getLogger(__name__)
@@ -57,7 +59,7 @@ def build(retrieval_dir: Path, ranking_dir: Path, user_states: Sequence[str], fo
     checkpoint, ranking_checkpoint = read_checkpoint(retrieval_dir), read_checkpoint(ranking_dir)
     spec, config = checkpoint.spec, checkpoint.read_config(RetrievalConfig)
     retrieval, ranker = restore_retrieval(checkpoint), restore_ranker(ranking_checkpoint)
-    layer = checkpoint.transform_output.transform_features_layer()
+    layer = TransformGraph(checkpoint.transform_output)
     catalogue = load_catalogue(checkpoint.catalogue_files(), checkpoint.transform_output, spec)
     if hash_catalogue(catalogue) != of_retrieval.parts[CATALOGUE]:
         raise BundleError(f"the checkpoint of {retrieval_dir} holds other items than its index")
@@ -71,8 +73,16 @@ def build(retrieval_dir: Path, ranking_dir: Path, user_states: Sequence[str], fo
     export(served, exact_facts(exact, config.max_k), folders.retrieval_exact, of_retrieval, golden)
 
     users = UserLookup(user_states, spec)
+    preranking = None
+    preranker_config = ranking_checkpoint.read_config(RankingConfig).preranker
+    if preranker_config is not None:
+        student = restore_preranker(ranking_checkpoint, preranker_config)
+        moment = ranking_checkpoint.settings["train_end_unix_s"]
+        preranking = PreRanking(student, moment, preranker_config.num_kept)
     for searched, folder in ((index, folders.funnel), (exact, folders.funnel_exact)):
-        funnel = ServedFunnel(retrieval, searched, ranker, layer, catalogue, users, spec, config.max_k)
+        funnel = ServedFunnel(
+            retrieval, searched, ranker, layer, catalogue, users, spec, config.max_k, preranking
+        )
         with appearing_whole(folder) as partial:
             save_bundle(funnel, partial, of_both, golden_requests(funnel.calls(), sample))
         _logger.info("phase=export_funnel items=%d path=%s", len(catalogue), folder)

@@ -44,6 +44,7 @@ from trainer.ranking import ROW_WEIGHT, RankingModel, calibrate, train
 from trainer.ranking_export import ServedRanker, export
 from trainer.row_weights import check_debiasing, weighted_windows
 from trainer.sample_requests import golden_requests, sample_users
+from trainer.transform_graph import TransformGraph
 
 TRAINING_LOG = "training_log.json"
 # How the pre-ranker was distilled, beside the log of the ranker.
@@ -90,7 +91,7 @@ def run_fn(fn_args: Any) -> None:
     calibrate(model, eval_batches, config.calibration)
     run_dir = Path(fn_args.model_run_dir)
     _write_json([_finite(record) for record in log], run_dir / TRAINING_LOG)
-    layer = transform_output.transform_features_layer()
+    layer = TransformGraph(transform_output)
     served = ServedRanker(model, layer, catalogue, spec)
     moment, arrays = fn_args.custom_config["train_end_unix_s"], {}
     if config.preranker is not None:
@@ -99,11 +100,11 @@ def run_fn(fn_args: Any) -> None:
             config.preranker.num_queries + config.preranker.num_validation_users,
             config.seed,
         )
-        items = catalogue_features(served, layer, spec, moment)
+        items = catalogue_features(served.ranker, layer, spec, moment)
         distilled = distil(model, requests, items, spec, config.preranker)
         facts = {"log": [_finite(record) for record in distilled.log], "survival": distilled.survival}
         _write_json(facts, run_dir / PRERANKER_LOG)
-        served.preranker = ServedPreRanker(distilled.student, model, served, layer, spec, moment)
+        served.preranker = ServedPreRanker(distilled.student, served, layer, spec, moment)
         arrays = {
             _PRERANKER + path: variable.numpy()
             for path, variable in distilled.student.get_weight_paths().items()
@@ -147,12 +148,12 @@ def refresh(model_dir: Path, catalogue: Sequence[str], user_states: Sequence[str
     model = restore(checkpoint)
     items = load_catalogue(catalogue, transform_output, spec)
     model.attributes = _attributes(items, transform_output, spec)
-    layer = transform_output.transform_features_layer()
+    layer = TransformGraph(transform_output)
     served = ServedRanker(model, layer, items, spec)
     if config.preranker is not None:
-        student = _restored_preranker(checkpoint.arrays, config.preranker)
+        student = restore_preranker(checkpoint, config.preranker)
         moment = checkpoint.settings["train_end_unix_s"]
-        served.preranker = ServedPreRanker(student, model, served, layer, spec, moment)
+        served.preranker = ServedPreRanker(student, served, layer, spec, moment)
     _export(served, transform_output, items, spec, user_states, target)
     checkpoint.copy_to(target, catalogue)
 
@@ -202,10 +203,16 @@ def _hash_ranker(model: RankingModel) -> str:
     return hash_arrays({**weights, "calibrators": np.array(json.dumps(calibrators, sort_keys=True))})
 
 
-def _restored_preranker(arrays: Mapping[str, np.ndarray], config: PrerankerConfig) -> PreRanker:
-    """The pre-ranker whose weights a checkpoint keeps."""
+def restore_preranker(checkpoint: Checkpoint, config: PrerankerConfig) -> PreRanker:
+    """The pre-ranker whose weights a checkpoint keeps.
+
+    Raises:
+      CheckpointError: it does not fit the code.
+    """
     weights = {
-        name.removeprefix(_PRERANKER): value for name, value in arrays.items() if name.startswith(_PRERANKER)
+        name.removeprefix(_PRERANKER): value
+        for name, value in checkpoint.arrays.items()
+        if name.startswith(_PRERANKER)
     }
     query_width, item_width = (len(weights[f"{side}_inputs.mean"]) for side in ("query", "item"))
     student = PreRanker(query_width, item_width, config)

@@ -54,6 +54,7 @@ from trainer.retrieval_export import ServedRetrieval, export
 from trainer.retrieval_validation import ValidationUsers, load_validation_users
 from trainer.sample_requests import golden_requests, sample_users
 from trainer.slices import popularity_masks
+from trainer.transform_graph import TransformGraph
 from trainer.warm_start import check_no_future, towers, vocabularies, warm_start
 
 TRAINING_LOG = "training_log.json"
@@ -85,7 +86,7 @@ def run_fn(fn_args: Any) -> None:
     config = RetrievalConfig.model_validate_json(fn_args.custom_config["config"])
     train_end_unix_s = int(fn_args.custom_config["train_end_unix_s"])
     transform_output = tft.TFTransformOutput(fn_args.transform_output)
-    layer = transform_output.transform_features_layer()
+    layer = TransformGraph(transform_output)
     sizes = vocabulary_sizes(transform_output, spec)
     catalogue_files = fn_args.custom_config["catalogue"]
     catalogue = load_catalogue(catalogue_files, transform_output, spec)
@@ -318,7 +319,7 @@ def _export(
         slices=popularity_masks(arrays["num_positives"][ids], ids > features.OOV_ID),
         attributes=attributes(catalogue_files, spec, config.index.allow_list),
     )
-    layer = transform_output.transform_features_layer()
+    layer = TransformGraph(transform_output)
     served = ServedRetrieval(model, index, layer, catalogue, spec, config.max_k)
     fingerprint = Fingerprint(
         {

@@ -48,6 +48,7 @@ class Funnel:
     retrieval_model: RetrievalModel
     ranking_model: RankingModel
     catalogue: Catalogue
+    layer: world.TransformStub
     index: CandidateIndex
     retrieval: ServedRetrieval
     ranker: ServedRanker
@@ -121,6 +122,7 @@ def make(folder: Path) -> Funnel:
         retrieval,
         ranking,
         items,
+        layer,
         index,
         retrieval_over(index),
         ServedRanker(ranking, layer, items, SPEC),

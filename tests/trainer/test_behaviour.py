@@ -151,7 +151,8 @@ def test_many_candidates_of_a_user_are_judged_as_one_by_one(config: BehaviourCon
     layer, candidates = moved(config, featured), normal(USERS, 4, WIDTH)
     features = EVENT_FEATURES if featured else None
     together = layer.match(candidates, EVENTS, MASK, features)
-    assert together.shape == (USERS, 4, WIDTH)
+    assert together.shape == (USERS, 4 if layer.reads_candidates else 1, WIDTH)
+    together = np.broadcast_to(together, [USERS, 4, WIDTH])
     repeated = layer(
         candidates.reshape(-1, WIDTH),
         np.repeat(EVENTS, 4, axis=0),
@@ -218,7 +219,7 @@ def test_empty_batches_candidate_lists_and_histories_of_no_places(config: Behavi
     layer = moved(config)
     assert layer(CANDIDATES[:0], EVENTS[:0], MASK[:0], EVENT_FEATURES[:0]).shape == (0, WIDTH)
     no_candidates = layer.match(np.zeros((USERS, 0, WIDTH), np.float32), EVENTS, MASK, EVENT_FEATURES)
-    assert no_candidates.shape == (USERS, 0, WIDTH)
+    assert no_candidates.shape == (USERS, 0 if layer.reads_candidates else 1, WIDTH)
     for_no_places = layer(CANDIDATES, EVENTS[:, :0], MASK[:, :0], EVENT_FEATURES[:, :0])
     np.testing.assert_array_equal(for_no_places, np.zeros((USERS, WIDTH)))
 

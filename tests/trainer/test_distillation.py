@@ -152,7 +152,7 @@ def made() -> world.World:
 
 @pytest.fixture(scope="module")
 def items(made: world.World) -> dict[str, tf.Tensor]:
-    return catalogue_features(made.served, made.layer, world.SPEC, world.NOW)
+    return catalogue_features(made.served.ranker, made.layer, world.SPEC, world.NOW)
 
 
 @pytest.fixture(scope="module")

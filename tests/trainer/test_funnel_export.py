@@ -10,9 +10,12 @@ import scann  # noqa: F401  registers the ops of the index
 import tensorflow as tf
 
 from tests.trainer import funnel_world, ranking_world
-from tests.trainer.ranking_requests import NOW, raw_query
+from tests.trainer.ranking_requests import NOW, SPEC, raw_query
 from trainer.bundle import save_bundle
 from trainer.fingerprint import Fingerprint
+from trainer.funnel_export import PreRanking, ServedFunnel
+from trainer.preranker import PreRanker, ServedPreRanker, catalogue_features, describe_items, describe_query
+from trainer.preranker_config import PrerankerConfig
 
 TASKS = ("click", "stars", "watch")
 NAN = math.nan
@@ -231,6 +234,58 @@ def test_the_exact_funnel_answers_as_the_other_one(world: funnel_world.Funnel) -
     exact, approximate = world.funnel_exact.recommend(inputs), world.funnel.recommend(inputs)
     assert ids(exact) == ids(approximate)
     np.testing.assert_allclose(exact["score"], approximate["score"], rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def preranked(world: funnel_world.Funnel) -> tuple[ServedFunnel, ServedPreRanker]:
+    """The exact funnel with a random pre-ranker that keeps four candidates; and the latter's signature."""
+    ranker = world.funnel_exact.ranker
+    items = catalogue_features(ranker, world.layer, SPEC, NOW)
+    described = describe_items(world.ranking_model, items)
+    rows = ranking_world.rows(64, seed=1)
+    queries = describe_query(world.ranking_model, world.ranking_model.encode_query(rows))
+    student = PreRanker(queries.shape[1], described.shape[1], PrerankerConfig())
+    student.query_inputs.fit(queries)
+    student.item_inputs.fit(described)
+    funnel = ServedFunnel(
+        world.retrieval_model,
+        world.funnel_exact.index.index,
+        world.ranking_model,
+        world.layer,
+        world.catalogue,
+        world.funnel_exact.users,
+        SPEC,
+        funnel_world.MAX_K,
+        PreRanking(student, NOW, num_kept=4),
+    )
+    return funnel, ServedPreRanker(student, world.ranker, world.layer, SPEC, NOW)
+
+
+def test_the_ranker_scores_what_the_pre_ranker_keeps_of_what_retrieval_finds(
+    world: funnel_world.Funnel, preranked: tuple[ServedFunnel, ServedPreRanker]
+) -> None:
+    funnel, preranker = preranked
+    inputs = request(world, STATES, k=[4, 3, 2], num_candidates=[12, 6, 3])
+    got = funnel.recommend(inputs)
+    found = world.retrieval_exact.recommend({**inputs, "k": inputs["num_candidates"]}, exact=False)[
+        "item_ids"
+    ]
+    kept = preranker.pre_rank(inputs, found, tf.constant([4, 4, 4]))["item_ids"]
+    scores = world.ranker.rank(inputs, kept, inputs["score_weights"])["score"].numpy()
+    for row, k in enumerate([4, 3, 2]):
+        given = [item.decode() for item in kept.numpy()[row] if item]
+        best = sorted(zip(scores[row], given, strict=False), reverse=True)[:k]
+        assert ids(got)[row] == [item for _, item in best]
+        np.testing.assert_allclose(got["score"].numpy()[row, :k], [score for score, _ in best], rtol=1e-5)
+    # Somebody loses an item to it, else it would not show.
+    assert ids(got) != ids(world.funnel_exact.recommend(inputs))
+
+
+def test_more_items_than_the_pre_ranker_keeps_are_refused(
+    world: funnel_world.Funnel, preranked: tuple[ServedFunnel, ServedPreRanker]
+) -> None:
+    with pytest.raises(tf.errors.InvalidArgumentError, match="k must not be above 4"):
+        preranked[0].recommend(request(world, STATES[:1], k=[5]))
 
 
 def test_the_exact_bundles_hold_no_scann_op(world: funnel_world.Funnel, tmp_path: Path) -> None:

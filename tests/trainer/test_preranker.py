@@ -139,7 +139,9 @@ def test_description_of_an_item_reads_counters_age_and_creator(made: world.World
     def described(**changes: Any) -> np.ndarray:
         items = {
             name: column.numpy()[:1].copy()
-            for name, column in catalogue_features(made.served, made.layer, world.SPEC, world.NOW).items()
+            for name, column in catalogue_features(
+                made.served.ranker, made.layer, world.SPEC, world.NOW
+            ).items()
         }
         for name, value in changes.items():
             items[name][...] = value
@@ -152,7 +154,7 @@ def test_description_of_an_item_reads_counters_age_and_creator(made: world.World
 
 
 def test_catalogue_has_ages_as_of_the_moment_and_a_last_row_for_unknown_items(made: world.World) -> None:
-    items = catalogue_features(made.served, made.layer, world.SPEC, world.NOW + 4 * world.DAY_S)
+    items = catalogue_features(made.served.ranker, made.layer, world.SPEC, world.NOW + 4 * world.DAY_S)
     assert {column.shape[0] for column in items.values()} == {len(world.ITEMS) + 1}
     # Item i1 was uploaded a day before NOW: five days of the stub's forty.
     assert items["item_age_days_cdf"][1].numpy() == pytest.approx(5 / 40)
@@ -162,7 +164,7 @@ def test_catalogue_has_ages_as_of_the_moment_and_a_last_row_for_unknown_items(ma
 @pytest.fixture(scope="module")
 def served(made: world.World, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The signature of a saved and loaded model, and what it was made of."""
-    items = catalogue_features(made.served, made.layer, world.SPEC, world.NOW)
+    items = catalogue_features(made.served.ranker, made.layer, world.SPEC, world.NOW)
     described = describe_items(made.ranker, items)
     features = world.transformed(world.requests(world.USERS), made.layer)
     queries = describe_query(made.ranker, made.ranker.encode_query(features))
@@ -170,7 +172,7 @@ def served(made: world.World, tmp_path_factory: pytest.TempPathFactory) -> Any:
     model = PreRanker(queries.shape[1], described.shape[1], CONFIG)
     model.query_inputs.fit(queries)
     model.item_inputs.fit(described)
-    module = ServedPreRanker(model, made.ranker, made.served, made.layer, world.SPEC, world.NOW)
+    module = ServedPreRanker(model, made.served, made.layer, world.SPEC, world.NOW)
     path = tmp_path_factory.mktemp("preranker")
     tf.saved_model.save(module, str(path), signatures={"pre_rank": module.signature().traced()})
     return Served(model, described, path)
