@@ -126,6 +126,19 @@ def test_item_factors_are_those_of_the_new_data() -> None:
     np.testing.assert_array_equal(model.item_factors.factors, fitted)
 
 
+def test_a_checkpoint_holds_the_item_factors_once() -> None:
+    factors = FactorsConfig(weight=1.0, alpha=2.0, ridge=1.0, num_factors=3)
+    config = CONFIG.model_copy(update={"factors": factors})
+    trained, empty = build(seed=1, config=config), build(seed=2, config=config)
+    trained.item_factors.factors.assign(tf.random.normal([world.NUM_ITEMS + 2, 3], seed=0))
+    variables, restored = towers(trained).variables(), towers(empty).variables()
+    assert [path for path in variables if path.endswith(".factors")] == ["item_factors.factors"]
+    for path, variable in restored.items():
+        variable.assign(variables[path])
+    for name, vectors in towers(trained).answer(ROWS).items():
+        np.testing.assert_array_equal(towers(empty).answer(ROWS)[name], vectors)
+
+
 @pytest.mark.parametrize(
     "changes", [{"hidden_layers": (16, 16)}, {"embedding_dim": 4}, {"hidden_layers": (8,)}]
 )
