@@ -137,6 +137,19 @@ def test_positions_run_from_one_without_gaps_and_a_session_repeats_no_item(tiny:
     assert tiny.log.select("session_id", "item_id").is_unique().all()
 
 
+def test_a_screen_is_filled_at_one_time_when_its_first_video_is_shown(tiny: Simulation) -> None:
+    screens = tiny.log.group_by("request_id").agg(
+        pl.col("request_time").n_unique().alias("times"),
+        pl.col("request_time").first(),
+        pl.col("event_time").min().alias("first_shown"),
+    )
+    assert screens["times"].max() == 1
+    assert (screens["request_time"] == screens["first_shown"]).all()
+    # The contract goes by it, so no row's history holds what became of the rows above on its screen.
+    spec = load_dataset_spec("simulated")
+    assert spec.interactions.columns["event_time_unix_s"].column == "request_time"
+
+
 def test_only_searches_carry_tokens(tiny: Simulation) -> None:
     by_surface = tiny.log.group_by("surface").agg(
         pl.col("search_tokens").is_null().all().alias("none"),
