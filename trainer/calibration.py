@@ -241,12 +241,14 @@ def fit(
     if method not in ("platt", "isotonic"):
         raise ConfigError(f"calibration method {method!r} is unknown; choose none, platt or isotonic.")
     x, y, names = _checked(task, outputs, labels, slices)
-    curve, problem = IDENTITY, "it serves a median, and calibration is of means"
-    if task.kind is not TaskKind.WATCH_TIME or task.served == "mean":
+    if task.kind is TaskKind.WATCH_TIME and task.served != "mean":
+        curve, problem, level = IDENTITY, "it serves a median, and calibration is of means", logging.INFO
+    else:
         curve, problem = _fit_curve(task.kind, method, x, y)
+        level = logging.WARNING
     if problem:
         note = f"not calibrated: {problem}"
-        _logger.warning("phase=calibrate task=%s method=%s %s", task.name, method, note)
+        _logger.log(level, "phase=calibrate task=%s method=%s %s", task.name, method, note)
         return Calibrator(num_rows=len(x), notes=(note,))
 
     found, notes = _fit_slices(task.kind, method, x, y, names, curve, min_slice_rows)

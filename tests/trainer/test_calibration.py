@@ -247,7 +247,6 @@ RAMP = np.linspace(0.1, 0.9, 200)
         pytest.param(CLICK, np.full(200, 0.3), half(200), "every output is 0.3", id="constant-outputs"),
         pytest.param(WATCH, np.zeros(200), half(200), "every output is 0", id="outputs-of-zero"),
         pytest.param(STARS, 5 + 1e-7 * half(200), half(200), "every output is 5", id="rounding-alone"),
-        pytest.param(MEDIAN, RAMP, half(200), "it serves a median", id="median"),
     ],
 )
 def test_output_that_cannot_be_calibrated_stays_and_is_announced(
@@ -260,6 +259,13 @@ def test_output_that_cannot_be_calibrated_stays_and_is_announced(
     assert reason in caplog.text and f"task={task.name}" in caplog.text
     values = tf.constant([-2.0, 0.1, 0.7, 3.5, NAN])
     np.testing.assert_array_equal(calibrator.apply(values), values)
+
+
+def test_a_median_is_left_as_it_is_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        calibrator = fit(MEDIAN, "isotonic", RAMP, half(200))
+    assert calibrator.is_identity and "it serves a median" in calibrator.notes[0]
+    assert [record.levelno for record in caplog.records] == [logging.INFO]
 
 
 @pytest.mark.parametrize(("task", "slope"), [(CLICK, "Platt"), (STARS, "least squares")])
