@@ -323,8 +323,11 @@ def _difference(
     first: UserSums, second: UserSums, drawn_first: FloatArray, drawn_second: FloatArray, confidence: float
 ) -> PairedDifference:
     """The difference of two metrics from their sums in the same draws, float64 [R, M]."""
-    num_users = int((first.says_something | second.says_something).sum())
-    num_differing = int((~np.isclose(first.sums, second.sums, rtol=_ROUNDING, atol=0.0)).any(axis=1).sum())
+    num_users = num_differing = int((first.says_something | second.says_something).sum())
+    # Sums of another form, such as means over several seeds, cannot be set against each other user by user.
+    if first.sums.shape == second.sums.shape:
+        is_close = np.isclose(first.sums, second.sums, rtol=_ROUNDING, atol=0.0)
+        num_differing = int((~is_close).any(axis=1).sum())
     ours, theirs = first.combine(drawn_first), second.combine(drawn_second)
     changes = np.where(np.isclose(ours, theirs, rtol=_ROUNDING, atol=0.0), 0.0, ours - theirs)
     # A handful of users stands for all that might differ: percentiles would hold the truth half of the time.
