@@ -145,6 +145,7 @@ class Batcher:
         """Makes a batch ready once the loop has taken in the requests that have arrived already.
 
         It takes them in one by one: without this, of requests that arrive together the first would run alone.
+        Each look adds a request, so that there are at most as many as the batch holds.
         """
         if batch.num_rows > num_rows:
             self._call_later(0, functools.partial(self._time_is_over, batch, batch.num_rows))

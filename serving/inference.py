@@ -72,12 +72,16 @@ class Call(Generic[_Answer]):
     async def run_batched(self, batcher: Batcher) -> _Answer:
         """Answers together with requests that arrive at the same time; raises what Batcher.submit raises."""
         started = time.perf_counter()
-        outputs = await asyncio.gather(
-            *(
-                batcher.submit(self.servable, name, self.inputs, self.output_filter)
-                for name in self.signature_names
-            )
-        )
+        waiting: list[asyncio.Future[dict[str, npt.NDArray[Any]]]] = []
+        try:
+            for name in self.signature_names:
+                waiting.append(batcher.submit(self.servable, name, self.inputs, self.output_filter))
+            outputs = await asyncio.gather(*waiting)
+        except BaseException:
+            # Nobody waits for the others any more: one that has not begun need not.
+            for task in waiting:
+                task.cancel()
+            raise
         for _ in outputs:
             metrics.record_run(self.servable.name, self.api, time.perf_counter() - started)
         return await small_inline(sum(map(_num_bytes, outputs)), self.encode, outputs)

@@ -370,6 +370,12 @@ def _bind_grpc(
     try:
         bound_port = _add_grpc_port(server, address, credentials)
     except RuntimeError as error:
+        if credentials is not None:
+            raise ServingError(
+                f"gRPC cannot listen on {address}: the port is taken, or the key and the certificates of "
+                "--ssl_config_file are damaged or do not belong together; try another --port, or check "
+                "them with openssl."
+            ) from error
         raise _port_error("gRPC", "--port", host, port) from error
     if flags.grpc_socket_path:
         try:

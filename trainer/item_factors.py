@@ -34,8 +34,9 @@ def fitted_ials(
     # The library runs its own threads; those of BLAS below them only get in their way.
     with threadpool_limits(1, "blas"):
         model = AlternatingLeastSquares(
-            num_factors, alpha=alpha, regularization=ridge, iterations=_ITERATIONS, random_state=seed
-        )
+            num_factors, alpha=alpha, regularization=ridge, iterations=_ITERATIONS, random_state=seed,
+            use_gpu=False,
+        )  # fmt: skip
         model.fit(choices, show_progress=False)
     return model
 

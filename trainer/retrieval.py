@@ -193,7 +193,7 @@ class RetrievalModel(tfrs.models.Model):
     def encode_catalogue(self, catalogue: Catalogue, with_factors: bool = True) -> np.ndarray:
         """Candidate vectors of every item, float32 [I, F + embedding_dim + 1], in the order of the catalogue.
 
-        Without factors, [I, embedding_dim + 1], as the loss compares them.
+        Without factors, [I, embedding_dim + 1], as hard negatives are searched for.
         """
         return _in_batches(
             lambda items: self.candidate_tower(items, with_factors=with_factors), catalogue.transformed

@@ -104,7 +104,8 @@ def run_fn(fn_args: Any) -> None:
         train_windows, sizes[features.ITEM_SPACE], spec.positive, config.popularity_half_lives_days
     )
     factors = _item_factors(train_windows, sizes[features.ITEM_SPACE], spec, config)
-    probe = rolled_back(next(iter(train_windows)), config)
+    # Of some surfaces a window may hold no row.
+    probe = rolled_back(next(rows for rows in train_windows if len(next(iter(rows.values())))), config)
     if config.warm_start and fn_args.base_model:
         model = _started_from(
             fn_args.base_model,

@@ -179,7 +179,7 @@ def losses(positives: Positives, stages: Sequence[Stage]) -> tuple[SliceLosses, 
       All positives, then the values of each dimension, by name.
 
     Raises:
-      ShapeError: a stage has not one entry per positive, or there is no stage.
+      ShapeError: a stage has not one entry per positive, two have one name, or there is no stage.
     """
     lengths = {len(stage.passes) for stage in stages}
     if lengths != {len(positives)}:
@@ -187,6 +187,8 @@ def losses(positives: Positives, stages: Sequence[Stage]) -> tuple[SliceLosses, 
     passed = np.stack([*(stage.passes for stage in stages), np.zeros(len(positives), np.bool_)])
     first_failed = np.argmin(passed, axis=0)
     ends = [*(stage.loss for stage in stages), SHOWN]
+    if len(set(ends)) < len(ends):
+        raise ShapeError(f"stages lose positives as {ends}; expected a name of its own for each.")
     parts: list[tuple[dict[str, str], BoolArray]] = [({}, np.ones(len(positives), np.bool_))]
     for name, values in positives.dimensions.items():
         column = np.asarray(values, dtype=object)
@@ -239,7 +241,8 @@ def source_facts(
             for other, theirs in found.items()
             if other != name
         }
-        recall, unique = (intervals(shares)[share] for share in (_RECALL, _UNIQUE))
+        bounds = intervals(shares)
+        recall, unique = bounds[_RECALL], bounds[_UNIQUE]
         result.append(
             SourceFacts(
                 name,

@@ -119,6 +119,11 @@ def test_stages_of_other_lengths_are_refused(stages: list[Stage]) -> None:
         losses(positives(1), stages)
 
 
+def test_two_stages_of_one_name_are_refused() -> None:
+    with pytest.raises(ShapeError, match="a name of its own"):
+        losses(positives(2), [Stage("cut", mask(1, 0)), Stage("cut", mask(0, 1))])
+
+
 def test_positives_of_differing_lengths_are_refused() -> None:
     with pytest.raises(ShapeError, match="one length"):
         Positives(np.array([0]), ["a"], {"s": []})
