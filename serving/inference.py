@@ -77,11 +77,10 @@ class Call(Generic[_Answer]):
             for name in self.signature_names:
                 waiting.append(batcher.submit(self.servable, name, self.inputs, self.output_filter))
             outputs = await asyncio.gather(*waiting)
-        except BaseException:
-            # Nobody waits for the others any more: one that has not begun need not.
+        finally:
+            # Where one is refused, nobody waits for the others; those that are done stay as they are.
             for task in waiting:
                 task.cancel()
-            raise
         for _ in outputs:
             metrics.record_run(self.servable.name, self.api, time.perf_counter() - started)
         return await small_inline(sum(map(_num_bytes, outputs)), self.encode, outputs)

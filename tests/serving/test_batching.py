@@ -20,6 +20,7 @@ from schema.errors import ConfigError
 from serving.batching import Batcher
 from serving.batching_config import BatchingParameters, read_batching_parameters
 from serving.client import BadRequestError, RecommenderClient
+from serving.inference import Call
 from serving.model_server import main
 from serving.process import ModelServerProcess
 from serving.status import RequestError, invalid_argument
@@ -103,6 +104,18 @@ async def answer(task):
     return (await task)["y"].tolist()
 
 
+class FullAfterOne:
+    """Stands for a batcher whose queue takes one request."""
+
+    accepted = None
+
+    def submit(self, *_):
+        if self.accepted is not None:
+            raise RequestError(grpc.StatusCode.UNAVAILABLE, "The queue is full")
+        self.accepted = asyncio.get_running_loop().create_future()
+        return self.accepted
+
+
 def in_loop(test):
     def run():
         asyncio.run(asyncio.wait_for(test(), timeout=10))
@@ -141,6 +154,15 @@ async def test_a_request_that_does_not_fit_any_more_opens_the_next_batch():
     await world.run_all()
     assert [await answer(task) for task in asked] == [[2, 4], [6, 8]]
     assert world.model.runs == [[1, 2], [3, 4]]
+
+
+@in_loop
+async def test_of_several_signatures_none_is_run_for_nobody_when_one_is_refused():
+    queue = FullAfterOne()
+    call = Call(Double(), "MultiInference", ["double", "total"], {"x": np.array([1])}, list)
+    with pytest.raises(RequestError, match="full"):
+        await call.run_batched(queue)
+    assert queue.accepted.cancelled()
 
 
 @in_loop
