@@ -48,19 +48,22 @@ def test_efforts_around_the_chosen_one_come_before_exact_search_by_k(points: lis
     ]
 
 
-def test_recall_is_that_of_sets_and_grows_with_the_leaves(
+def test_recall_is_that_of_sets_whatever_the_effort_and_exact_search_finds_all(
     points: list[SearchPoint], exact: ExactResults, scann_index: ScannIndex
 ) -> None:
-    point = next(p for p in points if (p.k, p.num_leaves_to_search) == (20, 4))
-    rows, _ = scann_index.search_with(exact.queries, *map(tf.constant, (20, 4, 40)))
-    hits = [set(a) & set(b) for a, b in zip(rows.numpy(), exact.rows, strict=True)]
-    assert point.recall == pytest.approx(sum(map(len, hits)) / (32 * K))
+    *approximate, last = [p for p in points if p.k == 20]
     even = [item for row in exact.rows for item in row if item % 2 == 0]
-    found = sum(item % 2 == 0 for row in hits for item in row)
-    assert point.recall_by_slice == {"even": pytest.approx(found / len(even)), "none": None}
-    recalls = [p.recall for p in points if p.k == 20]
-    # Several threads build the index, not always alike; of 640 results one may be crowded out by others.
-    assert min(np.diff(recalls)) > -0.01 and recalls[0] < 0.95 and recalls[-1] == 1.0
+    for point in approximate:
+        rows, _ = scann_index.search_with(
+            exact.queries, *map(tf.constant, (20, point.num_leaves_to_search, 40))
+        )
+        hits = [set(a) & set(b) for a, b in zip(rows.numpy(), exact.rows, strict=True)]
+        assert point.recall == pytest.approx(sum(map(len, hits)) / (32 * K))
+        found = sum(item % 2 == 0 for row in hits for item in row)
+        assert point.recall_by_slice == {"even": pytest.approx(found / len(even)), "none": None}
+    # More leaves find more; not one by one, since of the 40 candidates that are kept some may be crowded out.
+    assert approximate[0].recall < min(0.95, approximate[-1].recall)
+    assert (last.recall, last.recall_by_slice) == (1.0, {"even": 1.0, "none": None})
 
 
 def test_every_point_has_a_time(points: list[SearchPoint]) -> None:
