@@ -105,7 +105,7 @@ class Checkpoint:
         Raises:
           CheckpointError: the code builds other variables, or says something else with the same ones.
         """
-        probe = {name: tf.constant(column) for name, column in _load(self.folder / _PROBE).items()}
+        probe = self.probe()
         network.answer(probe)
         variables = network.variables()
         built = {path: tuple(variable.shape) for path, variable in variables.items()}
@@ -114,10 +114,26 @@ class Checkpoint:
             raise self._unfit(f"other weights: {differences(saved, built)}")
         for path, variable in variables.items():
             variable.assign(self.weights[path])
-        answers = network.answer(probe)
-        for name, expected in _load(self.folder / _ANSWERS).items():
-            if not np.allclose(answers[name], expected, _RELATIVE_TOLERANCE, _ABSOLUTE_TOLERANCE):
-                worst = float(np.max(np.abs(answers[name] - expected)))
+        self.check_answers(network.answer(probe), _load(self.folder / _ANSWERS))
+
+    def probe(self) -> dict[str, tf.Tensor]:
+        """Transformed rows of the training data whose answers are kept."""
+        return {name: tf.constant(column) for name, column in _load(self.folder / _PROBE).items()}
+
+    def check_answers(
+        self, answers: Mapping[str, tf.Tensor | np.ndarray], expected: Mapping[str, np.ndarray]
+    ) -> None:
+        """Checks that a restored model says what the trained one said of the same rows.
+
+        Weights of the right shapes are not enough: a model whose code reads its inputs in another order has
+        weights of the same shapes.
+
+        Raises:
+          CheckpointError: it does not.
+        """
+        for name, values in expected.items():
+            if not np.allclose(answers[name], values, _RELATIVE_TOLERANCE, _ABSOLUTE_TOLERANCE):
+                worst = float(np.max(np.abs(answers[name] - values)))
                 raise self._unfit(
                     f"other outputs from the same weights: {name!r} is off by up to {worst:.3g}"
                 )
@@ -175,9 +191,7 @@ def write_checkpoint(
     """
     folder = Path(model_dir) / CHECKPOINT_DIR
     folder.mkdir(parents=True)
-    names = {name for feature in features.feature_space(spec).all for name in feature.transformed_names}
-    names |= {*features.impression_names(spec), *features.COUNTER_NAMES}
-    rows = {name: column[:_PROBE_ROWS] for name, column in probe.items() if name in names}
+    rows = probe_rows(probe, spec)
     np.savez(folder / _PROBE, **{name: np.asarray(column) for name, column in rows.items()})
     np.savez(folder / _ANSWERS, **{name: np.asarray(value) for name, value in network.answer(rows).items()})
     np.savez(folder / _WEIGHTS, **{path: v.numpy() for path, v in network.variables().items()})
@@ -195,6 +209,13 @@ def write_checkpoint(
         "settings": dict(settings or {}),
     }
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def probe_rows(window: Window, spec: DatasetSpec) -> Window:
+    """What models read of the first few rows, which a checkpoint keeps answers about."""
+    names = {name for feature in features.feature_space(spec).all for name in feature.transformed_names}
+    names |= {*features.impression_names(spec), *features.COUNTER_NAMES}
+    return {name: column[:_PROBE_ROWS] for name, column in window.items() if name in names}
 
 
 def read_checkpoint(model_dir: Path | str) -> Checkpoint:

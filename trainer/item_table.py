@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
+from schema.errors import ShapeError
 from trainer.ranking import EncodedItems
 
 
@@ -21,10 +22,19 @@ class ItemTable(tf.Module):
         """Copies the items.
 
         Args:
-          items: I encoded items.
+          items: I encoded items, each column [I] or [I, W].
+
+        Raises:
+          ShapeError: a column has more dimensions.
         """
         super().__init__()
         columns = tf.nest.flatten(items)
+        for column in columns:
+            if column.shape.rank not in (1, 2):
+                raise ShapeError(
+                    f"a column of the encoded items has shape {column.shape}; expected [items] or "
+                    "[items, width]: flatten it in RankingModel.encode_items."
+                )
         self.numbers = _Matrix([column for column in columns if column.dtype.is_floating], tf.float32)
         self.ids = _Matrix([column for column in columns if not column.dtype.is_floating], tf.int32)
         specs = tf.nest.map_structure(tf.TensorSpec.from_tensor, items)

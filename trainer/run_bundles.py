@@ -76,7 +76,7 @@ def build(retrieval_dir: Path, ranking_dir: Path, user_states: Sequence[str], fo
     preranking = None
     preranker_config = ranking_checkpoint.read_config(RankingConfig).preranker
     if preranker_config is not None:
-        student = restore_preranker(ranking_checkpoint, preranker_config)
+        student = restore_preranker(ranking_checkpoint, preranker_config, ranker)
         moment = ranking_checkpoint.settings["train_end_unix_s"]
         preranking = PreRanking(student, moment, preranker_config.num_kept)
     for searched, folder in ((index, folders.funnel), (exact, folders.funnel_exact)):

@@ -21,7 +21,14 @@ from schema.errors import CheckpointError
 from trainer import features
 from trainer.calibration import Calibrator
 from trainer.catalogue import Catalogue
-from trainer.checkpoint import Checkpoint, Network, differences, read_checkpoint, write_checkpoint
+from trainer.checkpoint import (
+    Checkpoint,
+    Network,
+    differences,
+    probe_rows,
+    read_checkpoint,
+    write_checkpoint,
+)
 from trainer.config import RankingConfig
 from trainer.debiasing import PositionStatistics, position_statistics
 from trainer.distillation import distil, latest_requests
@@ -38,7 +45,13 @@ from trainer.impressions import ItemAttributes
 from trainer.input_pipeline import load_catalogue, ordered_batches, shuffled_batches, windows
 from trainer.label_statistics import LabelStatistics, label_statistics
 from trainer.preprocessing import vocabulary_sizes
-from trainer.preranker import PreRanker, ServedPreRanker, catalogue_features
+from trainer.preranker import (
+    PreRanker,
+    ServedPreRanker,
+    catalogue_features,
+    describe_items,
+    describe_query,
+)
 from trainer.preranker_config import PrerankerConfig
 from trainer.ranking import ROW_WEIGHT, RankingModel, calibrate, train
 from trainer.ranking_export import ServedRanker, export
@@ -51,6 +64,8 @@ TRAINING_LOG = "training_log.json"
 PRERANKER_LOG = "preranker.json"
 # Prefix of the pre-ranker's weights among the arrays of a checkpoint.
 _PRERANKER = "preranker/"
+# What the pre-ranker said of the rows that the checkpoint keeps, among its arrays.
+_PRERANKER_SCORES = "preranker_scores"
 # About so many candidates in a golden request.
 _GOLDEN_ITEMS = 20
 
@@ -82,7 +97,7 @@ def run_fn(fn_args: Any) -> None:
     statistics = label_statistics(train_windows.as_numpy_iterator(), spec.tasks)
     positions = _positions(train_windows, transform_output, spec, config)
     tf.keras.utils.set_random_seed(config.seed)
-    model = _model(spec, transform_output, catalogue, statistics, config, positions)
+    model = build(spec, transform_output, catalogue, statistics, config, positions)
     eval_batches = ordered_batches(eval_windows, config.batch_size)
     weighted = weighted_windows(train_windows, spec, config)
     is_kept = (lambda window: window[ROW_WEIGHT] > 0) if ROW_WEIGHT in weighted.element_spec else None
@@ -93,6 +108,7 @@ def run_fn(fn_args: Any) -> None:
     _write_json([_finite(record) for record in log], run_dir / TRAINING_LOG)
     layer = TransformGraph(transform_output)
     served = ServedRanker(model, layer, catalogue, spec)
+    probe = probe_rows(next(iter(train_windows)), spec)
     moment, arrays = fn_args.custom_config["train_end_unix_s"], {}
     if config.preranker is not None:
         requests = latest_requests(
@@ -109,12 +125,13 @@ def run_fn(fn_args: Any) -> None:
             _PRERANKER + path: variable.numpy()
             for path, variable in distilled.student.get_weight_paths().items()
         }
+        arrays[_PRERANKER_SCORES] = _pair_scores(model, distilled.student, probe)
     user_states = fn_args.custom_config["user_states"]
     _export(served, transform_output, catalogue, spec, user_states, fn_args.serving_model_dir)
     write_checkpoint(
         fn_args.serving_model_dir,
         _network(model),
-        next(iter(train_windows)),
+        probe,
         spec=spec,
         config=config,
         transform_output=transform_output,
@@ -146,12 +163,13 @@ def refresh(model_dir: Path, catalogue: Sequence[str], user_states: Sequence[str
     spec, transform_output = checkpoint.spec, checkpoint.transform_output
     config = checkpoint.read_config(RankingConfig)
     model = restore(checkpoint)
+    # Both models are checked over the items that they were trained with.
+    student = None if config.preranker is None else restore_preranker(checkpoint, config.preranker, model)
     items = load_catalogue(catalogue, transform_output, spec)
     model.attributes = _attributes(items, transform_output, spec)
     layer = TransformGraph(transform_output)
     served = ServedRanker(model, layer, items, spec)
-    if config.preranker is not None:
-        student = restore_preranker(checkpoint, config.preranker)
+    if student is not None:
         moment = checkpoint.settings["train_end_unix_s"]
         served.preranker = ServedPreRanker(student, served, layer, spec, moment)
     _export(served, transform_output, items, spec, user_states, target)
@@ -169,7 +187,7 @@ def restore(checkpoint: Checkpoint) -> RankingModel:
     positions = {name: PositionStatistics(**v) for name, v in settings["positions"].items()}
     trained_on = load_catalogue(checkpoint.catalogue_files(), transform_output, spec)
     config = checkpoint.read_config(RankingConfig)
-    model = _model(spec, transform_output, trained_on, statistics, config, positions or None)
+    model = build(spec, transform_output, trained_on, statistics, config, positions or None)
     checkpoint.restore(_network(model))
     model.calibrators = {name: Calibrator.from_dict(v) for name, v in settings["calibrators"].items()}
     return model
@@ -203,8 +221,13 @@ def _hash_ranker(model: RankingModel) -> str:
     return hash_arrays({**weights, "calibrators": np.array(json.dumps(calibrators, sort_keys=True))})
 
 
-def restore_preranker(checkpoint: Checkpoint, config: PrerankerConfig) -> PreRanker:
+def restore_preranker(checkpoint: Checkpoint, config: PrerankerConfig, model: RankingModel) -> PreRanker:
     """The pre-ranker whose weights a checkpoint keeps.
+
+    Args:
+      checkpoint: of the ranker.
+      config: of the pre-ranker.
+      model: the ranker, restored: the pre-ranker reads what it knows.
 
     Raises:
       CheckpointError: it does not fit the code.
@@ -226,10 +249,23 @@ def restore_preranker(checkpoint: Checkpoint, config: PrerankerConfig) -> PreRan
         )
     for path, variable in variables.items():
         variable.assign(weights[path])
+    scores = _pair_scores(model, student, checkpoint.probe())
+    checkpoint.check_answers(
+        {_PRERANKER_SCORES: scores}, {_PRERANKER_SCORES: checkpoint.arrays[_PRERANKER_SCORES]}
+    )
     return student
 
 
-def _model(
+def _pair_scores(model: RankingModel, student: PreRanker, rows: Mapping[str, Any]) -> np.ndarray:
+    """What the pre-ranker says of B transformed rows, one candidate each: float32 [B, 1]."""
+    rows = {name: tf.constant(column) for name, column in rows.items()}
+    users = student.user_vectors(describe_query(model, model.encode_query(rows)))
+    items = student.item_vectors(describe_items(model, rows))
+    scores: np.ndarray = student.score_pairs(users, items[:, tf.newaxis]).numpy()
+    return scores
+
+
+def build(
     spec: DatasetSpec,
     transform_output: tft.TFTransformOutput,
     catalogue: Catalogue,
@@ -237,6 +273,7 @@ def _model(
     config: RankingConfig,
     positions: Mapping[str, PositionStatistics] | None,
 ) -> RankingModel:
+    """An untrained ranker over a Transform graph; arguments as of `RankingModel`."""
     attributes = _attributes(catalogue, transform_output, spec)
     sizes = vocabulary_sizes(transform_output, spec)
     return RankingModel(spec, sizes, statistics, attributes, config, positions)

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import tensorflow as tf
 
+from schema.errors import ShapeError
 from trainer.item_table import ItemTable
 from trainer.ranking import EncodedItems
 
@@ -25,6 +27,11 @@ def test_every_column_of_the_rows_asked_for_comes_back_in_its_shape() -> None:
     tf.nest.assert_same_structure(got, ITEMS)
     for column, expected in zip(tf.nest.flatten(got), tf.nest.flatten(ITEMS), strict=True):
         np.testing.assert_array_equal(column, expected.numpy()[rows])
+
+
+def test_a_column_that_would_lose_its_shape_is_refused() -> None:
+    with pytest.raises(ShapeError, match=r"shape \(3, 2, 4\); expected \[items\] or \[items, width\]"):
+        ItemTable(ITEMS._replace(counters=tf.zeros([3, 2, 4])))
 
 
 def test_table_is_two_matrices_in_an_exported_model(tmp_path: Path) -> None:

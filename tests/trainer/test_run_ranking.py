@@ -17,7 +17,8 @@ import tensorflow_transform.beam as tft_beam
 from tensorflow_transform.tf_metadata import dataset_metadata, metadata_io
 
 from schema.contract import DatasetSpec
-from trainer import features, raw_inputs
+from schema.errors import CheckpointError
+from trainer import features, raw_inputs, run_ranking
 from trainer.balancing_config import BalancingConfig
 from trainer.body_config import BehaviourConfig, ExpertsConfig
 from trainer.calibration import Calibrator
@@ -27,6 +28,7 @@ from trainer.debiasing_config import PositionConfig
 from trainer.distillation import SURVIVAL
 from trainer.preprocessing import preprocessing_fn
 from trainer.preranker_config import PrerankerConfig
+from trainer.ranking import RankingModel
 from trainer.run_ranking import PRERANKER_LOG, TRAINING_LOG, refresh, run_fn
 from trainer.tfx_schema import interactions_schema
 
@@ -284,6 +286,35 @@ def test_the_checkpoint_gives_back_the_ranker_with_its_calibration(trained: Trai
     assert set(kept) == {"click", "watch"}
     assert not any(Calibrator.from_dict(calibrator).is_identity for calibrator in kept.values())
     assert read_checkpoint(tmp_path / "once more").settings["calibrators"] == kept
+
+
+def swapped(parts: list[Any]) -> list[Any]:
+    """The same inputs with two of one width in each other's place."""
+    widths = [part.shape[-1] for part in parts]
+    first, second = next(
+        (i, j) for i in range(len(widths)) for j in range(i + 1, len(widths)) if widths[i] == widths[j]
+    )
+    parts[first], parts[second] = parts[second], parts[first]
+    return parts
+
+
+def test_code_that_reads_inputs_in_another_order_is_refused(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = RankingModel.parts
+    monkeypatch.setattr(RankingModel, "parts", lambda *args, **named: swapped(parts(*args, **named)))
+    with pytest.raises(CheckpointError, match=r"other outputs from the same weights: '(click|watch)'"):
+        refresh(trained.model_dir, [trained.catalogue], [trained.users], tmp_path / "again")
+
+
+@pytest.mark.parametrize("side", ["describe_query", "describe_items"])
+def test_code_that_describes_to_the_pre_ranker_in_another_order_is_refused(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: str
+) -> None:
+    describe = getattr(run_ranking, side)
+    monkeypatch.setattr(run_ranking, side, lambda *args: describe(*args)[:, ::-1])
+    with pytest.raises(CheckpointError, match="same weights: 'preranker_scores' is off by"):
+        refresh(trained.model_dir, [trained.catalogue], [trained.users], tmp_path / "again")
 
 
 def test_another_catalogue_keeps_the_outputs_of_the_items_that_did_not_change(
