@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,6 +18,8 @@ _NO_TASKS: Final = frozenset(
         "history_length", "exact_fallback",
     }
 )  # fmt: skip
+# Of a sum in float32; weights in the wrong columns are off by more.
+_SCORE_TOLERANCE: Final = 1e-4
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class Recommendations:
     `model_versions` maps model name to the version that answered; it is empty over REST, whose answers do not
     tell it. `exact_fallback`: see Retrieval. `mismatch` names what the models that answered do not share
     (such as `catalogue`), "" where they come from one run or do not tell. `stage_seconds` maps each stage of
-    the call (`funnel`, or `retrieve` and `rank`) to what it took the client, retries included.
+    the call (`funnel`, or `retrieve`, `pre_rank` if it was asked, and `rank`) to what it took the client,
+    retries included.
     """
 
     items: tuple[Recommendation, ...]
@@ -126,6 +129,29 @@ def parse_ranking(answer: Prediction, item_ids: Sequence[str], source: str) -> l
         RankedItem(item_id, scores[i], {task: column[i] for task, column in tasks.items()}, bool(known[i]))
         for i, item_id in enumerate(item_ids)
     ]
+
+
+def parse_pre_ranking(answer: Prediction, source: str) -> list[str]:
+    """Reads the item ids that a pre-ranker keeps of one query's candidates; see parse_retrieval."""
+    # "" pads a short list, and is what the candidates begin with.
+    return [item_id for item_id in _row(answer, "item_ids", source) if item_id]
+
+
+def parse_tasks(answer: Prediction, source: str) -> dict[str, float]:
+    """Reads the declared weight of each task, in the order of their columns; see parse_retrieval."""
+    tasks, weights = (answer.outputs.get(name) for name in ("tasks", "weights"))
+    if not isinstance(tasks, list) or not isinstance(weights, list) or len(tasks) != len(weights):
+        raise ServingError(f"{source} must tell a weight for each task; check the model")
+    return {task: weight for task, weight in zip(tasks, weights, strict=True) if task}
+
+
+def follows_weights(items: Iterable[RankedItem | Recommendation], weights: Mapping[str, float]) -> bool:
+    """Whether every score is the sum of the predictions by these weights, given by task."""
+    for item in items:
+        parts = [weight * item.predictions.get(task, math.nan) for task, weight in weights.items()]
+        if not abs(item.score - sum(parts)) <= _SCORE_TOLERANCE * (1.0 + sum(map(abs, parts))):
+            return False
+    return True
 
 
 def parse_funnel(answer: Prediction, model: str, source: str) -> Recommendations:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
-from schema.errors import ConfigError
+from schema.errors import ConfigError, ServingError
 from serving.answers import (
     Candidate,
     RankedItem,
@@ -23,14 +23,30 @@ from serving.answers import (
     Recommendations,
     Retrieval,
     best_of,
+    follows_weights,
     parse_funnel,
+    parse_pre_ranking,
     parse_ranking,
     parse_retrieval,
+    parse_tasks,
 )
-from serving.queries import CANDIDATES, NUM_CANDIDATES, batch_of_one, check_names, search_inputs
+from serving.queries import (
+    CANDIDATES,
+    NUM_CANDIDATES,
+    SCORE_WEIGHTS,
+    K,
+    batch_of_one,
+    check_names,
+    search_inputs,
+    weight_columns,
+)
 from serving.retries import Retrier, RetryPolicy
 from serving.transport import (
+    DEFAULT_SIGNATURE,
     FINGERPRINT_SIGNATURE,
+    PRE_RANK_SIGNATURE,
+    TASKS_SIGNATURE,
+    WEIGHTED_SIGNATURE,
     BadRequestError,
     DeadlineExceededError,
     InputSpec,
@@ -83,6 +99,7 @@ class _Request:
     k: int
     exclude_item_ids: Iterable[str]
     allow: Mapping[str, Iterable[str]]
+    score_weights: Mapping[str, float]
     deadline: float
 
 
@@ -100,10 +117,17 @@ class OneCall:
 
 @dataclass(frozen=True)
 class TwoCalls:
-    """One model retrieves, another ranks."""
+    """One model retrieves, another ranks; of many candidates its pre-ranker, if it has one, keeps the best.
+
+    Attributes:
+      retrieval, ranking: names of the models.
+      num_kept: candidates that are ranked at most where there is a pre-ranker; k of them where k is more. A
+        third call cuts them where retrieval found more.
+    """
 
     retrieval: str = "retrieval"
     ranking: str = "ranking"
+    num_kept: int = 500
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -165,6 +189,7 @@ class RecommenderClient:
         self._retrier = Retrier(retry or RetryPolicy())
         self._transport: Transport = open_transport(target, version_label)
         self._signatures: dict[str, Signatures] = {}
+        self._tasks: dict[str, Mapping[str, float]] = {}
         self._mismatches: dict[tuple[tuple[str, int | None], ...], str] = {}
         self._found: dict[tuple[Layout, ...], Any] = {}
 
@@ -188,6 +213,7 @@ class RecommenderClient:
         exclude_item_ids: Iterable[str] = (),
         allow: Mapping[str, Iterable[str]] | None = None,
         num_candidates: int = 100,
+        score_weights: Mapping[str, float] | None = None,
     ) -> Recommendations:
         """Returns the `k` items that rank best among those retrieved.
 
@@ -198,6 +224,9 @@ class RecommenderClient:
           allow: item attribute to values; only items with one of the values are returned, an empty list
             allows all. The attributes are those of `index.allow_list` when the model was exported.
           num_candidates: items to retrieve and rank, at least `k`, at most what the model was exported with.
+            Of many a pre-ranker keeps the best, where the models have one.
+          score_weights: task to its weight in the score, instead of the declared one, which all other tasks
+            keep. A task that counts against an item takes weights up to 0, any other one from 0.
 
         A retrieval and a ranking model of different runs answer together for the seconds in which a server
         replaces both, or for good when only one of the two passed its gates. Their answer is returned, with
@@ -207,7 +236,7 @@ class RecommenderClient:
             raise BadRequestError(
                 f"expected 1 <= k <= num_candidates, got k={k}, num_candidates={num_candidates}"
             )
-        request = self._request(query, k, exclude_item_ids, allow)
+        request = self._request(query, k, exclude_item_ids, allow, score_weights)
 
         def ask(layout: Layout) -> Recommendations:
             if isinstance(layout, OneCall):
@@ -233,15 +262,38 @@ class RecommenderClient:
 
         return self._with_layout(self._layouts_of_two(), ask, request.deadline)
 
-    def rank(self, query: Mapping[str, Any], item_ids: Sequence[str]) -> list[RankedItem]:
-        """Scores items for one query, in the order given."""
+    def pre_rank(self, query: Mapping[str, Any], item_ids: Sequence[str], k: int) -> list[str]:
+        """Returns the `k` items, or fewer, that the ranker would probably score highest, the best first.
+
+        An item that is named several times is returned once. The ranking model must have a pre-ranker.
+        """
         deadline = self._deadline()
 
-        def ask(layout: TwoCalls) -> list[RankedItem]:
+        def ask(layout: TwoCalls) -> list[str]:
+            if not self._has_preranker(layout, deadline):
+                raise BadRequestError(
+                    f"model {layout.ranking!r} has no pre-ranker; set ranking.preranker before it is trained"
+                )
             check_names(query, self._input_specs(layout.ranking, deadline))
-            return self._rank(layout.ranking, query, item_ids, deadline)[0] if item_ids else []
+            return self._pre_rank(layout.ranking, query, item_ids, k, deadline) if item_ids else []
 
         return self._with_layout(self._layouts_of_two(), ask, deadline)
+
+    def rank(
+        self,
+        query: Mapping[str, Any],
+        item_ids: Sequence[str],
+        *,
+        score_weights: Mapping[str, float] | None = None,
+    ) -> list[RankedItem]:
+        """Scores items for one query, in the order given; arguments as in `recommend`."""
+        request = self._request(query, len(item_ids), (), None, score_weights)
+
+        def ask(layout: TwoCalls) -> list[RankedItem]:
+            check_names(query, self._input_specs(layout.ranking, request.deadline))
+            return self._rank(layout.ranking, request, item_ids)[0] if item_ids else []
+
+        return self._with_layout(self._layouts_of_two(), ask, request.deadline)
 
     def wait_until_ready(self, timeout_s: float) -> None:
         """Waits until all models of one of the layouts have an available version.
@@ -268,10 +320,11 @@ class RecommenderClient:
         k: int,
         exclude_item_ids: Iterable[str],
         allow: Mapping[str, Iterable[str]] | None,
+        score_weights: Mapping[str, float] | None = None,
     ) -> _Request:
         # An iterator must serve two tries, when the first finds that the layout is gone.
         exclude = exclude_item_ids if isinstance(exclude_item_ids, str) else tuple(exclude_item_ids)
-        return _Request(query, k, exclude, allow or {}, self._deadline())
+        return _Request(query, k, exclude, allow or {}, score_weights or {}, self._deadline())
 
     def _recommend_in_one(self, layout: OneCall, request: _Request, num_candidates: int) -> Recommendations:
         specs = self._input_specs(layout.funnel, request.deadline)
@@ -281,8 +334,12 @@ class RecommenderClient:
             NUM_CANDIDATES: num_candidates,
         }
         started = time.perf_counter()
-        answer = self._predict(layout.funnel, request.query, extra, request.deadline)
-        parsed = parse_funnel(answer, layout.funnel, self._source(layout.funnel))
+
+        def ask(weights: Mapping[str, Any]) -> Recommendations:
+            answer = self._predict(layout.funnel, request.query, {**extra, **weights}, request.deadline)
+            return parse_funnel(answer, layout.funnel, self._source(layout.funnel))
+
+        parsed = self._weighted(layout.funnel, DEFAULT_SIGNATURE, request, ask, lambda answer: answer.items)
         if parsed.exact_fallback:
             _log_fallback(request.k)
         return dataclasses.replace(parsed, stage_seconds={"funnel": time.perf_counter() - started})
@@ -298,10 +355,17 @@ class RecommenderClient:
         versions = {layout.retrieval: retrieval.model_version}
         ranked: list[RankedItem] = []
         mismatch = ""
-        if retrieval.candidates:
+        item_ids = [candidate.item_id for candidate in retrieval.candidates]
+        num_kept = max(layout.num_kept, request.k)
+        if len(item_ids) > num_kept and self._has_preranker(layout, deadline):
             started = time.perf_counter()
-            item_ids = [candidate.item_id for candidate in retrieval.candidates]
-            ranked, versions[layout.ranking] = self._rank(layout.ranking, request.query, item_ids, deadline)
+            kept = set(self._pre_rank(layout.ranking, request.query, item_ids, num_kept, deadline))
+            # In the order in which retrieval found them, which decides between equal scores.
+            item_ids = [item_id for item_id in item_ids if item_id in kept]
+            seconds["pre_rank"] = time.perf_counter() - started
+        if item_ids:
+            started = time.perf_counter()
+            ranked, versions[layout.ranking] = self._rank(layout.ranking, request, item_ids)
             seconds["rank"] = time.perf_counter() - started
             mismatch = self._mismatch(versions, deadline)
         return Recommendations(
@@ -323,28 +387,75 @@ class RecommenderClient:
             _log_fallback(request.k)
         return retrieval
 
+    def _pre_rank(
+        self, model: str, query: Mapping[str, Any], item_ids: Sequence[str], k: int, deadline: float
+    ) -> list[str]:
+        extra = {CANDIDATES: list(item_ids), K: k}
+        answer = self._predict(model, query, extra, deadline, PRE_RANK_SIGNATURE)
+        return parse_pre_ranking(answer, self._source(model))
+
     def _rank(
-        self, model: str, query: Mapping[str, Any], item_ids: Sequence[str], deadline: float
+        self, model: str, request: _Request, item_ids: Sequence[str]
     ) -> tuple[list[RankedItem], int | None]:
-        answer = self._predict(model, query, {CANDIDATES: list(item_ids)}, deadline)
-        return parse_ranking(answer, item_ids, self._source(model)), answer.version
+        signature = WEIGHTED_SIGNATURE if request.score_weights else DEFAULT_SIGNATURE
+
+        def ask(weights: Mapping[str, Any]) -> tuple[list[RankedItem], int | None]:
+            extra = {CANDIDATES: list(item_ids), **weights}
+            answer = self._predict(model, request.query, extra, request.deadline, signature)
+            return parse_ranking(answer, item_ids, self._source(model)), answer.version
+
+        return self._weighted(model, signature, request, ask, lambda answer: answer[0])
+
+    def _weighted(
+        self,
+        model: str,
+        signature: str,
+        request: _Request,
+        ask: Callable[[Mapping[str, Any]], _Answer],
+        items: Callable[[_Answer], Iterable[RankedItem | Recommendation]],
+    ) -> _Answer:
+        """Asks with the weights of the request, as further inputs.
+
+        Weights stand in columns, whose order a version pushed since the last call may have changed: where the
+        scores are not what the weights make of the predictions, the order is looked up once more.
+        """
+        if not request.score_weights:
+            return ask({})
+        for is_cached in (model in self._tasks, False):
+            tasks = self._tasks_of(model, signature, request.deadline)
+            weights = {**tasks, **request.score_weights}
+            if not is_cached or weights.keys() == tasks.keys():
+                answer = ask({SCORE_WEIGHTS: weight_columns(tasks, request.score_weights)})
+                if follows_weights(items(answer), weights):
+                    return answer
+            self._tasks.pop(model, None)  # another thread may have been faster
+        raise ServingError(
+            f"{self._source(model)} gives scores that are not the sum of its predictions by the weights "
+            "asked for; check the model"
+        )
 
     def _predict(
-        self, model: str, query: Mapping[str, Any], extra: Mapping[str, Any], deadline: float
+        self,
+        model: str,
+        query: Mapping[str, Any],
+        extra: Mapping[str, Any],
+        deadline: float,
+        signature: str = DEFAULT_SIGNATURE,
     ) -> Prediction:
         def ask(specs: Mapping[str, InputSpec]) -> Prediction:
             inputs = batch_of_one(specs, query, extra)
             return self._retrier.call(
-                lambda: self._transport.predict(model, inputs, specs, self._remaining(deadline)), deadline
+                lambda: self._transport.predict(model, inputs, specs, self._remaining(deadline), signature),
+                deadline,
             )
 
-        specs = self._input_specs(model, deadline)
+        specs = self._input_specs(model, deadline, signature)
         try:
             return ask(specs)
         except BadRequestError:
             # A version pushed since the last call may take other features: look once more before giving up.
             self._signatures.pop(model, None)  # another thread may have been faster
-            newer = self._input_specs(model, deadline)
+            newer = self._input_specs(model, deadline, signature)
             if newer == specs:
                 raise
             return ask(newer)
@@ -368,14 +479,42 @@ class RecommenderClient:
 
     def _fingerprints(self, model: str, version: int | None, deadline: float) -> Sequence[str]:
         """Hashes of _PARTS; none from a model that was exported before there were fingerprints."""
-        if FINGERPRINT_SIGNATURE not in self._signatures_of(model, deadline).names:
+        if FINGERPRINT_SIGNATURE not in self._signatures_of(model, deadline):
             return ()
         return self._retrier.call(
             lambda: self._transport.fingerprints(model, version, _PARTS, self._remaining(deadline)), deadline
         )
 
-    def _input_specs(self, model: str, deadline: float) -> Mapping[str, InputSpec]:
-        return self._signatures_of(model, deadline).inputs
+    def _has_preranker(self, layout: TwoCalls, deadline: float) -> bool:
+        return PRE_RANK_SIGNATURE in self._signatures_of(layout.ranking, deadline)
+
+    def _tasks_of(self, model: str, signature: str, deadline: float) -> Mapping[str, float]:
+        """The declared weight of each task, in the order of the columns of a signature's `score_weights`."""
+        tasks = self._tasks.get(model)
+        if tasks is None:
+            signatures = self._signatures_of(model, deadline)
+            if TASKS_SIGNATURE not in signatures:
+                raise BadRequestError(
+                    f"{self._source(model)} does not tell which tasks it weighs, since an older version of "
+                    "Funnel exported it; leave score_weights out, or push a model of this version"
+                )
+            columns = {"columns": list(range(signatures[signature][SCORE_WEIGHTS].width or 0))}
+            answer = self._retrier.call(
+                lambda: self._transport.predict(
+                    model, columns, signatures[TASKS_SIGNATURE], self._remaining(deadline), TASKS_SIGNATURE
+                ),
+                deadline,
+            )
+            tasks = self._tasks[model] = parse_tasks(answer, self._source(model))
+        return tasks
+
+    def _input_specs(
+        self, model: str, deadline: float, signature: str = DEFAULT_SIGNATURE
+    ) -> Mapping[str, InputSpec]:
+        signatures = self._signatures_of(model, deadline)
+        if signature not in signatures:
+            raise BadRequestError(f"{self._source(model)} has no signature {signature!r} any more")
+        return signatures[signature]
 
     def _signatures_of(self, model: str, deadline: float) -> Signatures:
         signatures = self._signatures.get(model)

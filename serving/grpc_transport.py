@@ -27,7 +27,7 @@ from serving.transport import (
     Prediction,
     Signatures,
     deadline_exceeded,
-    input_spec,
+    read_signatures,
     unavailable,
 )
 
@@ -64,22 +64,27 @@ class GrpcTransport:
         response = self._call(self._prediction.GetModelMetadata, request, timeout_s)
         signatures = get_model_metadata_pb2.SignatureDefMap()
         response.metadata["signature_def"].Unpack(signatures)
-        if DEFAULT_SIGNATURE not in signatures.signature_def:
-            raise ServingError(f"{self._target}: model {model!r} has no signature {DEFAULT_SIGNATURE}")
-        specs = {
-            name: input_spec(
-                name, types_pb2.DataType.Name(info.dtype), [dim.size for dim in info.tensor_shape.dim]
-            )
-            for name, info in signatures.signature_def[DEFAULT_SIGNATURE].inputs.items()
+        inputs = {
+            signature: {
+                name: (types_pb2.DataType.Name(info.dtype), [dim.size for dim in info.tensor_shape.dim])
+                for name, info in definition.inputs.items()
+            }
+            for signature, definition in signatures.signature_def.items()
         }
-        return Signatures(frozenset(signatures.signature_def), specs)
+        return read_signatures(inputs, f"{self._target}: model {model!r}")
 
     def predict(
-        self, model: str, inputs: Mapping[str, Any], specs: Mapping[str, InputSpec], timeout_s: float
+        self,
+        model: str,
+        inputs: Mapping[str, Any],
+        specs: Mapping[str, InputSpec],
+        timeout_s: float,
+        signature: str = DEFAULT_SIGNATURE,
     ) -> Prediction:
         """See Transport."""
         request = predict_pb2.PredictRequest()
         self._address(request, model)
+        request.model_spec.signature_name = signature
         for name, value in inputs.items():
             try:
                 _fill(request.inputs[name], value, specs[name])

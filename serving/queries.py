@@ -14,7 +14,8 @@ K: Final = "k"
 EXCLUDE: Final = "exclude_item_ids"
 CANDIDATES: Final = "candidate_item_ids"
 NUM_CANDIDATES: Final = "num_candidates"
-_REQUEST_INPUTS: Final = frozenset({K, EXCLUDE, CANDIDATES, NUM_CANDIDATES, "score_weights"})
+SCORE_WEIGHTS: Final = "score_weights"
+_REQUEST_INPUTS: Final = frozenset({K, EXCLUDE, CANDIDATES, NUM_CANDIDATES, SCORE_WEIGHTS})
 # Inputs that hold an allow-list: this, and the name of the attribute.
 _ALLOW: Final = "allow_"
 _MISSING: Final[dict[Kind, object]] = {"string": "", "float": math.nan, "integer": -1}
@@ -59,6 +60,23 @@ def search_inputs(
                 "see index.allow_list in its configuration"
             )
     return {K: k, **{name: list(values) for name, values in lists.items()}}
+
+
+def weight_columns(tasks: Iterable[str], score_weights: Mapping[str, float]) -> list[float]:
+    """Returns score weights in the order of the tasks; NaN, which stands for the declared one, if not given.
+
+    Raises:
+      BadRequestError: a weight names no task or is no finite number.
+    """
+    known = list(tasks)
+    for task, weight in score_weights.items():
+        if task not in known:
+            nearest = difflib.get_close_matches(task, known, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"the model weighs: {', '.join(known)}"
+            raise BadRequestError(f"score_weights name {task!r}, which is no task; {hint}")
+        if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not math.isfinite(weight):
+            raise BadRequestError(f"the score weight of {task!r} must be a finite number, got {weight!r}")
+    return [float(score_weights.get(task, math.nan)) for task in known]
 
 
 def batch_of_one(

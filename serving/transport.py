@@ -17,8 +17,18 @@ Kind = Literal["string", "integer", "float"]
 
 
 DEFAULT_SIGNATURE: Final = "serving_default"
+# As `serving_default` of a ranking model, with `score_weights` float32 [B, T].
+WEIGHTED_SIGNATURE: Final = "serving_weighted"
+# Cuts candidates before they are ranked.
+PRE_RANK_SIGNATURE: Final = "pre_rank"
+# In: `columns` int32 [B], out: `tasks` string [B] and `weights` float32 [B]; see trainer.ranking_export.
+TASKS_SIGNATURE: Final = "score_tasks"
 # In: `parts` string [B], out: `fingerprints` string [B].
 FINGERPRINT_SIGNATURE: Final = "fingerprint"
+# What the client may ask of a model.
+_SIGNATURES: Final = (
+    DEFAULT_SIGNATURE, WEIGHTED_SIGNATURE, PRE_RANK_SIGNATURE, TASKS_SIGNATURE, FINGERPRINT_SIGNATURE,
+)  # fmt: skip
 
 
 class ServerUnavailableError(ServingError):
@@ -66,24 +76,25 @@ class Prediction:
     version: int | None
 
 
-@dataclass(frozen=True)
-class Signatures:
-    """The names of a model's signatures, and the inputs of `serving_default`."""
-
-    names: frozenset[str]
-    inputs: Mapping[str, InputSpec]
+# Inputs by name, of each signature that a model has and the client may ask.
+Signatures = Mapping[str, Mapping[str, InputSpec]]
 
 
 class Transport(Protocol):
     """One way to call a server. All methods raise the errors of this module and take the seconds left."""
 
     def signatures(self, model: str, timeout_s: float) -> Signatures:
-        """Returns what the model can be asked."""
+        """Returns what the model can be asked, `serving_default` at least."""
 
     def predict(
-        self, model: str, inputs: Mapping[str, Any], specs: Mapping[str, InputSpec], timeout_s: float
+        self,
+        model: str,
+        inputs: Mapping[str, Any],
+        specs: Mapping[str, InputSpec],
+        timeout_s: float,
+        signature: str = DEFAULT_SIGNATURE,
     ) -> Prediction:
-        """Runs `serving_default` on nested lists."""
+        """Runs a signature of several outputs on nested lists."""
 
     def fingerprints(
         self, model: str, version: int | None, parts: Sequence[str], timeout_s: float
@@ -147,6 +158,27 @@ _KINDS: Final[dict[str, Kind]] = {
 }
 
 
+def read_signatures(inputs: Mapping[str, Mapping[str, tuple[str, Sequence[int]]]], source: str) -> Signatures:
+    """Describes the signatures that the client may ask.
+
+    Args:
+      inputs: dtype and sizes of the dimensions, see `input_spec`, of each input of each signature.
+      source: names server and model in errors.
+
+    Raises:
+      ServingError: there is no `serving_default`, or an input that no feature could be.
+    """
+    if DEFAULT_SIGNATURE not in inputs:
+        raise ServingError(f"{source} has no signature {DEFAULT_SIGNATURE}")
+    return {
+        signature: {
+            name: input_spec(name, dtype, sizes) for name, (dtype, sizes) in inputs[signature].items()
+        }
+        for signature in _SIGNATURES
+        if signature in inputs
+    }
+
+
 def input_spec(name: str, dtype: str, sizes: Sequence[int]) -> InputSpec:
     """Describes an input by the name of its dtype in the protos, and the sizes of its dimensions (-1: free).
 
@@ -180,25 +212,29 @@ class RestTransport:
         """See Transport."""
         metadata = self._call("GET", f"{self._path(model)}/metadata", None, timeout_s)
         try:
-            signatures = metadata["metadata"]["signature_def"]["signature_def"]
-            inputs = signatures[DEFAULT_SIGNATURE]["inputs"]
-            specs = {
-                name: input_spec(
-                    name, info["dtype"], [int(dim["size"]) for dim in info["tensor_shape"]["dim"]]
-                )
-                for name, info in inputs.items()
+            inputs = {
+                signature: {
+                    name: (info["dtype"], [int(dim["size"]) for dim in info["tensor_shape"]["dim"]])
+                    for name, info in definition["inputs"].items()
+                }
+                for signature, definition in metadata["metadata"]["signature_def"]["signature_def"].items()
+                if signature in _SIGNATURES
             }
         except (KeyError, TypeError) as error:
-            raise ServingError(
-                f"{self._target}: metadata of model {model!r} lack {error} of {DEFAULT_SIGNATURE}"
-            ) from error
-        return Signatures(frozenset(signatures), specs)
+            raise ServingError(f"{self._target}: metadata of model {model!r} lack {error}") from error
+        return read_signatures(inputs, f"{self._target}: model {model!r}")
 
     def predict(
-        self, model: str, inputs: Mapping[str, Any], specs: Mapping[str, InputSpec], timeout_s: float
+        self,
+        model: str,
+        inputs: Mapping[str, Any],
+        specs: Mapping[str, InputSpec],
+        timeout_s: float,
+        signature: str = DEFAULT_SIGNATURE,
     ) -> Prediction:
         """See Transport."""
-        answer = self._call("POST", f"{self._path(model)}:predict", {"inputs": inputs}, timeout_s)
+        body = {"signature_name": signature, "inputs": inputs}
+        answer = self._call("POST", f"{self._path(model)}:predict", body, timeout_s)
         outputs = answer.get("outputs")
         if not isinstance(outputs, dict):
             raise ServingError(f"{self._target}: model {model!r} answered without named outputs")

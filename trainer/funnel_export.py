@@ -22,7 +22,7 @@ from trainer.catalogue import Catalogue
 from trainer.index import NO_ROW, CandidateIndex, Found
 from trainer.preranker import CataloguePreRanker, PreRanker
 from trainer.ranking import SCORE, EncodedQuery, RankingModel
-from trainer.ranking_export import IS_KNOWN, CatalogueRanker
+from trainer.ranking_export import IS_KNOWN, SCORE_TASKS, CatalogueRanker, score_tasks
 from trainer.retrieval import RetrievalModel
 from trainer.score import SCORE_WEIGHTS
 from trainer.served_index import K, ServedIndex
@@ -191,6 +191,7 @@ class ServedFunnel(ServedModel):
                 lambda raw: self.recommend(self.request_of_user(raw)),
                 {ft.USER_ID: query[ft.USER_ID], **context, **request},
             ),
+            SCORE_TASKS: score_tasks(self._spec),
         }
 
     def signatures(self) -> dict[str, Any]:
@@ -198,4 +199,8 @@ class ServedFunnel(ServedModel):
         calls = self.calls()
         recommend = calls["serving_default"].traced()
         of_user = Signature(lambda raw: recommend(**self.request_of_user(raw)), calls[SERVING_USER].inputs)
-        return {"serving_default": recommend, SERVING_USER: of_user.traced()}
+        return {
+            "serving_default": recommend,
+            SERVING_USER: of_user.traced(),
+            SCORE_TASKS: calls[SCORE_TASKS].traced(),
+        }

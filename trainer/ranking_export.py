@@ -30,6 +30,7 @@ IS_KNOWN = "item_is_known"
 EXAMPLES = "examples"
 WEIGHTED = "serving_weighted"
 PRE_RANK = "pre_rank"
+SCORE_TASKS = "score_tasks"
 
 _logger = logging.getLogger(__name__)
 
@@ -205,6 +206,7 @@ class ServedRanker(ServedModel):
                 lambda raw: self.rank_examples(raw[EXAMPLES]), {EXAMPLES: examples}
             ),
         }
+        calls[SCORE_TASKS] = score_tasks(self._spec)
         if self.preranker is not None:
             calls[PRE_RANK] = self.preranker.signature()
         return calls
@@ -223,6 +225,27 @@ class ServedRanker(ServedModel):
     def _declared(self, candidate_item_ids: tf.Tensor) -> tf.Tensor:
         """What stands for the declared score weights, float32 [B, T]."""
         return tf.fill([tf.shape(candidate_item_ids)[0], len(self._spec.tasks)], math.nan)
+
+
+def score_tasks(spec: DatasetSpec) -> Signature:
+    """`score_tasks`: whose weight stands in a column of `score_weights`.
+
+    In: `columns` int32 [B], from 0. Out: `tasks` string [B], the task's name, and `weights` float32 [B], its
+    declared weight; "" and NaN for a number that is no column.
+    """
+    names = tf.constant([task.name for task in spec.tasks])
+    declared = tf.constant([task.score_weight for task in spec.tasks], tf.float32)
+
+    def tell(raw: Tensors) -> dict[str, tf.Tensor]:
+        columns = raw["columns"]
+        is_column = (columns >= 0) & (columns < len(spec.tasks))
+        places = tf.where(is_column, columns, 0)
+        return {
+            "tasks": tf.where(is_column, tf.gather(names, places), ""),
+            "weights": tf.where(is_column, tf.gather(declared, places), math.nan),
+        }
+
+    return Signature(tell, {"columns": tf.TensorSpec([None], tf.int32, name="columns")})
 
 
 def export(

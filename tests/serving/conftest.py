@@ -23,6 +23,7 @@ def base_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             "retrieval",
             "ranking",
             "ranking_of_other_run",
+            "pre_ranking",
             "one_call",
             "echo",
             "examples",
@@ -38,7 +39,17 @@ def base_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ):
         signatures = {"serving_default": model.serve, "fingerprint": models.fingerprint(**hashes)}
         models.save(model, paths[name] / "1", **signatures)
-    models.save(models.Funnel(), paths["one_call"] / "1")
+    ranking = models.Ranking()
+    models.save(
+        ranking,
+        paths["pre_ranking"] / "1",
+        serving_default=ranking.serve,
+        serving_weighted=ranking.weighted,
+        pre_rank=ranking.pre_rank,
+        score_tasks=models.score_tasks,
+    )
+    funnel = models.Funnel()
+    models.save(funnel, paths["one_call"] / "1", serving_default=funnel.serve, score_tasks=models.score_tasks)
     models.save_echo(paths["echo"] / "1", version=1)
     models.save_echo(paths["swapped"] / "1", version=1)
     models.save_examples_model(paths["examples"] / "1")

@@ -68,8 +68,44 @@ class Retrieval(tf.Module):
         }
 
 
+@tf.function(input_signature=[tf.TensorSpec([None], tf.int32, name="columns")])
+def score_tasks(columns):
+    """Whose weight stands in a column of `score_weights`, and that every task is declared with 1."""
+    return {"tasks": tf.gather(tf.constant(TASKS), columns), "weights": tf.ones_like(columns, tf.float32)}
+
+
+_WEIGHTS = tf.TensorSpec([None, len(TASKS)], tf.float32, name="score_weights")
+
+
 class Ranking(tf.Module):
-    """click = item number / 10, watch_time = age (0 when missing), score = their sum."""
+    """click = item number / 10, watch_time = age (0 when missing), score = their sum.
+
+    The weights of the two tasks in the score are 1 where they are NaN. The pre-ranker prefers small numbers.
+    """
+
+    @tf.function(input_signature=[*QUERY, _text(2, "candidate_item_ids"), _WEIGHTS])
+    def weighted(self, user_id, age, event_time_unix_s, history_item_ids, candidate_item_ids, score_weights):
+        tf.debugging.assert_equal(tf.reduce_any(score_weights < 0), False, "score_weights must be >= 0")
+        outputs = self.serve(user_id, age, event_time_unix_s, history_item_ids, candidate_item_ids)
+        weights = tf.where(tf.math.is_nan(score_weights), 1.0, score_weights)[:, None, :]
+        score = tf.reduce_sum(weights * tf.stack([outputs[task] for task in TASKS], axis=2), axis=2)
+        return {**outputs, "score": score}
+
+    @tf.function(
+        input_signature=[
+            *QUERY,
+            _text(2, "candidate_item_ids"),
+            tf.TensorSpec([None], tf.int32, name="k"),
+        ]
+    )
+    def pre_rank(self, user_id, age, event_time_unix_s, history_item_ids, candidate_item_ids, k):
+        longest = tf.minimum(tf.reduce_max(k), tf.shape(candidate_item_ids)[1])
+        clicks = self.serve(user_id, age, event_time_unix_s, history_item_ids, candidate_item_ids)["click"]
+        scores = tf.where(candidate_item_ids != "", -clicks, -9.0)
+        best, places = tf.math.top_k(scores, longest)
+        is_kept = (best > -9.0) & (tf.range(longest) < k[:, None])
+        ids = tf.gather(candidate_item_ids, places, batch_dims=1)
+        return {"item_ids": tf.where(is_kept, ids, ""), "scores": tf.where(is_kept, best, 0.0)}
 
     @tf.function(input_signature=[*QUERY, _text(2, "candidate_item_ids")])
     def serve(self, user_id, age, event_time_unix_s, history_item_ids, candidate_item_ids):
@@ -97,7 +133,7 @@ class Funnel(tf.Module):
         input_signature=[
             *Retrieval.serve.input_signature,
             tf.TensorSpec([None], tf.int32, name="num_candidates"),
-            tf.TensorSpec([None, len(TASKS)], tf.float32, name="score_weights"),
+            _WEIGHTS,
         ]
     )
     def serve(

@@ -111,6 +111,8 @@ def requests_to(name: str, signature: Any, users: Arrays) -> list[Arrays]:
         return [{"examples": np.array(part, object)} for part in (rows[:1], rows[1:])]
     if set(inputs) == {"item_ids"}:
         return [{"item_ids": np.array(rows, object)} for rows in (["i1"], ["nowhere", "i3"])]
+    if set(inputs) == {"columns"}:
+        return [{"columns": np.array(rows, np.int32)} for rows in ([1], [0, 9])]
     if set(inputs) == {"parts"}:
         return [{"parts": np.array(rows, object)} for rows in (["id"], ["transform", "nothing"])]
     alone = sample_request(inputs, take(users, [1]), ["i1", "i2"])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from serving.client import (
     ServerUnavailableError,
     TwoCalls,
 )
-from serving.transport import InputSpec, Prediction, Signatures
+from serving.transport import InputSpec, Prediction
 from tests.serving import models
 from trainer import fingerprint
 
@@ -159,6 +160,74 @@ def test_retrieve_and_rank_can_be_called_alone(client):
     assert [item.item_id for item in ranked] == ["item3", "item9", "item1"]
     assert [item.score for item in ranked] == pytest.approx([2.8, 3.4, 2.6])
     assert client.rank(QUERY, []) == []
+
+
+PRE_RANKING = TwoCalls(ranking="pre_ranking", num_kept=3)
+
+
+def test_of_many_candidates_the_pre_ranker_keeps_those_that_are_ranked(target):
+    with RecommenderClient(target, timeout_s=30, layouts=(PRE_RANKING,)) as client:
+        answer = client.recommend(QUERY, k=2, exclude_item_ids=["item0"], num_candidates=7)
+        # Of items 1 to 7 the pre-ranker keeps 1 2 3, of which the ranker prefers the last.
+        assert [item.item_id for item in answer.items] == ["item3", "item2"]
+        assert set(answer.stage_seconds) == {"retrieve", "pre_rank", "rank"}
+        # No more candidates than are kept: nothing to cut.
+        few = client.recommend(QUERY, k=2, num_candidates=3)
+        assert set(few.stage_seconds) == {"retrieve", "rank"}
+        # As many as are asked for are kept at least.
+        many = client.recommend(QUERY, k=5, exclude_item_ids=["item0"], num_candidates=7)
+        assert [item.item_id for item in many.items] == [f"item{i}" for i in (5, 4, 3, 2, 1)]
+        assert client.pre_rank(QUERY, ["item5", "item2", "item9"], k=2) == ["item2", "item5"]
+        assert client.pre_rank(QUERY, [], k=2) == []
+
+
+def test_a_model_without_a_pre_ranker_ranks_all_and_says_so_when_asked_to_pre_rank(client):
+    assert set(client.recommend(QUERY, k=1, num_candidates=8).stage_seconds) == {"retrieve", "rank"}
+    with pytest.raises(BadRequestError, match=r"'ranking' has no pre-ranker; set ranking\.preranker"):
+        client.pre_rank(QUERY, ["item1"], k=1)
+
+
+@pytest.mark.parametrize("layout", [PRE_RANKING, OneCall("one_call")], ids=["two calls", "one call"])
+def test_weights_of_a_request_replace_the_declared_ones_by_task(target, layout):
+    with RecommenderClient(target, timeout_s=30, layouts=(layout,)) as client:
+        asked = {"k": 1, "num_candidates": 3}
+        best = client.recommend(QUERY, **asked, score_weights={"click": 3.0}).items[0]
+        # 3 × 0.2 + 1 × 2.5
+        assert (best.item_id, best.score) == ("item2", pytest.approx(3.1))
+        best = client.recommend(QUERY, **asked, score_weights={"watch_time": 0, "click": 2}).items[0]
+        assert best.score == pytest.approx(0.4)
+        assert client.recommend(QUERY, **asked).items[0].score == pytest.approx(2.7)
+
+
+def test_weights_can_be_given_to_the_ranking_of_named_items(target):
+    with RecommenderClient(target, timeout_s=30, layouts=(PRE_RANKING,)) as client:
+        ranked = client.rank(QUERY, ["item3", "item1"], score_weights={"click": 10.0})
+        assert [item.score for item in ranked] == pytest.approx([5.5, 3.5])
+
+
+@pytest.mark.parametrize(
+    ("weights", "complaint"),
+    [
+        ({"clik": 1.0}, "score_weights name 'clik', which is no task; did you mean 'click'"),
+        ({"zzz": 1.0}, "no task; the model weighs: click, watch_time"),
+        ({"click": "much"}, "weight of 'click' must be a finite number, got 'much'"),
+        ({"click": math.nan}, "must be a finite number, got nan"),
+        ({"click": True}, "must be a finite number, got True"),
+        ({"click": -1.0}, "score_weights must be >= 0"),
+    ],
+    ids=str,
+)
+def test_weights_that_name_no_task_or_are_no_weights_are_refused(target, weights, complaint):
+    with (
+        RecommenderClient(target, timeout_s=30, layouts=(PRE_RANKING,)) as client,
+        pytest.raises(BadRequestError, match=complaint),
+    ):
+        client.recommend(QUERY, k=1, num_candidates=2, score_weights=weights)
+
+
+def test_a_model_that_does_not_tell_its_tasks_takes_no_weights(client):
+    with pytest.raises(BadRequestError, match="does not tell which tasks it weighs"):
+        client.recommend(QUERY, k=1, num_candidates=2, score_weights={"click": 2.0})
 
 
 def test_only_allowed_items_come_back_and_a_fallback_is_told(client, caplog):
@@ -322,15 +391,15 @@ class StubTransport:
             specs["candidate_item_ids"] = InputSpec("string", "DT_STRING", 2)
         elif self.num_predictions:
             specs["age"] = InputSpec("float", "DT_FLOAT", 1)
-        return Signatures(frozenset({"serving_default"}), specs)
+        return {"serving_default": specs}
 
-    def predict(self, model, inputs, specs, timeout_s):
+    def predict(self, model, inputs, specs, timeout_s, signature="serving_default"):
         self.timeouts_s.append(timeout_s)
         time.sleep(0.05)
         if model == "ranking":
             return Prediction({"score": [[0.0, self.score]], "item_is_known": [[0, 1]]}, 1)
         self.num_predictions += 1
-        if set(inputs) != set(self.signatures(model, timeout_s).inputs):
+        if set(inputs) != set(self.signatures(model, timeout_s)["serving_default"]):
             raise BadRequestError("Missing: age")
         self.inputs = inputs
         outputs = {"item_ids": [["a"]], "scores": [[1.0]], "reason_item_ids": [[""]]}
@@ -372,6 +441,55 @@ def test_the_deadline_covers_retrieval_and_ranking_together(monkeypatch):
         RecommenderClient("stub", timeout_s=0.04).recommend({"user_id": "u"}, k=1)
 
 
+class WeighingFunnel(StubTransport):
+    """A funnel of the tasks a and b, whose order a newer version may have changed."""
+
+    tasks = ("a", "b")
+    predictions: Mapping[str, float] = {"a": 1.0, "b": 10.0}
+
+    def signatures(self, model, timeout_s):
+        weights = InputSpec("float", "DT_FLOAT", 2, width=2)
+        columns = {"columns": InputSpec("integer", "DT_INT32", 1)}
+        return {"serving_default": {"score_weights": weights}, "score_tasks": columns}
+
+    def predict(self, model, inputs, specs, timeout_s, signature="serving_default"):
+        self.num_predictions += 1
+        if signature == "score_tasks":
+            return Prediction({"tasks": list(self.tasks), "weights": [1.0, 1.0]}, 1)
+        weights = [1.0 if math.isnan(weight) else weight for weight in inputs["score_weights"][0]]
+        score = sum(w * self.predictions[task] for w, task in zip(weights, self.tasks, strict=True))
+        lists = {"item_ids": [["x"]], "reason_item_ids": [[""]], "item_is_known": [[1]], "score": [[score]]}
+        tasks = {task: [[value]] for task, value in self.predictions.items()}
+        user = {"user_is_known": [1], "history_length": [0], "exact_fallback": [0]}
+        return Prediction({**lists, **tasks, "retrieval_score": [[1.0]], **user}, 1)
+
+
+def test_weights_follow_their_tasks_when_a_newer_model_has_them_in_another_order(monkeypatch):
+    stub = WeighingFunnel()
+    monkeypatch.setattr(client_module, "open_transport", lambda *args: stub)
+    client = RecommenderClient("stub", layouts=(OneCall(),))
+
+    def score():
+        return client.recommend({}, k=1, score_weights={"a": 100.0}).items[0].score
+
+    assert score() == 110
+    assert score() == 110 and stub.num_predictions == 3, "the order is asked for once"
+    stub.tasks = ("b", "a")
+    assert score() == 110 and stub.num_predictions == 6
+    stub.tasks, stub.predictions = ("b", "c"), {"b": 10.0, "c": 1.0}
+    assert client.recommend({}, k=1, score_weights={"c": 7.0}).items[0].score == 17
+    with pytest.raises(BadRequestError, match="name 'a', which is no task; the model weighs: b, c"):
+        score()
+
+
+def test_a_score_that_the_weights_do_not_make_is_an_error(monkeypatch):
+    stub = WeighingFunnel()
+    stub.predictions = {"a": 1.0, "b": 10.0, "score": 1.0}
+    monkeypatch.setattr(client_module, "open_transport", lambda *args: stub)
+    with pytest.raises(ServingError, match="scores that are not the sum of its predictions"):
+        RecommenderClient("stub", layouts=(OneCall(),)).recommend({}, k=1, score_weights={"a": 2.0})
+
+
 class FunnelThatGoes(StubTransport):
     """Serves `funnel` at first, then retrieval and ranking; none of them tells a fingerprint."""
 
@@ -382,7 +500,7 @@ class FunnelThatGoes(StubTransport):
             raise ModelNotFoundError(model)
         return [1]
 
-    def predict(self, model, inputs, specs, timeout_s):
+    def predict(self, model, inputs, specs, timeout_s, signature="serving_default"):
         if self.one_call != (model == "funnel"):
             raise ModelNotFoundError(model)
         if model != "funnel":

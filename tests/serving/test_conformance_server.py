@@ -135,7 +135,7 @@ def test_several_versions_answer_by_number_and_by_label_over_both_apis(http, cha
 def test_the_client_asks_the_version_that_has_its_label(configured, label, version):
     for target, told in ((configured.grpc_target, version), (configured.rest_target, None)):
         transport = open_transport(target, label)
-        specs = transport.signatures("echo", 30).inputs
+        specs = transport.signatures("echo", 30)["serving_default"]
         inputs = {"text": ["a"], "number": [1], "floats": [[1.0]]}
         assert transport.predict("echo", inputs, specs, 30).version == told
         assert transport.available_versions("echo", 30) == [version]

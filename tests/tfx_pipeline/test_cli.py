@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
@@ -231,6 +231,33 @@ def test_recommend_refuses_a_target_of_another_form(run_dir: Path, monkeypatch: 
     result = funnel("recommend", "--user-id", "u1", "--output-dir", run_dir, "--target", "localhost:8500")
     assert result.exit_code == 2
     assert "grpc://" in result.output
+
+
+def test_recommend_asks_with_the_weights_given_and_prints_their_formula(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from serving import client
+    from tfx_pipeline import recommend
+    from tfx_pipeline.user_states import UserState
+
+    asked: list[dict[str, float]] = []
+
+    def answer(self: client.RecommenderClient, query: dict[str, str], **named: Any) -> client.Recommendations:
+        asked.append(named["score_weights"])
+        return client.Recommendations((), True, 0, {})
+
+    state = UserState("u1", {"user_id": "u1"}, (), b"")
+    monkeypatch.setattr(recommend, "user_state", lambda run, user_id: (state, True))
+    monkeypatch.setattr(client.RecommenderClient, "recommend", answer)
+    monkeypatch.setattr(recommend, "titles", lambda run, paths: {})
+    command = ["recommend", "--user-id", "u1", "--output-dir", run_dir, "--target", "http://127.0.0.1:1"]
+    result = funnel(*command, "--weights", "like=4")
+    assert result.exit_code == 0, result.output
+    assert asked[0]["like"] == 4
+    assert "4 × like" in result.output
+    refused = funnel(*command, "--weights", "lke=4")
+    assert refused.exit_code == 2
+    assert "no task 'lke'; declared: click" in refused.output
 
 
 def test_batch_recommend_names_a_missing_users_file(run_dir: Path, tmp_path: Path) -> None:

@@ -323,8 +323,16 @@ def test_export_loads_in_a_fresh_process_that_has_only_tensorflow(exported: Expo
     command = [sys.executable, "-c", code, str(exported.path)]
     result = subprocess.run(command, capture_output=True, text=True, cwd="/", check=True)
     assert result.stdout.strip() == (
-        "['fingerprint', 'serving_default', 'serving_examples', 'serving_weighted'] set()"
+        "['fingerprint', 'score_tasks', 'serving_default', 'serving_examples', 'serving_weighted'] set()"
     )
+
+
+def test_the_columns_of_score_weights_are_told_with_the_declared_weights(exported: Exported) -> None:
+    tell = tf.saved_model.load(str(exported.path)).signatures["score_tasks"]
+    told = tell(columns=tf.constant([0, 1, 2, 3, -1]))
+    # As `ranking_world` declares them.
+    assert told["tasks"].numpy().tolist() == [b"click", b"stars", b"watch", b"", b""]
+    np.testing.assert_allclose(told["weights"], [2.0, 0.0, 0.1, math.nan, math.nan], rtol=1e-6)
 
 
 def test_failed_export_leaves_nothing_behind(exported: Exported, tmp_path: Path) -> None:

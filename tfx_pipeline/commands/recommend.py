@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +28,39 @@ from tfx_pipeline.config import (
     help="Server: grpc:// or http://.",
 )
 @click.option("--include-seen", is_flag=True, help="Do not exclude items of the user's training history.")
+@click.option(
+    "--weights", metavar="TASK=W,...", help="Score weights of this request; tasks not named keep theirs."
+)
 @output_dir_option
-def recommend(user_id: str, k: int, target: str, include_seen: bool, output_dir: Path) -> None:
+def recommend(
+    user_id: str, k: int, target: str, include_seen: bool, weights: str | None, output_dir: Path
+) -> None:
     """Ask a running server for one user's recommendations.
 
     \b
     Examples:
       funnel recommend --user-id u00017
       funnel recommend --user-id u00017 --k 5 --target http://127.0.0.1:8501
+      funnel recommend --user-id u00017 --weights click=1,like=4
     """
     from tfx_pipeline.console import quiet_libraries
     from tfx_pipeline.run_result import read_run
+    from trainer.score import parse_weights
 
     quiet_libraries(None)
-    show_recommendations(read_run(output_dir), RunPaths(output_dir), user_id, k, target, include_seen)
+    result = read_run(output_dir)
+    chosen = None if weights is None else parse_weights(weights, result.config.dataset.tasks)
+    show_recommendations(result, RunPaths(output_dir), user_id, k, target, include_seen, chosen)
 
 
 def show_recommendations(
-    result: Any, paths: RunPaths, user_id: str, k: int, target: str, include_seen: bool
+    result: Any,
+    paths: RunPaths,
+    user_id: str,
+    k: int,
+    target: str,
+    include_seen: bool,
+    score_weights: Mapping[str, float] | None = None,
 ) -> None:
     """Asks a server for one user\'s recommendations and prints them."""
     from serving.client import RecommenderClient
@@ -59,6 +75,7 @@ def show_recommendations(
             k=k,
             exclude_item_ids=() if include_seen else state.seen_item_ids,
             num_candidates=max(100, k),
+            score_weights=score_weights,
         )
     tasks = [task.name for task in result.config.dataset.tasks]
     heading = f"user {user_id}, {answer.history_length} items of history, over {target.split(':')[0]}"
@@ -70,7 +87,7 @@ def show_recommendations(
             f"  [yellow]user {escape(user_id)} had no training events[/yellow]: "
             "recommended from features alone"
         )
-    CONSOLE.print(f"  {escape(formula(result.config.dataset.tasks))}")
+    CONSOLE.print(f"  {escape(formula(result.config.dataset.tasks, score_weights))}")
 
 
 @click.command("batch-recommend")
