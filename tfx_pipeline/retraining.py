@@ -57,7 +57,7 @@ def retrained(
         if not folder.is_dir():
             raise DataError(f"{folder} is gone; 'funnel run' with the same settings makes it again")
     is_retrieval = model == RETRIEVAL
-    settings = _merged(getattr(run.config, model).model_dump(), overrides)
+    settings = merged(getattr(run.config, model).model_dump(), overrides)
     config = (RetrievalConfig if is_retrieval else RankingConfig).model_validate(settings)
     folder = Path(tempfile.mkdtemp(prefix="retrained-"))
     try:
@@ -84,8 +84,9 @@ def retrained(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _merged(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(settings)
+def merged(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with some of them replaced; nested mappings are merged."""
+    result = dict(settings)
     for name, value in overrides.items():
-        merged[name] = _merged(settings[name], value) if isinstance(value, Mapping) else value
-    return merged
+        result[name] = merged(settings[name], value) if isinstance(value, Mapping) else value
+    return result

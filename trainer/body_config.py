@@ -1,4 +1,4 @@
-"""Settings of the ranker's body: feature interactions, experts, and attention over the user's history."""
+"""Settings of the ranker's body: what it reads of the user's past, interactions, experts, attention."""
 
 from __future__ import annotations
 
@@ -9,6 +9,21 @@ import pydantic
 
 class _Config(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+
+class PastConfig(_Config):
+    """What is counted of the user's impressions that have something in common with the candidate.
+
+    Attributes:
+      key_windows: whether those of the same item, creator or tag are counted in each window of the dataset's
+        counters too; else over all time only.
+      churn: whether the impressions of the item itself since the user's last positive of it are counted, all
+        of them where there was none: what was shown and passed over. The key item_id must be among the
+        dataset's counters, and its positive label among its tasks.
+    """
+
+    key_windows: bool = False
+    churn: bool = False
 
 
 class InteractionConfig(_Config):

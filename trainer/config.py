@@ -7,7 +7,7 @@ from typing import Literal
 import pydantic
 
 from trainer.balancing_config import BalancingConfig
-from trainer.body_config import BehaviourConfig, ExpertsConfig, InteractionConfig
+from trainer.body_config import BehaviourConfig, ExpertsConfig, InteractionConfig, PastConfig
 from trainer.calibration_config import CalibrationConfig
 from trainer.debiasing_config import PositionConfig
 from trainer.features import HISTORY
@@ -216,6 +216,7 @@ class RankingConfig(_Config):
       ignored_features: query and candidate features that the ranker does not read, by raw name.
       crosses: pairs of a query and a candidate feature, by raw name, whose combinations get embeddings of
         their own; a continuous feature counts by its quantile bucket.
+      past: what is counted of the user's impressions.
       interaction: products of features.
       experts: how the tasks share the body.
       behaviour: how a candidate is matched with the user's impressions.
@@ -239,6 +240,7 @@ class RankingConfig(_Config):
     id_dropout_fraction: float = pydantic.Field(default=0.1, ge=0, lt=1)
     ignored_features: tuple[str, ...] = ()
     crosses: tuple[tuple[str, str], ...] = ()
+    past: PastConfig = PastConfig()
     interaction: InteractionConfig = InteractionConfig()
     experts: ExpertsConfig = ExpertsConfig()
     behaviour: BehaviourConfig = BehaviourConfig()

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from schema.contract import DatasetSpec
+from schema.errors import ConfigError
 from trainer import features as ft
+from trainer.body_config import PastConfig
 from trainer.catalogue import Catalogue
 from trainer.label_statistics import LabelStatistics
 
@@ -121,20 +123,40 @@ class PastOutcomes(tf.keras.layers.Layer):
     Of each group: log(1 + n); the age of the latest impression; and per label how far the mean of the group
     is from the mean m of everybody, drawn to 0 where impressions are few and in units of the label's standard
     deviation, Σ (y - m) / ((n + s) σ). A group without impressions is zeros, but for the age, which is 1.
+
+    With `PastConfig.churn` also log(1 + n) of the impressions of the item that were passed over.
     """
 
     def __init__(
-        self, spec: DatasetSpec, statistics: Mapping[str, LabelStatistics], **kwargs: object
+        self,
+        spec: DatasetSpec,
+        statistics: Mapping[str, LabelStatistics],
+        config: PastConfig,
+        **kwargs: object,
     ) -> None:
         """Makes the layer, which has no weights.
 
         Args:
           spec: declares keys, windows, surfaces and tasks.
           statistics: training labels by task name.
+          config: what is counted.
           **kwargs: passed to the Keras layer.
+
+        Raises:
+          ConfigError: the dataset lacks what churn is counted by.
         """
         super().__init__(**kwargs)
         self._windows_days = spec.counters.windows_days
+        self._key_windows_days = self._windows_days if config.key_windows else ()
+        self._positive: int | None = None
+        if config.churn:
+            if ft.ITEM_ID not in spec.counters.keys or spec.positive not in spec.task_labels:
+                raise ConfigError(
+                    f"ranking.past.churn needs {ft.ITEM_ID!r} among counters.keys of the dataset "
+                    f"{spec.name!r}, and a task of its positive label {spec.positive!r}; declare both, or "
+                    "remove the setting."
+                )
+            self._positive = spec.task_labels.index(spec.positive)
         by_label = {task.label: statistics[task.name].std for task in reversed(spec.tasks)}
         self._scale = tf.constant([max(by_label[label], 1e-6) for label in spec.task_labels], tf.float32)
 
@@ -161,30 +183,78 @@ class PastOutcomes(tf.keras.layers.Layer):
         if surface is not None and impressions.surface is not None:
             same = tf.equal(impressions.surface, surface[:, tf.newaxis])
             of_user.append(shown & same & (impressions.surface >= ft.FIRST_VOCABULARY_ID))
-        by_key = [_shares(values, impressions.keys[key]) for key, values in candidates.items()]
+        by_key = {key: _shares(values, impressions.keys[key]) for key, values in candidates.items()}
+        # Those of the user, the same for all candidates, are added up once.
+        groups_of_user = tf.stack([group[:, tf.newaxis] for group in of_user], axis=-2)
+        groups_by_key = tf.stack(list(by_key.values()), axis=-2)
         tables = [
-            self._summary(impressions, tf.stack(groups, axis=-2), label_means)
-            # Those of the user, the same for all candidates, are added up once.
-            for groups in ([group[:, tf.newaxis] for group in of_user], by_key)
+            self._summary(impressions, groups_of_user, label_means, ()),
+            self._summary(impressions, groups_by_key, label_means, self._key_windows_days),
         ]
+        if self._positive is not None:
+            passed = _passed_over(impressions, self._positive)[..., tf.newaxis]
+            number = _times(tf.cast(by_key[ft.ITEM_ID], tf.float32)[:, :, tf.newaxis], passed)
+            tables.append(tf.math.log1p(number[..., 0]))
         return tf.concat(tables, axis=-1)
 
-    def _summary(self, impressions: Impressions, group: tf.Tensor, label_means: tf.Tensor) -> tf.Tensor:
-        """Groups bool [U, N or 1, G, L], and label means [U, N, S], to float32 [U, N, G (2 + S)]."""
+    def _summary(
+        self,
+        impressions: Impressions,
+        group: tf.Tensor,
+        label_means: tf.Tensor,
+        windows_days: Sequence[float],
+    ) -> tf.Tensor:
+        """Sums groups of impressions up.
+
+        Args:
+          impressions: of U users.
+          group: bool [U, N or 1, G, L].
+          label_means: float32 [U, N, S].
+          windows_days: W windows besides all time.
+
+        Returns:
+          float32 [U, N, G ((W + 1) (1 + S) + 1)], of each group: numbers, age of the latest, rates.
+        """
         num_users, num_candidates = tf.unstack(tf.shape(label_means)[:2])
-        ones = tf.ones_like(impressions.labels[..., :1])
         counted = tf.cast(group, tf.float32)
-        counts = _times(counted, tf.concat([ones, impressions.labels], axis=-1))
+        values = tf.concat([tf.ones_like(impressions.labels[..., :1]), impressions.labels], axis=-1)
+        lately = [tf.cast(impressions.age_days < days, tf.float32)[..., tf.newaxis] for days in windows_days]
+        # A window is a column more of one product, not a group more of all candidates.
+        counts = _times(counted, tf.concat([*(values * mask for mask in lately), values], axis=-1))
+        num_groups, num_spans = group.shape[2], len(lately) + 1
+        shape = [num_users, tf.shape(counts)[1], num_groups * num_spans, values.shape[2]]
+        counts = tf.reshape(counts, shape)
         number, sums = counts[..., :1], counts[..., 1:]
         excess = sums - number * label_means[:, :, tf.newaxis]
         rates = excess / (number + _SMOOTHING) / self._scale
         recency = counted * (1.0 - impressions.log_age[:, tf.newaxis, tf.newaxis])
         # The largest of nothing at all, where nobody has impressions, is minus infinity.
         latest = 1.0 - tf.maximum(tf.reduce_max(recency, axis=-1, keepdims=True), 0.0)
+        number = tf.reshape(number, [num_users, shape[1], num_groups, num_spans])
         known = tf.concat([tf.math.log1p(number), latest], axis=-1)
         known = tf.broadcast_to(known, [num_users, num_candidates, *known.shape[2:]])
+        rates = tf.reshape(rates, [num_users, num_candidates, num_groups, num_spans * sums.shape[-1]])
         table = tf.concat([known, rates], axis=-1)
         return tf.reshape(table, [num_users, num_candidates, table.shape[2] * table.shape[3]])
+
+
+def _passed_over(impressions: Impressions, positive: int) -> tf.Tensor:
+    """Which impressions were neither positive nor followed by a positive one of the same item.
+
+    Args:
+      impressions: of U users; the item id is among their keys.
+      positive: place of the positive label among the task labels.
+
+    Returns:
+      float32 [U, L], 0 or 1.
+    """
+    item, age = impressions.keys[ft.ITEM_ID][..., 0], impressions.age_days
+    is_positive = impressions.is_shown & (impressions.labels[..., positive] > 0)
+    # [U, L, L]: whether the impression on the last axis is not older than the other.
+    later = age[:, tf.newaxis] <= age[:, :, tf.newaxis]
+    same = tf.equal(item[:, tf.newaxis], item[:, :, tf.newaxis])
+    answered = tf.reduce_any(later & same & is_positive[:, tf.newaxis], axis=-1)
+    return tf.cast(impressions.is_shown & ~answered, tf.float32)
 
 
 def shares_value(candidates: tf.Tensor, values: tf.Tensor) -> tf.Tensor:

@@ -187,7 +187,7 @@ class RankingModel(tfrs.models.Model):
         )
         pairs = [(space.find(left), space.find(right)) for left, right in config.crosses]
         self.cross_encoder = CrossEncoder(pairs, vocabulary_sizes)
-        self.past_outcomes = PastOutcomes(spec, statistics)
+        self.past_outcomes = PastOutcomes(spec, statistics, config.past)
         self.shared = [
             (left, right)
             for left, right in ft.shared_spaces(space)

@@ -11,6 +11,8 @@ import pytest
 import tensorflow as tf
 
 from schema.contract import DatasetSpec
+from schema.errors import ConfigError
+from trainer.body_config import PastConfig
 from trainer.catalogue import Catalogue
 from trainer.impressions import Impressions, ItemAttributes, PastOutcomes, read_impressions
 from trainer.label_statistics import LabelStatistics
@@ -20,6 +22,7 @@ NUM_ITEM_IDS = 8  # padding, OOV and six items
 WINDOWS_DAYS = (1.0, 7.0)
 STD = {"click": 0.5, "watch_time_s": 20.0}
 Array = npt.NDArray[Any]
+PAST = PastConfig()
 
 
 def declaration(surfaces: bool = True) -> DatasetSpec:
@@ -102,7 +105,13 @@ def candidates(seed: int, num_users: int = 5, num_candidates: int = 4) -> dict[s
     }
 
 
-def oracle(columns: dict[str, Array], surface: Array | None, keys: dict[str, Array], means: Array) -> Array:
+def oracle(
+    columns: dict[str, Array],
+    surface: Array | None,
+    keys: dict[str, Array],
+    means: Array,
+    config: PastConfig = PAST,
+) -> Array:
     """What the impressions say of every candidate, group by group and impression by impression."""
     labels = np.stack([columns["impression_watch_time_s"], columns["impression_click"]], axis=-1)
     rows = []
@@ -114,27 +123,42 @@ def oracle(columns: dict[str, Array], surface: Array | None, keys: dict[str, Arr
             if surface is not None:
                 surfaces = columns["impression_surfaces_ids"][user]
                 groups.append([p for p in places if surfaces[p] == surface[user] and surface[user] >= 2])
+            spans: list[tuple[float, ...]] = [(math.inf,)] * len(groups)
             for key, values in keys.items():
                 mine = {int(value) for value in values[user, number] if value >= 2}
+                spans.append((*(WINDOWS_DAYS if config.key_windows else ()), math.inf))
                 theirs = {
                     p: {shown[p]} if key == "item_id" else set(ATTRIBUTES[key][shown[p]]) for p in places
                 }
                 groups.append([p for p in places if mine & {int(value) for value in theirs[p]}])
             row: list[float] = []
-            for group in groups:
+            for group, windows in zip(groups, spans, strict=True):
                 # An age of 60 days or more reads 1, as does no impression at all.
                 ages = [math.log(1 + 24 * age_days[p]) / math.log(1 + 24 * 60) for p in group]
-                row += [math.log(1 + len(group)), min([1.0, *ages])]
-                for label, scale in enumerate([STD["watch_time_s"], STD["click"]]):
-                    excess = sum(labels[user, p, label] - means[user, number, label] for p in group)
-                    row.append(excess / (len(group) + 2) / scale)
+                within = [[p for p in group if age_days[p] < days] for days in windows]
+                row += [*(math.log(1 + len(some)) for some in within), min([1.0, *ages])]
+                for some in within:
+                    for label, scale in enumerate([STD["watch_time_s"], STD["click"]]):
+                        excess = sum(labels[user, p, label] - means[user, number, label] for p in some)
+                        row.append(excess / (len(some) + 2) / scale)
+            if config.churn:
+                item = keys["item_id"][user, number, 0]
+                mine_only = [p for p in places if shown[p] == item >= 2]
+                clicked = [age_days[p] for p in mine_only if labels[user, p, 1] > 0]
+                row.append(math.log(1 + sum(age_days[p] < min(clicked, default=math.inf) for p in mine_only)))
             rows.append(row)
     return np.array(rows).reshape(*means.shape[:2], -1)
 
 
-def outcomes(columns: dict[str, Array], surface: Array | None, keys: dict[str, Array], means: Array) -> Array:
+def outcomes(
+    columns: dict[str, Array],
+    surface: Array | None,
+    keys: dict[str, Array],
+    means: Array,
+    config: PastConfig = PAST,
+) -> Array:
     impressions = read_impressions({n: tf.constant(c) for n, c in columns.items()}, attributes(), SPEC)
-    layer = PastOutcomes(SPEC, STATISTICS)
+    layer = PastOutcomes(SPEC, STATISTICS, config)
     given = None if surface is None else tf.constant(surface)
     tensors = {key: tf.constant(values) for key, values in keys.items()}
     result: Array = layer(impressions, given, tensors, tf.constant(means)).numpy()
@@ -208,6 +232,42 @@ def test_outcomes_equal_those_of_a_loop_over_the_impressions(seed: int) -> None:
     np.testing.assert_allclose(found, oracle(columns, SURFACE, keys, means), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("config", "width"),
+    [(PastConfig(key_windows=True), 4 * 4 + 3 * 10), (PastConfig(churn=True), 7 * 4 + 1)],
+    ids=["windows", "churn"],
+)
+def test_windows_of_keys_and_churn_equal_those_of_a_loop(config: PastConfig, width: int, seed: int) -> None:
+    # Three items only, so that many impressions are of one.
+    columns, keys, means = transformed(seed), candidates(seed), means_of(seed)
+    columns["impression_item_ids_ids"] = np.minimum(columns["impression_item_ids_ids"], 3)
+    keys["item_id"] = np.minimum(keys["item_id"], 3)
+    found = outcomes(columns, SURFACE, keys, means, config)
+    assert found.shape == (5, 4, width)
+    np.testing.assert_allclose(found, oracle(columns, SURFACE, keys, means, config), rtol=1e-4, atol=1e-5)
+
+
+def test_what_was_passed_over_is_counted_since_the_last_click_of_the_item() -> None:
+    columns = {name: np.zeros((1, 6), column.dtype) for name, column in transformed(0).items()}
+    columns["impression_item_ids_ids"][0] = [2, 2, 3, 2, 2, 0]
+    columns["impression_ages_s"][0] = [500, 400, 300, 200, 100, 0]
+    columns["impression_click"][0] = [0, 1, 0, 0, 0, 0]
+    keys = {key: np.zeros((1, 4, 1), np.int64) for key in SPEC.counters.keys}
+    keys["item_id"] = np.array([[[2], [3], [4], [1]]])
+    means = np.zeros((1, 4, 2), np.float32)
+    found = outcomes(columns, np.array([0]), keys, means, PastConfig(churn=True))
+    # Twice since the click; once, and never clicked; never shown; unknown.
+    np.testing.assert_allclose(np.expm1(found[0, :, -1]), [2, 1, 0, 0], atol=1e-6)
+
+
+def test_churn_without_a_positive_task_is_refused() -> None:
+    tasks = [{"name": "watch", "label": "watch_time_s", "kind": "watch_time"}]
+    spec = DatasetSpec.model_validate({**SPEC.model_dump(), "tasks": tasks})
+    with pytest.raises(ConfigError, match="a task of its positive label 'click'"):
+        PastOutcomes(spec, STATISTICS, PastConfig(churn=True))
+
+
 def test_outcomes_of_a_dataset_without_surfaces_have_a_group_less() -> None:
     columns, keys, means = transformed(3), candidates(3), means_of(3)
     del columns["impression_surfaces_ids"]
@@ -250,7 +310,7 @@ def test_what_two_items_do_not_have_or_nobody_knows_is_nothing_in_common(key: st
         keys={name: tf.constant([[[value if name == key else 0, 0]]]) for name in SPEC.counters.keys},
     )
     keys = {name: tf.constant([[[value if name == key else 0]]]) for name in SPEC.counters.keys}
-    found = PastOutcomes(SPEC, STATISTICS)(impressions, tf.constant([value]), keys, tf.zeros([1, 1, 2]))
+    found = PastOutcomes(SPEC, STATISTICS, PAST)(impressions, tf.constant([value]), keys, tf.zeros([1, 1, 2]))
     numbers = found.numpy().reshape(7, 4)[:, 0]
     np.testing.assert_allclose(np.expm1(numbers), [1, 1, 1, 0, 0, 0, 0], rtol=1e-6)
 
@@ -287,5 +347,5 @@ def test_a_label_that_is_always_the_same_does_not_blow_up() -> None:
     columns = transformed(1)
     impressions = read_impressions({n: tf.constant(c) for n, c in columns.items()}, attributes(), SPEC)
     tensors = {key: tf.constant(values) for key, values in candidates(1).items()}
-    found = PastOutcomes(SPEC, constant)(impressions, tf.constant(SURFACE), tensors, tf.ones([5, 4, 2]))
+    found = PastOutcomes(SPEC, constant, PAST)(impressions, tf.constant(SURFACE), tensors, tf.ones([5, 4, 2]))
     assert np.all(np.isfinite(found))

@@ -1,0 +1,192 @@
+"""What each part of the ranker is worth: one thing changed at a time, the rest as in the run.
+
+Each variant is trained on the examples of a finished run, stopped early on its eval split, and judged on the
+test split, whose rows know the events before them. Nothing is exported and no output calibrated. Needs no
+extra.
+
+Example, from the root of the repository:
+  python -m benchmarks.ranking_ablation --run-dir runs/kuairand --json ablation.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import tensorflow as tf
+import tensorflow_transform as tft
+
+from schema.contract import TaskKind
+from schema.errors import DataError
+from tfx_pipeline.config import RunPaths
+from tfx_pipeline.outcome import read_artifact_uris
+from tfx_pipeline.retraining import merged
+from tfx_pipeline.run_result import RunResult, read_run
+from trainer import features as ft
+from trainer import metrics
+from trainer.config import RankingConfig
+from trainer.input_pipeline import Window, load_catalogue, ordered_batches, shuffled_batches, windows
+from trainer.label_statistics import label_statistics
+from trainer.ranking import judge, train
+from trainer.run_ranking import build
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What differs from the run.
+
+    Attributes:
+      overrides: settings of RankingConfig; nested mappings are merged.
+      hidden: transformed features that are 0 in every row, which means that nothing is known.
+    """
+
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    hidden: Sequence[str] = ()
+
+
+BASE = "as in the run"
+# A setting that the run has already makes a variant equal to the base.
+VARIANTS: Mapping[str, Variant] = {
+    BASE: Variant(),
+    "another seed": Variant({"seed": 1}),
+    "without the user's impressions": Variant(hidden=(ft.IMPRESSION_IDS,)),
+    "without the history of positives": Variant(hidden=(f"{ft.HISTORY}_ids",)),
+    "without counters of the log": Variant(hidden=(ft.COUNTERS,)),
+    "without crosses of two features": Variant({"crosses": ()}),
+    "without interactions": Variant({"interaction": {"kind": "none"}}),
+    "without id dropout": Variant({"id_dropout_fraction": 0.0}),
+    "with all ids": Variant({"ignored_features": ()}),
+    "impressions by key and window": Variant({"past": {"key_windows": True}}),
+    "churn": Variant({"past": {"churn": True}}),
+    "DCN-v2 full, stacked": Variant({"interaction": {"kind": "dcn", "structure": "stacked"}}),
+    "DCN-v2 full, parallel": Variant({"interaction": {"kind": "dcn", "structure": "parallel"}}),
+    "DCN-v2 of rank 32, parallel": Variant(
+        {"interaction": {"kind": "dcn_low_rank", "structure": "parallel"}}
+    ),
+    "DLRM, parallel": Variant({"interaction": {"kind": "dlrm", "structure": "parallel"}}),
+    "MMoE": Variant({"experts": {"kind": "mmoe"}}),
+    "PLE": Variant({"experts": {"kind": "ple"}}),
+    "DIN": Variant({"behaviour": {"kind": "din"}}),
+    "transformer": Variant({"behaviour": {"kind": "transformer"}}),
+    "uncertainty weighting": Variant({"balancing": {"method": "uncertainty"}}),
+    "GradNorm": Variant({"balancing": {"method": "gradnorm"}}),
+}
+Measured = dict[str, float]
+
+
+class Ablation:
+    """The examples of a run, read once, and what is trained on them."""
+
+    def __init__(self, run: RunResult, paths: RunPaths, share: float) -> None:
+        """Reads the examples.
+
+        Args:
+          run: the finished run.
+          paths: its folders.
+          share: of the training rows that every variant is trained on, the same ones.
+
+        Raises:
+          DataError: an artifact of the run is gone.
+        """
+        uris = read_artifact_uris(paths.metadata)
+        examples = Path(uris["InteractionGen", "examples"])
+        if not examples.is_dir():
+            raise DataError(f"{examples} is gone; 'funnel run' with the same settings makes it again")
+        self.spec, self.settings = run.config.dataset, run.config.ranking.model_dump()
+        self.transform_output = tft.TFTransformOutput(str(uris["Transform", "transform_graph"]))
+        items = [f"{uris['CatalogueGen', 'examples']}/Split-catalogue/*.gz"]
+        self.catalogue = load_catalogue(items, self.transform_output, self.spec)
+        self.windows = {
+            split: windows([f"{examples}/Split-{split}/*.gz"], self.transform_output)
+            for split in ("train", "eval", "test")
+        }
+        self.statistics = label_statistics(self.windows["train"].as_numpy_iterator(), self.spec.tasks)
+        self.keep = None if share == 1 else _some_rows(share)
+
+    def measure(self, variant: Variant) -> Measured:
+        """Trains a variant and judges it on the test split.
+
+        Returns:
+          `<task>/<metric>`; `cpu_s` of training, `epochs` until it stopped.
+        """
+        config = RankingConfig.model_validate(merged(self.settings, variant.overrides))
+        data = {split: _without(window, variant.hidden) for split, window in self.windows.items()}
+        tf.keras.utils.set_random_seed(config.seed)
+        model = build(self.spec, self.transform_output, self.catalogue, self.statistics, config, None)
+        batches = shuffled_batches(data["train"], config.batch_size, config.seed, keep=self.keep)
+        start = time.process_time()
+        log = train(model, batches, ordered_batches(data["eval"], config.batch_size), config)
+        measured: Measured = {"cpu_s": time.process_time() - start, "epochs": float(len(log))}
+        judged = judge(model, ordered_batches(data["test"], config.batch_size))
+        for task in self.spec.tasks:
+            label, output = judged.labels[task.label], judged.outputs[task.name]
+            known = ~np.isnan(label)
+            truth, served = label[known].astype(np.float64), output[known].astype(np.float64)
+            if task.kind is TaskKind.BINARY:
+                measured[f"{task.name}/auc"] = metrics.auc(truth, served)
+            else:
+                measured[f"{task.name}/xauc"] = metrics.xauc(truth, served)
+                measured[f"{task.name}/mae"] = metrics.mae(truth, served)
+        return measured
+
+
+def _some_rows(share: float) -> Callable[[Window], tf.Tensor]:
+    def keep(window: Window) -> tf.Tensor:
+        count = tf.shape(next(iter(window.values())))[:1]
+        return tf.random.stateless_uniform(count, seed=(0, 0)) < share
+
+    return keep
+
+
+def _without(data: tf.data.Dataset, hidden: Sequence[str]) -> tf.data.Dataset:
+    if not hidden:
+        return data
+    return data.map(
+        lambda window: {**window, **{name: tf.zeros_like(window[name]) for name in hidden}}
+    ).cache()
+
+
+def to_markdown(results: Mapping[str, Measured]) -> str:
+    """One line per variant, with the difference to the base behind each metric but those of time."""
+    base = results.get(BASE)
+    columns = list(next(iter(results.values())))
+    lines = [f"| | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
+    for name, measured in results.items():
+        cells = []
+        for column in columns:
+            digits = 0 if column in ("cpu_s", "epochs") else 2 if column.endswith("/mae") else 4
+            cell = f"{measured[column]:.{digits}f}"
+            if digits and base is not None and measured is not base:
+                cell += f" ({measured[column] - base[column]:+.{digits}f})"
+            cells.append(cell)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+@click.command(help=__doc__)
+@click.option("--run-dir", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option("--share", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option("--variant", "chosen", multiple=True, type=click.Choice(list(VARIANTS)), help="Only these.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Every number; added to if there.")
+def main(run_dir: Path, share: float, chosen: Sequence[str], json_path: Path | None) -> None:
+    """See the docstring of the module."""
+    ablation = Ablation(read_run(run_dir), RunPaths(run_dir), share)
+    results: dict[str, Measured] = {}
+    if json_path is not None and json_path.is_file():
+        results = json.loads(json_path.read_text(encoding="utf-8"))
+    for name in chosen or VARIANTS:
+        results[name] = ablation.measure(VARIANTS[name])
+        click.echo(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in results[name].items()))
+        if json_path is not None:
+            json_path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    click.echo(to_markdown(results))
+
+
+if __name__ == "__main__":
+    main()
