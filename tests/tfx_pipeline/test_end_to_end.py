@@ -65,6 +65,13 @@ def test_a_fresh_run_pushes_both_models(fresh: Run, paths: RunPaths) -> None:
         assert (folder / WARMUP_FILE).stat().st_size
 
 
+def test_all_bundles_of_a_run_have_one_version(fresh: Run, paths: RunPaths) -> None:
+    (version,) = set(fresh.result.pushed.values())
+    assert {name: os.listdir(paths.serving_models / name) for name in BUNDLES} == {
+        name: [version] for name in BUNDLES
+    }
+
+
 def test_a_fresh_run_leaves_everything_below_its_folder_and_no_leftovers(fresh: Run, paths: RunPaths) -> None:
     for path in (paths.tables, paths.pipeline_root, paths.metadata, paths.log_file):
         assert path.exists()

@@ -11,7 +11,7 @@ from tfx.dsl.io import fileio
 from tfx.types import standard_artifacts
 from tfx.utils import proto_utils
 
-from tfx_pipeline.components.pusher import REFRESHED_FINGERPRINT, AtomicPusherExecutor
+from tfx_pipeline.components.pusher import BLESSED_AT, REFRESHED_FINGERPRINT, AtomicPusherExecutor
 
 FILES = {
     "saved_model.pb": b"graph",
@@ -24,6 +24,9 @@ FILES = {
     "assets.extra/checkpoint/transform/transform_fn/saved_model.pb": b"transform graph",
     "assets.extra/checkpoint/manifest.json": b"{}",
 }
+
+
+NOW = 1_800_000_000  # when the tests' infra validation blessed
 
 
 class World:
@@ -54,6 +57,7 @@ class World:
             blessing.set_int_custom_property("blessed", int(value))
             if key == "infra_blessing":
                 blessing.set_string_custom_property("blessing_status", "")
+                blessing.set_int_custom_property(BLESSED_AT, NOW)
             inputs[key] = [blessing]
         AtomicPusherExecutor().Do(
             inputs,
@@ -81,10 +85,27 @@ def world(tmp_path: Path) -> World:
 def test_a_blessed_model_is_pushed_whole(world: World) -> None:
     world.push()
     ((version, files),) = world.version_files().items()
-    assert version.isdigit()
+    assert version == str(NOW)
     assert files == FILES
     assert world.pushed.get_string_custom_property("pushed_version") == version
     assert world.pushed.get_string_custom_property("pushed_destination") == str(world.base / version)
+
+
+def test_bundles_pushed_at_different_times_get_one_version(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.push()
+    world.base = world.base.with_name("retrieval")
+    monkeypatch.setattr("time.time", lambda: NOW + 60.0)
+    world.push()
+    assert list(world.version_files()) == [str(NOW)]
+
+
+def test_a_version_is_larger_than_all_before_it_whatever_the_clock_said(world: World) -> None:
+    (world.base / str(NOW + 5)).mkdir(parents=True)
+    world.push()
+    assert set(world.version_files()) == {str(NOW + 5), str(NOW + 6)}
+    assert world.pushed.get_string_custom_property("pushed_version") == str(NOW + 6)
 
 
 @pytest.mark.parametrize("missing", ["blessed", "infra_blessed", "partner_blessed"])

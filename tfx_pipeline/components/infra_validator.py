@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from serving.client import Recommendations, RecommenderClient, TwoCalls
 from serving.process import ModelServerProcess
 from serving.replay import check_golden_requests
 from serving.slo import Slo
+from tfx_pipeline.components.pusher import BLESSED_AT
 from tfx_pipeline.config import BUNDLES
 from tfx_pipeline.slo_gate import check_slo
 from tfx_pipeline.user_states import UserState, read_user_states, unknown_user_state
@@ -84,6 +86,7 @@ def ServingValidator(
     (Path(blessing.uri) / RECOMMENDATIONS_FILE).write_text(json.dumps(answers, indent=1), encoding="utf-8")
     (Path(blessing.uri) / ("INFRA_NOT_BLESSED" if reason else "INFRA_BLESSED")).touch()
     blessing.set_int_custom_property("blessed", 0 if reason else 1)
+    blessing.set_int_custom_property(BLESSED_AT, int(time.time()))
     blessing.set_string_custom_property("reason", reason)
 
 

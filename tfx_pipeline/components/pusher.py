@@ -1,4 +1,4 @@
-"""TFX's Pusher, made atomic, and joint: bundles of one run are pushed all or none."""
+"""TFX's Pusher, made atomic, and joint: bundles of one run are pushed all or none, under one version."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ _FINGERPRINT = "fingerprint.pb"
 # Only in versions that tfx_pipeline.refresh made: the fingerprint of the model that was given new items.
 REFRESHED_FINGERPRINT = "assets.extra/refreshed_fingerprint.pb"
 _PARTNER_BLESSING = "partner_blessing"
+# Of an infra blessing, which is one for all bundles of a run: when it was given. It becomes their version.
+BLESSED_AT = "blessed_at_unix_s"
 
 
 class AtomicPusherSpec(standard_component_specs.PusherSpec):
@@ -47,9 +49,9 @@ class AtomicPusherExecutor(pusher_executor.Executor):
         proto_utils.json_to_proto(exec_properties["push_destination"], destination)
         base = destination.filesystem.base_directory
         newest = newest_version(base)
+        (pushed,) = output_dict["pushed_model"]
         if newest and self.CheckBlessing(input_dict) and self._is_model(f"{base}/{newest}", input_dict):
             _LOGGER.info("version %s at %s is this model already", newest, base)
-            (pushed,) = output_dict["pushed_model"]
             self._MarkPushed(pushed, pushed_destination=f"{base}/{newest}", pushed_version=newest)
             return
         staging = f"{base}/{_STAGING}"
@@ -62,15 +64,13 @@ class AtomicPusherExecutor(pusher_executor.Executor):
                 {**exec_properties, "push_destination": proto_utils.proto_to_json(destination)},
             )
             for name in fileio.listdir(staging) if fileio.exists(staging) else ():
-                version = name.rstrip("/")
-                self._copy_checkpoint(input_dict, f"{staging}/{version}")
-                fileio.rename(f"{staging}/{version}", f"{base}/{version}")
+                staged = f"{staging}/{name.rstrip('/')}"
+                self._copy_checkpoint(input_dict, staged)
+                version = _version(input_dict, newest)
+                fileio.rename(staged, f"{base}/{version}")
+                self._MarkPushed(pushed, pushed_destination=f"{base}/{version}", pushed_version=version)
         finally:
             _remove(staging)
-        for pushed in output_dict["pushed_model"]:
-            version = pushed.get_string_custom_property("pushed_version")
-            if version:
-                pushed.set_string_custom_property("pushed_destination", f"{base}/{version}")
 
     def CheckBlessing(self, input_dict: Any) -> bool:
         """Whether the infra validation and both models' judges agree to a push."""
@@ -99,6 +99,15 @@ def newest_version(base: str) -> str:
     """The newest version folder below `base`; "" when there is none."""
     names = (name.rstrip("/") for name in (fileio.listdir(base) if fileio.exists(base) else ()))
     return max((name for name in names if name.isdigit()), key=int, default="")
+
+
+def _version(input_dict: Any, newest: str) -> str:
+    """The time of the infra blessing; one more than the newest version where that is not older.
+
+    TFX takes the second of each push, which differs from bundle to bundle.
+    """
+    blessing = artifact_utils.get_single_instance(input_dict["infra_blessing"])
+    return str(max(blessing.get_int_custom_property(BLESSED_AT), int(newest or 0) + 1))
 
 
 def _read(path: str) -> bytes:
