@@ -187,9 +187,11 @@ def _decode_leaves(name: str, leaves: list[Any], dtype: np.dtype[Any]) -> list[A
 
 
 def _decode_float(name: str, leaf: object, dtype: np.dtype[Any]) -> float:
-    if type(leaf) is int and abs(leaf) < 2 ** (np.finfo(dtype).nmant + 1):
-        return leaf
-    if type(leaf) is float and not (np.finfo(dtype).max < abs(leaf) < np.inf or overflowed(leaf)):
+    """Takes any number in the range of the dtype and, as TensorFlow Serving does, rounds to what it holds."""
+    largest = float(np.finfo(dtype).max)
+    if type(leaf) is int and abs(leaf) <= largest:
+        return float(leaf)
+    if type(leaf) is float and not (largest < abs(leaf) < np.inf or overflowed(leaf)):
         return leaf
     return _wrong_type(name, leaf, dtype)
 

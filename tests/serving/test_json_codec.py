@@ -160,8 +160,25 @@ def test_a_number_that_no_double_holds_is_not_taken_for_infinity():
         decode(b'{"inputs": {"x": [Infinity, 1e999]}}', {"x": np.dtype(np.float32)})
 
 
-@pytest.mark.parametrize(("value", "dtype"), [(2**24, np.float32), (1e39, np.float32), (2**53, np.float64)])
-def test_a_number_that_the_float_type_cannot_hold_is_refused(value, dtype):
+@pytest.mark.parametrize(
+    ("value", "dtype", "rounded"),
+    [
+        (1435774380, np.float32, 1435774336),  # the example of api_rest.md
+        (2**24 + 1, np.float32, 2**24),
+        (2**53 + 1, np.float64, 2**53),
+        (-(2**100), np.float32, -(2.0**100)),
+        (2**1023, np.float64, 2.0**1023),
+    ],
+)
+def test_a_whole_number_that_a_float_cannot_hold_exactly_is_rounded(value, dtype, rounded):
+    assert decode_one([value], dtype).tolist() == [rounded]
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [(1e39, np.float32), (2**128, np.float32), (-(2**128), np.float32), (2**1024, np.float64)],
+)
+def test_a_number_beyond_the_range_of_the_float_type_is_refused(value, dtype):
     with pytest.raises(RequestError, match="'x'"):
         decode_one([value], dtype)
 
