@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from serving.config import format_model_config
 
 logger = logging.getLogger(__name__)
 
+_POLL_S: Final = 0.05
 _STOP_TIMEOUT_S: Final = 30.0
 _NUM_LOG_LINES: Final = 20
 
@@ -143,8 +145,8 @@ class ModelServerProcess:
             self._folder = None
 
     def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> dict[str, str]:
-        deadline = time.monotonic() + self._startup_timeout_s
-        while time.monotonic() < deadline:
+        # Looks are counted, not seconds: time in which both processes were stopped is nobody's fault.
+        for _ in range(math.ceil(self._startup_timeout_s / _POLL_S)):
             exit_code = process.poll()
             for line in self._read("stdout").splitlines(keepends=True):
                 if line.startswith("ready ") and line.endswith("\n"):
@@ -153,7 +155,7 @@ class ModelServerProcess:
                 raise ServingError(
                     f"the model server ended with exit code {exit_code} before it was ready:\n{self._tail()}"
                 )
-            time.sleep(0.05)
+            time.sleep(_POLL_S)
         timeout_s = self._startup_timeout_s
         raise ServingError(f"the model server was not ready after {timeout_s:g} s; log:\n{self._tail()}")
 

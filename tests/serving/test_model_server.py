@@ -493,5 +493,16 @@ def test_a_server_process_that_takes_too_long_is_stopped(base_paths):
         _ = server.pid
 
 
+def test_a_start_that_was_stopped_for_a_while_is_not_given_up(tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nsleep 0.2\necho ready grpc=g rest=r models=m:1\nexec sleep 60\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("serving.process.sys.executable", str(python))
+    monotonic, leap = time.monotonic, iter(range(0, 10**9, 1000))
+    monkeypatch.setattr("serving.process.time.monotonic", lambda: monotonic() + next(leap))
+    with ModelServerProcess({"m": tmp_path}, startup_timeout_s=30) as server:
+        assert server.versions == {"m": 1}
+
+
 def test_ready_line_tells_the_versions(server, base_paths):
     assert server.versions == dict.fromkeys(base_paths, 1)
