@@ -120,3 +120,31 @@ def _save(model: RetrievalModel | PlainModel, path: Path, warmup: list[dict[str,
     options = tf.saved_model.SaveOptions(namespace_whitelist=["Scann"])
     tf.saved_model.save(model, str(path), signatures=model.signatures(), options=options)
     write_warmup_requests(path, path.parent.name, {"serving_default": warmup})
+
+
+def save_half_plus_three(path: Path) -> Path:
+    """A TF 1 SavedModel: x / 2 + 3 of a number, and of the feature x of tf.Examples."""
+    build = tf.compat.v1.saved_model.build_tensor_info
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        number = tf.compat.v1.placeholder(tf.float32, [None])
+        serialized = tf.compat.v1.placeholder(tf.string, [None])
+        x = tf.io.parse_example(serialized, {"x": tf.io.FixedLenFeature([1], tf.float32)})["x"]
+
+        def signature(inputs: Any, outputs: Any, method: str) -> Any:
+            infos = (
+                {name: build(tensor) for name, tensor in tensors.items()} for tensors in (inputs, outputs)
+            )
+            return tf.compat.v1.saved_model.build_signature_def(*infos, f"tensorflow/serving/{method}")
+
+        builder = tf.compat.v1.saved_model.Builder(str(path))
+        builder.add_meta_graph_and_variables(
+            session,
+            ["serve"],
+            {
+                "serving_default": signature({"x": number}, {"y": number / 2 + 3}, "predict"),
+                "regress": signature({"inputs": serialized}, {"outputs": x / 2 + 3}, "regress"),
+                "classify": signature({"inputs": serialized}, {"scores": x / 2 + 3}, "classify"),
+            },
+        )
+        builder.save()
+    return path
