@@ -11,7 +11,7 @@ from concurrent.futures import Executor
 from typing import Final, NoReturn, TypeAlias, TypeVar
 
 import grpc
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from tensorflow_serving.apis import (
     classification_pb2,
     get_model_metadata_pb2,
@@ -67,10 +67,28 @@ def add_services(
       reload: has a config loaded; by default by `models` alone.
       check_method_name: see `inference.classify`.
     """
-    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(
-        PredictionService(models, executor, batcher, check_method_name), server
-    )
-    model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(models, loader, reload), server)
+    prediction = PredictionService(models, executor, batcher, check_method_name)
+    model = ModelService(models, loader, reload)
+    for service, methods in (
+        (
+            "tensorflow.serving.PredictionService",
+            [
+                _method(prediction.Predict, predict_pb2.PredictRequest),
+                _method(prediction.Classify, classification_pb2.ClassificationRequest),
+                _method(prediction.Regress, regression_pb2.RegressionRequest),
+                _method(prediction.MultiInference, inference_pb2.MultiInferenceRequest),
+                _method(prediction.GetModelMetadata, get_model_metadata_pb2.GetModelMetadataRequest),
+            ],
+        ),
+        (
+            "tensorflow.serving.ModelService",
+            [
+                _method(model.GetModelStatus, get_model_status_pb2.GetModelStatusRequest),
+                _method(model.HandleReloadConfigRequest, model_management_pb2.ReloadConfigRequest),
+            ],
+        ),
+    ):
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, dict(methods)),))
 
 
 class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
@@ -240,6 +258,27 @@ def reload_config(
         raise invalid_argument(str(error)) from error
     models.load(configs, check_labels=check_labels)
     return model_management_pb2.ReloadConfigResponse()
+
+
+def _method(
+    answer: Callable[[_Request, grpc.aio.ServicerContext], Awaitable[Message]], kind: type[_Request]
+) -> tuple[str, grpc.RpcMethodHandler]:
+    """Name and handler of a method, as generated code registers it, but for bytes that are no such message.
+
+    gRPC would answer these with UNKNOWN, and log a stack trace for each.
+    """
+
+    async def call(data: bytes, context: grpc.aio.ServicerContext) -> Message:
+        try:
+            request = kind.FromString(data)
+        except DecodeError as error:
+            await _abort(context, invalid_argument(f"the message is not a {kind.__name__}: {error}"))
+        return await answer(request, context)
+
+    def encode(message: Message) -> bytes:
+        return message.SerializeToString()
+
+    return answer.__name__, grpc.unary_unary_rpc_method_handler(call, response_serializer=encode)
 
 
 async def _at_once(function: Callable[..., _Answer], *args: object) -> _Answer:

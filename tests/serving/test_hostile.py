@@ -378,11 +378,20 @@ def test_any_bytes_as_a_grpc_message_are_refused(channel, message, method):
     )
     with pytest.raises(grpc.RpcError) as caught:
         call(message, timeout=10)
-    assert caught.value.code() in (
-        grpc.StatusCode.INVALID_ARGUMENT,
-        grpc.StatusCode.NOT_FOUND,
-        grpc.StatusCode.UNKNOWN,  # what gRPC itself says of bytes that are no such message
+    assert caught.value.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
+
+
+@pytest.mark.parametrize(
+    "method", [*(f"PredictionService/{method}" for method in METHODS), "ModelService/GetModelStatus"]
+)
+def test_bytes_that_are_no_message_are_an_invalid_argument_and_no_stack_trace(channel, server, method):
+    call = channel.unary_unary(
+        f"/tensorflow.serving.{method}", request_serializer=bytes, response_deserializer=bytes
     )
+    with pytest.raises(grpc.RpcError, match=r"the message is not a \w+Request") as caught:
+        call(b"\xff\xff\xff", timeout=10)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "DecodeError" not in server.log
 
 
 tensors = st.builds(
