@@ -8,8 +8,9 @@ Example:
 
 Needs the extras `benchmarks` and `index-benchmark`. Building takes minutes and may share the machine;
 measuring takes two and wants it idle. Every library is tuned to the same recall at 100 by its own settings,
-and then all take turns, one thread per query. Speed is counted in queries per second of processor time, all
-threads together; a busy machine lowers all figures, by what the contenders lose of its caches.
+and then all take turns, one thread per query. Exported models are called as the model server calls them.
+Speed is counted in queries per second of processor time, all threads together; a busy machine lowers all
+figures, by what the contenders lose of its caches.
 
 Vectors: see benchmarks/vectors.py.
 """
@@ -35,7 +36,9 @@ import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
 from benchmarks.vectors import clustered_vectors
+from serving.servable import Servable
 from trainer.config import IndexConfig
+from trainer.index import PARTITION_AVQ
 from trainer.index_build import build_index
 from trainer.served_index import EXCLUDED, K, ServedIndex
 
@@ -52,8 +55,8 @@ _K_FACTOR = 4
 _IVF_SHARES = (0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.18, 0.25)
 
 Settings = dict[str, Any]
-# Takes float32 [B, D] and returns rows [B, NEIGHBOURS], or ids "i<row>".
-Search = Callable[[np.ndarray], Any]
+# Takes float32 [B, D] and returns rows [B, NEIGHBOURS], or ids b"i<row>".
+Search = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,27 +184,23 @@ def build_funnel(world: World, target: float, folder: Path) -> Settings:
 
 def load_funnel(world: World, settings: Settings, folder: Path) -> dict[str, Search]:
     """Our index, loaded again: plain requests, requests that exclude items, and exact search."""
-    loaded = tf.saved_model.load(str(folder))
+    servable = Servable(FUNNEL, 1, folder)
     rng = np.random.default_rng(1)
-    excluded_ids = np.char.add("i", rng.integers(len(world.items), size=(BATCH, _EXCLUDED)).astype(str))
-    nothing = np.full((BATCH, 1), "")
+    excluded_ids = rng.integers(len(world.items), size=(BATCH, _EXCLUDED))
+    excluded = np.array([[b"i%d" % row for row in rows] for rows in excluded_ids], object)
+    nothing = np.full((BATCH, 1), b"", object)
 
     def search_by(signature: str, excluded: np.ndarray) -> Search:
-        serve = loaded.signatures[signature]
         requests = {
-            size: {K: tf.fill([size], NEIGHBOURS), EXCLUDED: tf.constant(excluded[:size].astype(object))}
-            for size in (1, BATCH)
+            size: {K: np.full(size, NEIGHBOURS, np.int32), EXCLUDED: excluded[:size]} for size in (1, BATCH)
         }
-
-        def search(queries: np.ndarray) -> tf.Tensor:
-            return serve(queries=tf.constant(queries), **requests[len(queries)])["item_ids"]
-
-        search.keep = loaded  # type: ignore[attr-defined]  # a signature does not keep its model alive
-        return search
+        return lambda queries: servable.predict(signature, {"queries": queries, **requests[len(queries)]})[
+            "item_ids"
+        ]
 
     return {
         "funnel, exported": search_by("serving_default", nothing),
-        f"funnel, {_EXCLUDED} excluded": search_by("serving_default", excluded_ids),
+        f"funnel, {_EXCLUDED} excluded": search_by("serving_default", excluded),
         "funnel, exact twin": search_by("serving_exact", nothing),
     }
 
@@ -211,7 +210,7 @@ def build_scann(world: World, target: float, folder: Path) -> Settings:
     ours = read_built(folder.parent)[FUNNEL].settings
     searcher = (
         scann.scann_ops_pybind.builder(world.items, NEIGHBOURS, "dot_product")
-        .tree(ours["num_leaves"], ours["num_leaves_to_search"])
+        .tree(ours["num_leaves"], ours["num_leaves_to_search"], avq=PARTITION_AVQ)
         .score_ah(ours["dimensions_per_block"], anisotropic_quantization_threshold=0.2)
         .reorder(ours["num_reordering_candidates"])
         .build()
@@ -251,8 +250,13 @@ def build_tfrs(world: World, target: float, folder: Path) -> Settings:
 
 def load_tfrs(world: World, settings: Settings, folder: Path) -> dict[str, Search]:
     """TFRS's layer."""
-    layer = tf.saved_model.load(str(folder))
-    return {"TFRS layer": lambda queries: layer(tf.constant(queries))[1]}
+    servable = Servable(TFRS, 1, folder)
+    signature = servable.signature("serving_default")
+    (queries_name,) = signature.inputs
+    (ids_name,) = (
+        name for name, info in signature.outputs.items() if info.dtype == tf.string.as_datatype_enum
+    )
+    return {"TFRS layer": lambda queries: servable.predict("", {queries_name: queries})[ids_name]}
 
 
 def build_hnswlib(world: World, target: float, folder: Path) -> Settings:
@@ -346,10 +350,10 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
 
 
-def _rows(found: np.ndarray | tf.Tensor) -> np.ndarray:
-    if isinstance(found, np.ndarray):
+def _rows(found: np.ndarray) -> np.ndarray:
+    if found.dtype != object:
         return found
-    return np.array([[int(item_id[1:] or -1) for item_id in row] for row in found.numpy()])
+    return np.array([[int(item_id[1:] or -1) for item_id in row] for row in found])
 
 
 def measure_in_turns(contenders: list[Contender], world: World) -> None:
