@@ -49,13 +49,16 @@ class HardNegativeMiner:
         """
         self.config = config
         self.known_positives = tf.constant(known_positives, tf.int64)
+        item_ids = catalogue.transformed[_ITEM_ID]
+        # New items are no negatives, see CataloguePool. Boosted as they may be, they would crowd others out.
+        self.rows = np.flatnonzero(item_ids > features.OOV_ID)
         # The last entry is that of NO_ROW.
-        self.item_ids = tf.constant(np.append(catalogue.transformed[_ITEM_ID], features.OOV_ID), tf.int32)
+        self.item_ids = tf.constant(np.append(item_ids[self.rows], features.OOV_ID), tf.int32)
         self.search: Callable[..., tuple[tf.Tensor, tf.Tensor]] | None = None
 
     def refresh(self, candidate_vectors: np.ndarray) -> None:
         """Builds the index anew, from float32 [I, D] in the order of the catalogue."""
-        index = mining_index(candidate_vectors, self.config.hard_negative_search)
+        index = mining_index(candidate_vectors[self.rows], self.config.hard_negative_search)
         # Compiled, for ScaNN's searcher is set up at every call otherwise.
         self.search = tf.function(index.search, autograph=False)
 

@@ -42,6 +42,11 @@ def test_best_ranked_items_of_the_vocabulary_but_the_positive() -> None:
     assert mine(known=[0], history=[0], positive=2) == [[3, 4]]
 
 
+def test_a_new_item_takes_no_place_among_the_neighbours_however_high_it_ranks() -> None:
+    """Row 2 has the third best score, and does not push row 3 out of the three that are looked at."""
+    assert mine(known=[0], history=[0], positive=2, hard_negative_search=3) == [[3, 4]]
+
+
 def test_known_positives_of_the_user_and_the_history_are_left_out() -> None:
     assert mine(known=[3, 6], history=[5, 0], positive=2) == [[4, 7]]
 
