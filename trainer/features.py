@@ -200,23 +200,33 @@ class RawInput:
       name: name in the tf.Example and in the signatures.
       dtype: "string", "int64" or "float32".
       is_list: shape [B, None] in a request when true, else [B].
+      max_values: of a list of events, oldest first; the latest count, as in examples. None = all.
     """
 
     name: str
     dtype: str
     is_list: bool
+    max_values: int | None = None
 
 
 def raw_query_inputs(spec: DatasetSpec) -> tuple[RawInput, ...]:
     """What a request says about user and context, in signature order."""
     clock = {f.name for f in CLOCK_FEATURES}
-    inputs = [_raw_input(f) for f in feature_space(spec).query if f.name not in clock]
+    max_values = {HISTORY: spec.max_history, SEARCH_TOKENS: MAX_SEARCH_TOKENS}
+    inputs = [
+        dataclasses.replace(_raw_input(f), max_values=max_values.get(f.name))
+        for f in feature_space(spec).query
+        if f.name not in clock
+    ]
     return (*inputs, RawInput(EVENT_TIME, "int64", False))
 
 
 def raw_impression_inputs(spec: DatasetSpec) -> tuple[RawInput, ...]:
     """What a request to the ranker says besides about the user's latest impressions, in signature order."""
-    inputs = [RawInput(IMPRESSION_ITEMS, "string", True), RawInput(IMPRESSION_TIMES, "int64", True)]
+    inputs = [
+        RawInput(IMPRESSION_ITEMS, "string", True, spec.max_impressions),
+        RawInput(IMPRESSION_TIMES, "int64", True),
+    ]
     if spec.surface_is_mapped:
         inputs.append(RawInput(IMPRESSION_SURFACES, "string", True))
     return (*inputs, *(RawInput(impression_label(label), "float32", True) for label in spec.task_labels))

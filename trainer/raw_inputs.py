@@ -128,7 +128,7 @@ def to_dense(tensor: tf.Tensor | tf.SparseTensor) -> tf.Tensor:
 
 
 def _to_sparse(values: tf.Tensor, raw: RawInput) -> tf.SparseTensor:
-    """Drops the values that stand for absence."""
+    """Drops the values that stand for absence, and of a list all but the latest `raw.max_values`."""
     matrix = values if raw.is_list else values[:, tf.newaxis]
     if raw.dtype == "string":
         present = tf.not_equal(matrix, "")
@@ -136,6 +136,8 @@ def _to_sparse(values: tf.Tensor, raw: RawInput) -> tf.SparseTensor:
         present = matrix >= 0
     else:
         present = ~tf.math.is_nan(matrix)
+    if raw.max_values is not None:
+        present &= tf.cumsum(tf.cast(present, tf.int32), axis=1, reverse=True) <= raw.max_values
     places = tf.where(present)
     return tf.SparseTensor(places, tf.gather_nd(matrix, places), tf.shape(matrix, out_type=tf.int64))
 

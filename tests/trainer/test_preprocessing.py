@@ -512,6 +512,27 @@ def test_a_request_with_nothing_but_a_new_user_is_understood(transformed: Transf
         assert not query[name].numpy().any()
 
 
+def test_of_lists_longer_than_those_of_training_the_latest_values_count(transformed: Transformed) -> None:
+    """Training has 50: two values of the first user are too many; the only one of the second counts."""
+    layer = transformed.output.transform_features_layer()
+    raw = _ranking_request(transformed.rows[:2])
+    long = [["i0", "i0", *["i1"] * 24, "", *["i2"] * 26], ["i0", *[""] * 52]]
+    raw["history_item_ids"] = raw["impression_item_ids"] = tf.constant(long)
+    for other in IMPRESSIONS[1:]:
+        raw[other.name] = tf.constant([[0 if other.dtype != "string" else "home"] * 53] * 2, other.dtype)
+    found = raw_inputs.transform_request(layer, raw, SPEC)
+    item_id = {
+        item: raw_inputs.transform_query(
+            layer, {**_request(TRAIN_END), "history_item_ids": tf.constant([[item]])}, SPEC
+        )["history_item_ids_ids"].numpy()[0, 0]
+        for item in ("i0", "i1", "i2")
+    }
+    for name in ("history_item_ids_ids", "impression_item_ids_ids"):
+        first, second = (ids[ids > 0].tolist() for ids in found[name].numpy())
+        assert first == [item_id["i1"]] * 24 + [item_id["i2"]] * 26
+        assert second == [item_id["i0"]]
+
+
 def test_a_request_without_a_time_has_no_clock(transformed: Transformed) -> None:
     layer = transformed.output.transform_features_layer()
     query = raw_inputs.transform_query(layer, _request(-1), SPEC)
