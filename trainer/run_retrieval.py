@@ -60,6 +60,8 @@ from trainer.warm_start import check_no_future, towers, vocabularies, warm_start
 TRAINING_LOG = "training_log.json"
 # Queries on which ScaNN is compared with exact search: enough for a mean to within a percent.
 _SAMPLE_QUERIES = 256
+# Of a checkpoint: what streaming sampling probabilities go on from.
+_LOG_ABSENCE = "log_absence"
 
 _logger = logging.getLogger(__name__)
 
@@ -135,6 +137,8 @@ def run_fn(fn_args: Any) -> None:
         "num_positives": counts,
         "sample_queries": model.encode_users(_sample(users, config.seed)),
     }
+    if config.loss.sampling_probability == "streaming":
+        arrays[_LOG_ABSENCE] = model.sampling_probability.log_absence(tf.range(len(log_q))).numpy()
     _export(
         model,
         transform_output,
@@ -212,6 +216,9 @@ def restore(checkpoint: Checkpoint) -> RetrievalModel:
         embedding_widths=checkpoint.settings["embedding_widths"],
     )
     checkpoint.restore(towers(model))
+    if _LOG_ABSENCE in checkpoint.arrays:
+        log_absence = checkpoint.arrays[_LOG_ABSENCE]
+        model.sampling_probability.start_from(np.arange(len(log_absence)), log_absence)
     return model
 
 

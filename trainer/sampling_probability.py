@@ -19,6 +19,15 @@ class SamplingProbability(Protocol):
         """Log of the chance that one place of a batch holds another item: log(1 - q), float32, at most 0."""
         ...
 
+    def start_from(self, item_ids: np.ndarray, log_absence: np.ndarray) -> None:
+        """Takes over what an earlier training knew.
+
+        Args:
+          item_ids: int [n], distinct.
+          log_absence: float32 [n], see `log_absence`; 0 for an item that it never met.
+        """
+        ...
+
 
 class CountedProbability(tf.Module):
     """Probabilities that are known before training."""
@@ -38,6 +47,9 @@ class CountedProbability(tf.Module):
     def log_absence(self, item_ids: tf.Tensor) -> tf.Tensor:
         """See `SamplingProbability.log_absence`."""
         return tf.gather(self.table, item_ids)
+
+    def start_from(self, item_ids: np.ndarray, log_absence: np.ndarray) -> None:
+        """The counts of this training stand."""
 
 
 class StreamingProbability(tf.Module):
@@ -81,3 +93,12 @@ class StreamingProbability(tf.Module):
         """See `SamplingProbability.log_absence`. An item never seen has probability 0."""
         in_batch = tf.math.divide_no_nan(1.0, tf.gather(self.interval, item_ids))
         return tf.math.log1p(-in_batch) / self.batch_size
+
+    def start_from(self, item_ids: np.ndarray, log_absence: np.ndarray) -> None:
+        """See `SamplingProbability.start_from`.
+
+        How long an item was not seen before the first batch does not matter: chance has no memory.
+        """
+        in_batch = -np.expm1(self.batch_size * np.asarray(log_absence, np.float64))
+        interval = np.divide(1.0, in_batch, out=np.zeros_like(in_batch), where=in_batch > 0)
+        self.interval.scatter_nd_update(item_ids[:, np.newaxis], interval.astype(np.float32))

@@ -70,7 +70,7 @@ def warm_start(
     new value keeps its initial one, the rows of missing and of unknown values are kept. All other weights are
     copied, but for the item factors, which are data of the new model. The item bias starts from the
     popularity in the new training data, as in any new model, plus what the base had learnt on top of the
-    popularity in its own.
+    popularity in its own. Streaming sampling probabilities go on from those of the base.
 
     Args:
       model: changed in place; its variables exist.
@@ -109,6 +109,10 @@ def warm_start(
                 start[new_rows] = value[base_rows]
             value = start
         variable.assign(value)
+    new_rows, base_rows = rows[features.ITEM_SPACE]
+    model.sampling_probability.start_from(
+        new_rows, base.sampling_probability.log_absence(tf.constant(base_rows)).numpy()
+    )
     return {space: len(new_rows) - features.FIRST_VOCABULARY_ID for space, (new_rows, _) in rows.items()}
 
 

@@ -65,3 +65,22 @@ def test_streaming_estimate_follows_a_change() -> None:
         probability.observe(tf.constant([item]))
     # From every 2nd to every 20th batch, 9 new intervals: 20 - (20 - 2) × 0.9^9, one of them from the change.
     assert in_batch(probability, 3)[1] == pytest.approx(1 / (20 - 18 * 0.9**9), rel=0.01)
+
+
+def test_a_later_stream_goes_on_from_the_estimate_whatever_its_batch_size() -> None:
+    earlier = StreamingProbability(num_ids=4, batch_size=1, rate=0.5)
+    for item in [1, 2, 1, 2]:
+        earlier.observe(tf.constant([item]))
+    later = StreamingProbability(num_ids=4, batch_size=2, rate=0.5)
+    later.start_from(np.array([3, 2, 0]), earlier.log_absence(tf.constant([1, 2, 3])).numpy())
+    # Item 1 came after 1 and then 2 batches: 1.5, and is item 3 now; item 2 after 2 and 2. In two places a
+    # share of 2/3 is missing with chance 1/9, one of 1/2 with 1/4.
+    np.testing.assert_allclose(in_batch(later, 4), [0, 0, 3 / 4, 8 / 9], rtol=1e-6)
+    later.observe(tf.constant([2, 2]))
+    assert in_batch(later, 4)[2] == pytest.approx(1 / ((4 / 3 + 1) / 2), rel=1e-6)
+
+
+def test_an_item_of_every_batch_stays_one_of_every_batch() -> None:
+    later = StreamingProbability(num_ids=1, batch_size=3, rate=0.1)
+    later.start_from(np.array([0]), np.array([-np.inf], np.float32))
+    assert later.log_absence(tf.constant([0])).numpy() == -np.inf

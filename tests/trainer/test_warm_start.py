@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from schema.errors import CheckpointError, ConfigError
 from tests.trainer import retrieval_world as world
-from trainer.config import FactorsConfig, RetrievalConfig
+from trainer.config import FactorsConfig, LossConfig, RetrievalConfig
 from trainer.encoder import EmbeddingTables
 from trainer.retrieval import RetrievalModel
 from trainer.warm_start import check_no_future, towers, warm_start
@@ -85,6 +85,19 @@ def test_known_values_keep_their_rows_in_a_permuted_and_grown_vocabulary(base: R
         # Missing and unknown mean the same in every vocabulary, and so do all hours and days.
         rows = slice(None) if space in ("hour_of_day", "day_of_week", "segment") else slice(2)
         np.testing.assert_array_equal(table[rows], before[space][rows])
+
+
+def test_streaming_sampling_probabilities_go_on_by_value() -> None:
+    streaming = CONFIG.model_copy(update={"loss": LossConfig(sampling_probability="streaming")})
+    base = build(seed=1, config=streaming)
+    for item_id in (2, 3, 2, 3):
+        base.sampling_probability.observe(tf.constant([item_id]))
+    values = BASE_VALUES | {"item_id": [b"new", *BASE_VALUES["item_id"]]}
+    model = build(seed=2, config=streaming, num_items=len(values["item_id"]))
+    warm_start(model, base, values, BASE_VALUES)
+    old, new = (m.sampling_probability.log_absence(tf.range(6)).numpy() for m in (base, model))
+    assert (old[2:4] < 0).all() and (old[4:] == 0).all()
+    np.testing.assert_allclose(new, [*old[:2], 0, *old[2:5]], rtol=1e-5)
 
 
 def test_values_that_left_the_vocabulary_leave_no_trace(base: RetrievalModel) -> None:
