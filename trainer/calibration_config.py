@@ -17,7 +17,7 @@ class CalibrationConfig(pydantic.BaseModel):
 
     Attributes:
       method: "none"; "platt", two numbers for a probability, a scale or a line for other tasks; or
-        "isotonic", any increasing shape, which wants some thousand rows.
+        "isotonic", any increasing shape, which wants some ten thousand rows.
       slice_feature: a single-valued categorical query feature, such as `surface`, whose values get curves of
         their own, shrunk towards that of all rows; null for one curve per task.
       min_slice_rows: eval rows with a label below which a slice uses the curve of all rows. With exactly as
@@ -26,7 +26,7 @@ class CalibrationConfig(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 
-    method: CalibrationMethod = "isotonic"
+    method: CalibrationMethod = "platt"
     slice_feature: str | None = None
     min_slice_rows: int = pydantic.Field(default=1000, ge=MIN_ROWS)
 
