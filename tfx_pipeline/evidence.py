@@ -11,10 +11,12 @@ from pathlib import Path
 from tensorflow_metadata.proto.v0 import anomalies_pb2
 
 from schema.contract import TaskSpec
-from tfx_pipeline.components.infra_validator import REASON_FILE
+from serving.loadtest import TOTAL
+from serving.slo import Slo
+from tfx_pipeline.components.infra_validator import LOAD_FILE, REASON_FILE
 from tfx_pipeline.config import CUTOFFS, RETRIEVAL
 from tfx_pipeline.drift import read_drift
-from tfx_pipeline.gates import Evidence
+from tfx_pipeline.gates import Evidence, Load
 from tfx_pipeline.leakage.findings import LEAKAGE_FILE, LeakageReport, read_report
 from tfx_pipeline.tfma_metrics import read_metrics
 from trainer import ranking_comparison
@@ -47,23 +49,31 @@ class EvidenceSources:
     leakage: Path
 
 
-def read_evidence(model: str, tasks: Sequence[TaskSpec], sources: EvidenceSources) -> Evidence:
+def read_evidence(
+    model: str, tasks: Sequence[TaskSpec], slo: Slo | None, sources: EvidenceSources
+) -> Evidence:
     """Reads everything.
 
     Args:
       model: `retrieval` or `ranking`.
       tasks: of the ranker.
+      slo: of the configuration.
       sources: where it is.
 
     Raises:
       DataError: comparison or drift are absent or broken.
     """
+    load = read_load(sources.infra_blessing / LOAD_FILE)
+    reason = (sources.infra_blessing / REASON_FILE).read_text(encoding="utf-8").strip()
     return Evidence(
         comparison=read_comparison(sources.comparison),
         evaluated=_evaluated(model, tasks),
         evaluator=_evaluator(model, sources.evaluation),
         index_recall=_index_recall(sources.model) if model == RETRIEVAL else None,
-        serving_reason=(sources.infra_blessing / REASON_FILE).read_text(encoding="utf-8").strip(),
+        # The load comes last: where there was one, all answers were in order.
+        serving_reason="" if load else reason,
+        slo=slo,
+        load=load,
         anomalies={
             split.name.removeprefix("Split-"): _anomalies(split)
             for split in sorted(sources.anomalies.glob("Split-*"))
@@ -96,6 +106,15 @@ def _index_recall(model: Path) -> dict[str, float | None] | None:
         return None
     facts = json.loads(path.read_text(encoding="utf-8"))
     return {"": facts["recall"], **facts["recall_by_slice"]}
+
+
+def read_load(path: Path) -> Load | None:
+    """Reads what `slo_gate.check_slo` wrote; None where no load was put on the models."""
+    if not path.is_file():
+        return None
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    total = facts["result"]["latency_ms"].get(TOTAL)
+    return Load(total and total["p99"], facts["misses"])
 
 
 def _leakage(path: Path) -> LeakageReport | None:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from schema.contract import TaskKind, TaskSpec
+from serving.slo import Slo
 from tfx_pipeline.config import RANKING, RETRIEVAL, Gate, ValidationConfig
 from tfx_pipeline.drift_facts import LAST_RUN, TRAIN_TO_EVAL, DriftFacts, FeatureDrift
 from tfx_pipeline.leakage.findings import LeakageReport
@@ -47,7 +48,7 @@ class GateResult:
 
     Attributes:
       kind: what sort of condition, see `docs/evaluation.md`: value, no_worse, must_beat, index, collapse,
-        calibration, agreement, serving, anomalies, drift.
+        calibration, agreement, serving, latency, anomalies, drift, leakage.
       name: unique among the gates of a model, for instance `retrieval/recall_at_100 at least 0.05`.
       metric: key of the metric that is judged; "" where it is something else.
       verdict: NOT_APPLIED does not stop a model.
@@ -83,6 +84,19 @@ class Validation:
 
 
 @dataclasses.dataclass(frozen=True)
+class Load:
+    """What the candidate models held under the load of the objective.
+
+    Attributes:
+      p99_ms: of answered requests, from their scheduled time; None where none was answered.
+      misses: what of the objective is missed, in words.
+    """
+
+    p99_ms: float | None
+    misses: Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True)
 class Evidence:
     """What is known of a candidate; None where a component found nothing out.
 
@@ -91,7 +105,9 @@ class Evidence:
       evaluated: metric keys that the Evaluator is configured to compute, at least one.
       evaluator: metric key -> the Evaluator's value on the whole split.
       index_recall: of the index against exact search, by slice of items, "" being all; retrieval only.
-      serving_reason: why infra validation failed; "" when it passed.
+      serving_reason: why infra validation failed before any load; "" when all answers were in order.
+      slo: the objective; None where the configuration sets none.
+      load: how the models held its load; None where none was put on them.
       anomalies: split -> what ExampleValidator found in it, a sentence each.
       drift: how far the data moved.
       leakage: what the leakage linter found; None where it did not look.
@@ -102,6 +118,8 @@ class Evidence:
     evaluator: Mapping[str, float | None]
     index_recall: Mapping[str, float | None] | None
     serving_reason: str
+    slo: Slo | None
+    load: Load | None
     anomalies: Mapping[str, Sequence[str]]
     drift: DriftFacts
     leakage: LeakageReport | None
@@ -132,6 +150,7 @@ def judge(
     else:
         results += _calibration(evidence.comparison, config, tasks)
     results.append(_serving(evidence.serving_reason))
+    results.append(_latency(evidence))
     results.append(_anomalies(evidence.anomalies))
     if config.drift is not None:
         results += _drift(evidence.drift)
@@ -362,9 +381,28 @@ def _calibration(
 
 
 def _serving(reason: str) -> GateResult:
-    """Golden requests are answered as in training, and in the time of the objective: `infra_validator`."""
+    """Golden requests are answered as in training: no skew between training and serving."""
     said = f"infra validation: {reason}" if reason else "a server with both models answers as it should"
     return _result("serving", "infra validation", not reason, None, "passes", said)
+
+
+def _latency(evidence: Evidence) -> GateResult:
+    """The models hold the load of the objective."""
+    slo, load, name = evidence.slo, evidence.load, "latency objective"
+    if slo is None:
+        reason = "latency under load is not judged: the configuration sets no objective (slo)"
+        return _not_applied("latency", name, "none", reason)
+    limit = f"p99 at most {slo.p99_ms:g} ms at {slo.rate_per_s:g} requests/s"
+    if load is None and evidence.serving_reason:
+        reason = "latency: infra validation failed before any load was put on the models"
+        return _not_applied("latency", name, limit, reason)
+    if load is None:
+        return _result("latency", name, False, None, limit, "latency: no load was put on the models")
+    if load.misses:
+        reason = f"the objective (slo) is missed: {'; '.join(load.misses)}"
+        return _result("latency", name, False, load.p99_ms, limit, reason)
+    reason = f"latency: p99 {load.p99_ms or 0.0:.1f} ms, required: {limit}"
+    return _result("latency", name, True, load.p99_ms, limit, reason)
 
 
 def _anomalies(anomalies: Mapping[str, Sequence[str]]) -> GateResult:

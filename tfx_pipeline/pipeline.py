@@ -226,7 +226,7 @@ def create_pipeline(
         code_version=locations.code_version,
     )
     nodes.append(waterfall)
-    gates = config.model_dump_json(include={"dataset", "gates", "validation"})
+    gates = config.model_dump_json(include={"dataset", "gates", "validation", "slo"})
     validators, pushers = {}, {}
     for model in MODELS:
         validators[model] = ModelValidator(

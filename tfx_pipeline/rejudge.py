@@ -46,6 +46,7 @@ def judge_again(model: str, run: RunResult, paths: RunPaths) -> tuple[Comparison
     evidence = read_evidence(
         model,
         run.config.dataset.tasks,
+        run.config.slo,
         EvidenceSources(
             comparison=Path(uris[f"Comparison.{model}", "comparison"]),
             evaluation=uris[f"Evaluator.{model}", "evaluation"],

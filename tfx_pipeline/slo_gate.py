@@ -28,7 +28,7 @@ def check_slo(slo: Slo, target: str, states: Sequence[UserState], result_file: P
       slo: the objective.
       target: of the server, see RecommenderClient.
       states: users to ask for; what they have seen is excluded.
-      result_file: gets what was measured, as JSON.
+      result_file: gets what was measured, and what of the objective is missed, as JSON.
 
     Raises:
       ServingError: the objective is missed; the text says by how much.
@@ -36,11 +36,10 @@ def check_slo(slo: Slo, target: str, states: Sequence[UserState], result_file: P
     requests = [LoadRequest(state.request, state.seen_item_ids) for state in states]
     with asking(target, requests, k=_K, num_candidates=_NUM_CANDIDATES, timeout_s=_TIMEOUT_S) as ask:
         result, _ = measure(ask, slo.rate_per_s, slo.duration_s, _SEED, _MAX_IN_FLIGHT)
-    result_file.write_text(
-        json.dumps({"slo": slo.model_dump(), "result": result.as_json()}, indent=1), encoding="utf-8"
-    )
+    misses = slo_misses(slo, result)
+    written = {"slo": slo.model_dump(), "misses": misses, "result": result.as_json()}
+    result_file.write_text(json.dumps(written, indent=1), encoding="utf-8")
     for warning in result.warnings:
         _LOGGER.warning("load of the objective: %s", warning)
-    misses = slo_misses(slo, result)
     if misses:
         raise ServingError(f"the objective (slo) is missed: {'; '.join(misses)}")

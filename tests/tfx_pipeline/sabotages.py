@@ -278,6 +278,8 @@ class Checks:
             "evaluator": {m.key: m.value for m in comparison.whole.metrics},
             "index_recall": {"": 1.0},
             "serving_reason": "",
+            "slo": None,
+            "load": None,
             "anomalies": {"test": []},
             "drift": DriftFacts({}, {}),
             "leakage": LeakageReport("sound", (), (), MAX_AUC, ()),

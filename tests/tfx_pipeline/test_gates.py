@@ -10,12 +10,14 @@ import pytest
 
 from schema.contract import TaskKind, TaskSpec
 from schema.errors import DataError
+from serving.slo import Slo
 from tfx_pipeline.config import Gate, ValidationConfig
 from tfx_pipeline.drift_facts import DriftFacts, FeatureDrift
 from tfx_pipeline.gates import (
     GATES_FILE,
     Evidence,
     GateResult,
+    Load,
     Verdict,
     judge,
     read_validation,
@@ -134,6 +136,7 @@ def linted(*checks: Check) -> LeakageReport:
     return LeakageReport("toy", (Check("the past only", True, "50 examples"), *checks), (), 0.9, ())
 
 
+SLO = Slo(rate_per_s=20, duration_s=20, p99_ms=50, error_budget=0.001)
 HEALTHY = {
     "retrieval": Evidence(
         comparison("retrieval", retrieval_metrics()),
@@ -141,6 +144,8 @@ HEALTHY = {
         evaluator={RECALL: 0.3, DISTINCT: 200.0},
         index_recall={"": 0.99, "head": 1.0, "tail": 0.98, "cold": None},
         serving_reason="",
+        slo=SLO,
+        load=Load(34.0, []),
         anomalies={"train": [], "eval": []},
         drift=drift(train_to_eval=[("country", 0.03, 0.1)], last_run=[("country", 0.02, 0.1)]),
         leakage=linted(),
@@ -151,6 +156,8 @@ HEALTHY = {
         evaluator={AUC: 0.7, ECE: 0.02},
         index_recall=None,
         serving_reason="",
+        slo=None,
+        load=None,
         anomalies={"train": []},
         drift=DriftFacts(
             drift(train_to_eval=[("country", 0.03, 0.1)]).found,
@@ -176,7 +183,7 @@ def test_a_healthy_model_is_blessed_by_gates_of_its_own(model: str) -> None:
     other = "ranking" if model == "retrieval" else "retrieval"
     assert not any(gate.metric.startswith(other) for gate in result.gates)
     kinds = {"value", "no_worse", "must_beat", "agreement", "collapse", "serving", "anomalies", "drift"}
-    kinds |= {"leakage"}
+    kinds |= {"leakage", "latency"}
     kinds |= {"index"} if model == "retrieval" else {"calibration"}
     assert {gate.kind for gate in result.gates} == kinds
 
@@ -333,6 +340,24 @@ SABOTAGES = [
         id="training-serving-skew",
     ),
     pytest.param(
+        with_evidence("retrieval", load=Load(71.3, ["p99 was 71.3 ms at 20/s, the limit is 50 ms"])),
+        "latency",
+        "the objective (slo) is missed: p99 was 71.3 ms at 20/s, the limit is 50 ms",
+        id="slow-models",
+    ),
+    pytest.param(
+        with_evidence("retrieval", load=Load(None, ["100.00% of 400 requests failed"])),
+        "latency",
+        "the objective (slo) is missed: 100.00% of 400 requests failed",
+        id="no-answer-under-load",
+    ),
+    pytest.param(
+        with_evidence("retrieval", load=None),
+        "latency",
+        "latency: no load was put on the models",
+        id="objective-that-nobody-measured",
+    ),
+    pytest.param(
         with_evidence("ranking", anomalies={"train": [], "eval": ["device: Column dropped"]}),
         "anomalies",
         "data anomalies: eval: device: Column dropped",
@@ -486,6 +511,16 @@ def test_without_a_blessed_model_or_positives_there_is_nothing_to_apply() -> Non
     assert no_clicks["spread of click at least 1% of that of the labels"].verdict is Verdict.NOT_APPLIED
 
 
+def test_no_objective_or_a_failure_before_its_load_leaves_latency_to_nobody() -> None:
+    """The failure has a gate of its own, and one reason is enough."""
+    none = judged(with_evidence("retrieval", slo=None, load=None))["latency objective"]
+    assert none.verdict is Verdict.NOT_APPLIED
+    assert none.reason == "latency under load is not judged: the configuration sets no objective (slo)"
+    broken = judged(with_evidence("retrieval", load=None, serving_reason="it does not start"))
+    assert broken["latency objective"].verdict is Verdict.NOT_APPLIED
+    assert broken["infra validation"].verdict is Verdict.FAILED
+
+
 def test_a_blessed_model_that_cannot_be_compared_with_fails_unless_that_is_accepted() -> None:
     why = "it does not answer this run's examples: the feature 'mood' is required"
     absent = dataclasses.replace(HEALTHY["retrieval"].comparison, absent={"last_blessed": why})
@@ -508,7 +543,8 @@ def test_conditions_that_are_switched_off_are_not_there() -> None:
         min_index_recall=None, min_index_slice_recall=None, max_relative_ece=None, drift=None, leakage=None
     )
     kinds = {gate.kind for model in HEALTHY for gate in judged(HEALTHY[model], off).values()}
-    assert kinds == {"value", "no_worse", "must_beat", "agreement", "collapse", "serving", "anomalies"}
+    kept = {"value", "no_worse", "must_beat", "agreement", "collapse", "serving", "latency", "anomalies"}
+    assert kinds == kept
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import pytest
 from schema.errors import ConfigError, ServingError
 from serving import loadtest
 from serving.slo import Slo
-from tfx_pipeline.config import BUNDLES, load_run_config
+from tfx_pipeline.config import BUNDLES, RunConfig, load_run_config
+from tfx_pipeline.evidence import read_load
 from tfx_pipeline.pipeline import PipelineLocations, create_pipeline
 from tfx_pipeline.slo_gate import check_slo
 from tfx_pipeline.user_states import UserState
@@ -53,6 +54,10 @@ def test_a_met_objective_is_written_down(asked, tmp_path: Path) -> None:
     assert written["slo"] == SLO.model_dump()
     assert written["result"]["num_requests"] == len(asked.requests) - 5 > 100
     assert set(asked.requests) == {(f"u{i}", (f"seen{i}",)) for i in range(3)}
+    found = read_load(tmp_path / "load.json")
+    assert found is not None and found.misses == []
+    assert found.p99_ms == written["result"]["latency_ms"]["total"]["p99"]
+    assert read_load(tmp_path / "none.json") is None
 
 
 def test_a_missed_objective_is_a_reason_and_is_written_down_too(asked, tmp_path: Path) -> None:
@@ -60,6 +65,8 @@ def test_a_missed_objective_is_a_reason_and_is_written_down_too(asked, tmp_path:
     with pytest.raises(ServingError, match=r"slo.* is missed: .*the budget is 10.00%"):
         check_slo(SLO, "grpc://server", STATES, tmp_path / "load.json")
     assert json.loads((tmp_path / "load.json").read_text())["result"]["error_share"] > 0.2
+    found = read_load(tmp_path / "load.json")
+    assert found is not None and "the budget is 10.00%" in found.misses[0]
 
 
 def test_no_objective_is_the_default_and_one_reaches_the_component() -> None:
@@ -68,8 +75,12 @@ def test_no_objective_is_the_default_and_one_reaches_the_component() -> None:
     def given(*overrides):
         locations = PipelineLocations("t", 0, "p", "s", "v", dict.fromkeys(BUNDLES, ""))
         pipeline = create_pipeline(load_run_config("simulated", overrides), locations)
-        (node,) = [node for node in pipeline.components if node.id == "ServingValidator"]
-        return node.exec_properties["slo"]
+        found = {node.id: node for node in pipeline.components}
+        gates = RunConfig.model_validate_json(found["ModelValidator.ranking"].exec_properties["gates"])
+        slo = found["ServingValidator"].exec_properties["slo"]
+        # The gate judges by the objective whose load was put on the models.
+        assert gates.slo == (Slo.model_validate_json(slo) if slo else None)
+        return slo
 
     assert given() == ""
     assert Slo.model_validate_json(given(setting)).p99_ms == 500

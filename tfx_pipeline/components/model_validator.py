@@ -46,13 +46,15 @@ def ModelValidator(
         data.
       blessing: the verdict.
       model_name: `retrieval` or `ranking`.
-      gates: what of the RunConfig the gates read, as JSON: dataset, gates, validation.
+      gates: what of the RunConfig the gates read, as JSON: dataset, gates, validation,
+        slo.
       code_version: not read: it is there for the cache.
     """
     config = RunConfig.model_validate_json(gates)
     evidence = read_evidence(
         model_name,
         config.dataset.tasks,
+        config.slo,
         EvidenceSources(
             comparison=Path(comparison.uri),
             evaluation=evaluation.uri,
