@@ -217,7 +217,10 @@ def judge(
     for name, by_seed in predictions.items():
         values = [metrics.ranking_metrics(task.kind, labels, p, user_ids) for p in by_seed]
         figures["models"][name] = {
-            metric: _summary([v[metric] for v in values]) for metric in RANKING_METRICS[task.kind]
+            metric: _summary([v[metric] for v in values])
+            for metric in RANKING_METRICS[task.kind]
+            # It takes clicks besides labels; the comparison of a run has it.
+            if metric != "weighted_pairwise_loss"
         }
     if OURS in predictions:
         compared = COMPARED[task.kind is TaskKind.BINARY]

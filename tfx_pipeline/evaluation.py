@@ -204,7 +204,9 @@ def judge_ranking(
     by = dimensions(spec, settings.slices)
     named = _row_dimensions(tables, tables.interactions[places], by)
     labels = {task.name: tables.labels(task.label)[places] for task in spec.tasks}
-    judged = JudgedRows(named, labels, predictions)
+    chosen = tables.labels(spec.positive)[places]
+    clicks = np.where(np.isnan(chosen), np.nan, chosen > 0)
+    judged = JudgedRows(named, labels, clicks, predictions)
     comparison = compare_ranking(judged, spec.tasks, by, notes, absent, settings.bootstrap)
     return Judgement(comparison, {PREDICTIONS_FILE: predictions_table(judged)})
 

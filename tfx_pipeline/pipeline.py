@@ -153,7 +153,7 @@ def create_pipeline(
     # Without slices: the comparison has them, and each would cost Beam as much as the whole split.
     eval_configs = {
         RETRIEVAL: retrieval_eval_config(features.TEST_ITEMS, CUTOFFS),
-        RANKING: ranking_eval_config(spec.tasks),
+        RANKING: ranking_eval_config(spec.tasks, spec.positive),
     }
     judged_on = {RETRIEVAL: user_states.outputs["examples"], RANKING: examples}
     judged_splits = {RETRIEVAL: list(ExampleKind.USER_STATES.splits), RANKING: ["test"]}

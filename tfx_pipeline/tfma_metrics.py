@@ -36,9 +36,10 @@ _READ_BY_METRICS = (features.USER_ID, features.COLD_TEST_ITEMS)
 # No item, in lists of ids.
 _PADDING = {"", b""}
 
-# What one example leaves for a ranking combiner: label, prediction, hash of the user id.
-_Row = tuple[float, float, int]
-_Columns = tuple["array.array[float]", "array.array[float]", "array.array[int]"]
+# What one example leaves for a ranking combiner: label, prediction, hash of the user id, and whether it was
+# clicked, NaN where that is not known.
+_Row = tuple[float, float, int, float]
+_Columns = tuple["array.array[Any]", "array.array[Any]", "array.array[Any]", "array.array[Any]"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +82,14 @@ class RetrievalMetrics(tfma.metrics.Metric):
 class RankingMetrics(tfma.metrics.Metric):
     """All metrics of one task kind, exact: over every labelled example, without buckets or samples.
 
-    Labels, predictions and 64-bit hashes of user ids are gathered: 24 bytes per example and slice.
+    Labels, predictions, 64-bit hashes of user ids and clicks are gathered: 32 bytes per example and slice.
+    An example was clicked if the feature `click_key` is above 0; without it that is not known.
     """
 
-    def __init__(self, kind: str, user_key: str = features.USER_ID, name: str = "ranking") -> None:
-        super().__init__(_ranking_computations, kind=kind, user_key=user_key, name=name)
+    def __init__(
+        self, kind: str, click_key: str, user_key: str = features.USER_ID, name: str = "ranking"
+    ) -> None:
+        super().__init__(_ranking_computations, kind=kind, click_key=click_key, user_key=user_key, name=name)
 
 
 def retrieval_eval_config(
@@ -119,12 +123,14 @@ def retrieval_eval_config(
 
 def ranking_eval_config(
     tasks: Sequence[TaskSpec],
+    click_key: str,
     slices: Sequence[Sequence[str]] = (),
 ) -> tfma.EvalConfig:
     """Evaluation of the ranking model's `serving_examples` on interaction examples, one output per task.
 
     Args:
       tasks: examples without a task's label are left out for that task.
+      click_key: feature that is above 0 where the impression was chosen: the dataset's positive.
       slices: as `retrieval_eval_config`.
 
     Returns, Raises: as `retrieval_eval_config`.
@@ -133,7 +139,8 @@ def ranking_eval_config(
         raise ConfigError("no task to evaluate; declare at least one under `tasks`.")
     specs = [
         tfma.MetricsSpec(
-            metrics=[_metric_config(RankingMetrics, kind=task.kind.value)], output_names=[task.name]
+            metrics=[_metric_config(RankingMetrics, kind=task.kind.value, click_key=click_key)],
+            output_names=[task.name],
         )
         for task in tasks
     ]
@@ -163,7 +170,13 @@ def custom_extractors(
         if name
     }
     slices = {name for spec in eval_config.slicing_specs for name in spec.feature_keys}
-    judged = beam.FlatMap(_judged, labels=labels, kept={*labels, *slices, *_READ_BY_METRICS})
+    clicks = {
+        config["click_key"]
+        for spec in eval_config.metrics_specs
+        for metric in spec.metrics
+        if "click_key" in (config := json.loads(metric.config))
+    }
+    judged = beam.FlatMap(_judged, labels=labels, kept={*labels, *slices, *clicks, *_READ_BY_METRICS})
     return [tfma.extractors.Extractor("KeepWhatIsJudged", judged), *rest]
 
 
@@ -359,6 +372,7 @@ class _SumUpQueries(beam.CombineFn):
 
 def _ranking_computations(
     kind: str,
+    click_key: str,
     user_key: str,
     name: str,
     model_names: Sequence[str],
@@ -370,7 +384,7 @@ def _ranking_computations(
         for output_name in output_names:
             keys = _keys([*metrics.RANKING_METRICS[task_kind], NUM_EXAMPLES], model_name, output_name)
             preprocessor = _LabelledRow(
-                f"{name}:{model_name}:{output_name}", model_name, output_name, user_key
+                f"{name}:{model_name}:{output_name}", model_name, output_name, click_key, user_key
             )
             combiner = _GatherAndJudge(keys, task_kind)
             computations.append(tfma.metrics.MetricComputation(keys, [preprocessor], combiner))
@@ -378,12 +392,13 @@ def _ranking_computations(
 
 
 class _LabelledRow(tfma.metrics.Preprocessor):
-    """Turns an example into label, prediction and user hash; examples without the label yield nothing."""
+    """Turns an example into a `_Row`; examples without the label yield nothing."""
 
-    def __init__(self, name: str, model_name: str, output_name: str, user_key: str) -> None:
+    def __init__(self, name: str, model_name: str, output_name: str, click_key: str, user_key: str) -> None:
         super().__init__(name=name)
         self._model_name = model_name
         self._output_name = output_name
+        self._click_key = click_key
         self._user_key = user_key
 
     def process(self, extracts: Any) -> Iterator[_Row]:
@@ -397,7 +412,10 @@ class _LabelledRow(tfma.metrics.Preprocessor):
                 "GAUC needs the user of every row: check the join in ExampleGen."
             )
         prediction = _picked(extracts, tfma.PREDICTIONS_KEY, self._model_name, self._output_name)
-        yield float(label.item()), float(prediction.item()), _hash_of(user.item())
+        chosen = extracts[tfma.FEATURES_KEY].get(self._click_key)
+        is_known = chosen is not None and np.size(chosen) and not np.isnan(chosen.item())
+        click = float(chosen.item() > 0) if is_known else np.nan
+        yield float(label.item()), float(prediction.item()), _hash_of(user.item()), click
 
 
 def _hash_of(user_id: bytes | int) -> int:
@@ -414,28 +432,24 @@ class _GatherAndJudge(beam.CombineFn):
         self._kind = kind
 
     def create_accumulator(self) -> _Columns:
-        return array.array("d"), array.array("d"), array.array("q")
+        return array.array("d"), array.array("d"), array.array("q"), array.array("d")
 
     def add_input(self, accumulator: _Columns, element: _Row) -> _Columns:
-        labels, predictions, users = accumulator
-        label, prediction, user = element
-        labels.append(label)
-        predictions.append(prediction)
-        users.append(user)
+        for column, value in zip(accumulator, element, strict=True):
+            column.append(value)
         return accumulator
 
     def merge_accumulators(self, accumulators: Iterable[_Columns]) -> _Columns:
-        labels, predictions, users = self.create_accumulator()
-        for more_labels, more_predictions, more_users in accumulators:
-            labels.extend(more_labels)
-            predictions.extend(more_predictions)
-            users.extend(more_users)
-        return labels, predictions, users
+        merged = self.create_accumulator()
+        for other in accumulators:
+            for column, more in zip(merged, other, strict=True):
+                column.extend(more)
+        return merged
 
     def extract_output(self, accumulator: _Columns) -> dict[tfma.metrics.MetricKey, float]:
-        labels, predictions, users = (np.array(column) for column in accumulator)
+        labels, predictions, users, clicks = (np.array(column) for column in accumulator)
         if np.isfinite(predictions).all():
-            values = metrics.ranking_metrics(self._kind, labels, predictions, users)
+            values = metrics.ranking_metrics(self._kind, labels, predictions, users, clicks)
         else:
             # Not defined: to say so is for the gates, which tell the reason in a line.
             values = dict.fromkeys(metrics.RANKING_METRICS[self._kind], float("nan"))

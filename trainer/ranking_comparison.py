@@ -42,12 +42,14 @@ class JudgedRows:
     Attributes:
       rows: n rows: user_id, item_id, event_time_unix_s, and a text column per dimension.
       labels: task -> float64 [n], NaN where missing.
+      clicks: float64 [n], 1 where the impression was chosen, 0 where not, NaN where that is not known.
       predictions: model -> task -> float64 [n]; `candidate` and the rivals in the order of tables. A rival
         may lack tasks.
     """
 
     rows: pl.DataFrame
     labels: Mapping[str, FloatArray]
+    clicks: FloatArray
     predictions: Mapping[str, Mapping[str, FloatArray]]
 
 
@@ -121,18 +123,19 @@ def _measure(judged: JudgedRows, task: TaskSpec, users: IntArray, mask: BoolArra
         if task.name not in predictions:
             continue
         if np.isfinite(predictions[task.name][rows]).all():
-            found = ranking_sums(task.kind, labels[rows], predictions[task.name][rows], codes)
+            found = ranking_sums(
+                task.kind, labels[rows], predictions[task.name][rows], codes, judged.clicks[rows]
+            )
             sums[model] = {name: _with_users(metric, codes, len(in_slice)) for name, metric in found.items()}
         else:
             sums[model] = dict.fromkeys(names, np.nan)
-    why = why_not_numbers(judged.predictions[CANDIDATE], [task.name], rows)
-    why = why or _why_undefined(labels[rows], task)
+    not_numbers = why_not_numbers(judged.predictions[CANDIDATE], [task.name], rows)
     return {
         metrics.metric_key(STAGE, name, task=task.name): Measured(
             len(rows),
             metric,
             {model: found[name] for model, found in sums.items() if model != CANDIDATE},
-            why,
+            not_numbers or _why_undefined(name, labels[rows], task),
         )
         for name, metric in sums[CANDIDATE].items()
     }
@@ -164,9 +167,11 @@ def _with_users(metric: UserSums, codes: IntArray, num_users: int) -> UserSums:
     return dataclasses.replace(metric, sums=sums)
 
 
-def _why_undefined(labels: FloatArray, task: TaskSpec) -> str:
+def _why_undefined(metric: str, labels: FloatArray, task: TaskSpec) -> str:
     if not len(labels):
         return f"no row with a label {task.label}"
+    if metric == "weighted_pairwise_loss":
+        return "no user has both a chosen row with watch time and one that was not chosen"
     if task.kind is TaskKind.BINARY:
         return f"{int(labels.sum()):,} of {len(labels):,} labels are positive; it takes both classes"
     return f"all {len(labels):,} labels are equal"
@@ -189,8 +194,9 @@ def _facts(judged: JudgedRows, tasks: Sequence[TaskSpec]) -> dict[str, float | N
 
 
 def predictions_table(judged: JudgedRows) -> pl.DataFrame:
-    """What every number comes from: the rows, `label_<task>`, and `<model>/<task>` per model."""
+    """What every number comes from: the rows, `clicked`, `label_<task>`, and `<model>/<task>` per model."""
     return judged.rows.with_columns(
+        pl.Series("clicked", judged.clicks, dtype=pl.Float32),
         *(pl.Series(f"label_{task}", labels, dtype=pl.Float32) for task, labels in judged.labels.items()),
         *(
             pl.Series(f"{model}/{task}", values, dtype=pl.Float64)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -162,7 +163,11 @@ def retrieval_sums(values: Mapping[str, FloatArray]) -> dict[str, UserSums]:
 
 
 def ranking_sums(
-    kind: TaskKind, labels: npt.ArrayLike, predictions: npt.ArrayLike, user_ids: npt.ArrayLike
+    kind: TaskKind,
+    labels: npt.ArrayLike,
+    predictions: npt.ArrayLike,
+    user_ids: npt.ArrayLike,
+    clicks: npt.ArrayLike | None = None,
 ) -> dict[str, UserSums]:
     """The metrics of `metrics.ranking_metrics`, ready for intervals.
 
@@ -175,6 +180,7 @@ def ranking_sums(
       kind: what the task predicts.
       labels, predictions: [n].
       user_ids: [n], any type that sorts; integers are fastest. Two models are paired by having the same.
+      clicks: [n], as `metrics.ranking_metrics`.
 
     Returns:
       Metric name -> sums, the names of `RANKING_METRICS[kind]`.
@@ -185,7 +191,7 @@ def ranking_sums(
     users = np.unique(np.asarray(user_ids), return_inverse=True)[1]
     if users.shape != np.shape(labels):
         raise ShapeError(f"user_ids has shape {users.shape}; expected {np.shape(labels)}, one per label.")
-    makers = {
+    makers: dict[str, Callable[[FloatArray, FloatArray, IntArray], UserSums]] = {
         "auc": _concordance_sums,
         "gauc": _gauc_sums,
         "log_loss": _log_loss_sums,
@@ -193,6 +199,7 @@ def ranking_sums(
         "ece": _ece_sums,
         "mae": _mae_sums,
         "xauc": _concordance_sums,
+        "weighted_pairwise_loss": partial(_weighted_pairs_sums, clicks),
     }
     y, p = np.asarray(labels, np.float64), np.asarray(predictions, np.float64)
     return {name: makers[name](y, p, users) for name in metrics.RANKING_METRICS[kind]}
@@ -409,6 +416,16 @@ def _normalised_entropy_sums(labels: FloatArray, predictions: FloatArray, users:
 def _mae_sums(labels: FloatArray, predictions: FloatArray, users: IntArray) -> UserSums:
     errors = metrics.row_absolute_error(labels, predictions)
     return UserSums(_by_user(users, [errors, np.ones(len(users))]), _ratio)
+
+
+def _weighted_pairs_sums(
+    clicks: npt.ArrayLike | None, labels: FloatArray, predictions: FloatArray, users: IntArray
+) -> UserSums:
+    # With the place of the row, so that users whose clicks are all unknown keep theirs.
+    known = metrics.known_clicks(clicks, labels, predictions, users, np.arange(len(users)))
+    columns = np.zeros((2, len(users)))
+    columns[:, known[-1]] = metrics.row_weighted_pairs(*known[:-1])
+    return UserSums(_by_user(users, list(columns)), _ratio)
 
 
 def _ece_sums(labels: FloatArray, predictions: FloatArray, users: IntArray) -> UserSums:

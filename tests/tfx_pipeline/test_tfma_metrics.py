@@ -54,6 +54,8 @@ def impression_rows():
                 "p_click": float(np.float32(rng.integers(1, 9) / 10)),
                 "p_watch": float(np.float32(watch / 2 + rng.integers(0, 30))),
                 "surface": "feed" if row % 2 else "search",
+                # No label of a task, and not known of some rows.
+                "chosen": None if row % 9 == 0 else float(row % 3 != 0),
             }
         )
     return rows
@@ -149,7 +151,7 @@ def evaluation(tmp_path_factory):
         return str(folder / name)
 
     retrieval = tfma_metrics.retrieval_eval_config("positives", KS, slices=[["surface"]])
-    ranking = tfma_metrics.ranking_eval_config(TASKS, slices=[["surface"]])
+    ranking = tfma_metrics.ranking_eval_config(TASKS, "chosen", slices=[["surface"]])
     two_models = run("two", retrieval, "users.tfrecord", {"candidate": "bad", "baseline": "good"})
     alone = run("alone", ranking, "impressions.tfrecord", {"": "ranking"})
     plain = tfma_metrics.retrieval_eval_config("positives", KS)
@@ -223,6 +225,13 @@ def test_users_without_positives_are_not_counted(evaluation):
     assert figures[(), "", "num_queries"] == num_judged
 
 
+def weighted_pairwise_loss(watches):
+    """By the oracle, over the rows of which it is known whether they were chosen."""
+    known = [row for row in watches if row["chosen"] is not None]
+    names = ("chosen", "watch_time_s", "p_watch", "user_id")
+    return oracles.weighted_pairwise_loss(*([row[name] for row in known] for name in names))
+
+
 @pytest.mark.parametrize("surface", SLICES)
 def test_ranking_figures_equal_the_oracles_per_task_and_slice(evaluation, surface):
     figures = table(evaluation.module.read_metrics(evaluation.alone))
@@ -241,6 +250,7 @@ def test_ranking_figures_equal_the_oracles_per_task_and_slice(evaluation, surfac
         ("click", "num_examples"): len(clicks),
         ("watch", "mae"): oracles.mae(times, predicted_times),
         ("watch", "xauc"): oracles.xauc(times, predicted_times),
+        ("watch", "weighted_pairwise_loss"): weighted_pairwise_loss(watches),
         ("watch", "num_examples"): len(watches),
     }
     assert not any(math.isnan(value) for value in expected.values())
@@ -269,7 +279,8 @@ def test_figures_equal_those_of_the_offline_commands(evaluation, surface):
     for task, prediction in zip(TASKS, ("p_click", "p_watch"), strict=True):
         rows = [row for row in impression_rows() if surface in (None, row["surface"])]
         rows = [row for row in rows if row[task.label] not in (None, [])]
-        columns = ([row[name] for row in rows] for name in (task.label, prediction, "user_id"))
+        columns = [[row[name] for row in rows] for name in (task.label, prediction, "user_id")]
+        columns.append([math.nan if row["chosen"] is None else row["chosen"] for row in rows])
         offline = metrics.ranking_metrics(task.kind, *columns)
         assert tuple(offline) == metrics.RANKING_METRICS[task.kind]
         for name, value in offline.items():
@@ -280,11 +291,17 @@ def test_figures_equal_those_of_the_offline_commands(evaluation, surface):
 def test_figures_do_not_depend_on_how_beam_splits_the_rows(evaluation, seed, num_workers):
     """Bundles of any size on any worker, merged in any order: what batch size and Beam mode can change."""
     rng = np.random.default_rng(seed)
-    judge = evaluation.module._GatherAndJudge(
-        [*metrics.RANKING_METRICS[TaskKind.BINARY], "num_examples"], TaskKind.BINARY
-    )
+    judges = [
+        evaluation.module._GatherAndJudge([*metrics.RANKING_METRICS[kind], "num_examples"], kind)
+        for kind in (TaskKind.BINARY, TaskKind.WATCH_TIME)
+    ]
     rows = [
-        (row["is_click"], row["p_click"], evaluation.module._hash_of(row["user_id"].encode()))
+        (
+            row["is_click"],
+            row["p_click"],
+            evaluation.module._hash_of(row["user_id"].encode()),
+            math.nan if row["chosen"] is None else row["chosen"],
+        )
         for row in impression_rows()
         if row["is_click"] is not None
     ]
@@ -293,7 +310,7 @@ def test_figures_do_not_depend_on_how_beam_splits_the_rows(evaluation, seed, num
         evaluation.module._JudgedQuery(np.array([i / 7, np.nan if i % 3 else i, i % 2, i]), {i % 5}, {i})
         for i in range(20)
     ]
-    for combiner, elements in ((judge, rows), (lists, queries)):
+    for combiner, elements in (*((judge, rows) for judge in judges), (lists, queries)):
         expected = combiner.create_accumulator()
         for element in elements:
             expected = combiner.add_input(expected, element)
@@ -311,7 +328,7 @@ def test_predictions_that_are_not_numbers_make_a_task_undefined_and_stop_nothing
     names = [*metrics.RANKING_METRICS[TaskKind.BINARY], "num_examples"]
     judge = evaluation.module._GatherAndJudge(names, TaskKind.BINARY)
     rows = judge.create_accumulator()
-    for row in ((1.0, 0.5, 1), (0.0, math.nan, 1), (0.0, 0.1, 2)):
+    for row in ((1.0, 0.5, 1, 1.0), (0.0, math.nan, 1, 0.0), (0.0, 0.1, 2, 0.0)):
         rows = judge.add_input(rows, row)
     *values, num_examples = judge.extract_output(rows).values()
     assert len(values) == len(names) - 1 and all(math.isnan(value) for value in values)
@@ -356,4 +373,4 @@ def test_wrong_configuration_is_refused(evaluation):
     with pytest.raises(ConfigError, match="cut-offs"):
         module.retrieval_eval_config("positives", [])
     with pytest.raises(ConfigError, match="no task"):
-        module.ranking_eval_config([])
+        module.ranking_eval_config([], "chosen")

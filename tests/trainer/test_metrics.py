@@ -289,6 +289,16 @@ def test_weighted_pairwise_loss_equals_the_oracle(rows, data):
     assert found == pytest.approx(expected, abs=1e-12, nan_ok=True)
 
 
+def test_rows_of_which_a_click_is_not_known_are_in_no_pair():
+    clicks, watched, predictions = [1, 0, math.nan, 1], [30.0, 0.0, 90.0, 10.0], [1.0, 2.0, 3.0, 4.0]
+    # Only (30 s, 0 s), in the wrong order, and (10 s, 0 s), in the right one.
+    users = ["u"] * 4
+    found = metrics.ranking_metrics(TaskKind.WATCH_TIME, watched, predictions, users, clicks)
+    assert found["weighted_pairwise_loss"] == 0.75
+    nothing = metrics.ranking_metrics(TaskKind.WATCH_TIME, watched, predictions, users)
+    assert math.isnan(nothing["weighted_pairwise_loss"]) and nothing["mae"] == found["mae"]
+
+
 def test_weighted_pairwise_loss_of_equal_weights_in_one_group_is_what_auc_leaves():
     rng = np.random.default_rng(11)
     clicks, predictions = rng.integers(0, 2, 500), rng.normal(size=500).round(1)
@@ -302,7 +312,9 @@ def test_order_of_the_rows_does_not_matter(rows, seed):
     shuffled = np.random.default_rng(seed).permutation(table)
     for kind in TaskKind:
         first, second = (
-            metrics.ranking_metrics(kind, t[:, 0].astype(float), t[:, 1].astype(float), t[:, 2].astype(str))
+            metrics.ranking_metrics(
+                kind, *(t[:, n].astype(float) for n in (0, 1)), t[:, 2].astype(str), t[:, 0].astype(float)
+            )
             for t in (table, shuffled)
         )
         assert first == pytest.approx(second, abs=1e-12, nan_ok=True)
@@ -388,6 +400,12 @@ def test_order_metrics_equal_the_pairwise_definition_on_thousands_of_rows_and_st
             ShapeError,
             "group_ids",
             id="groups-missing",
+        ),
+        pytest.param(
+            lambda: metrics.ranking_metrics(TaskKind.WATCH_TIME, [0, 9], [0.5, 0.1], ["u", "u"], [1]),
+            ShapeError,
+            "clicks has shape",
+            id="clicks-missing",
         ),
     ],
 )

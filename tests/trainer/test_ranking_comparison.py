@@ -1,5 +1,7 @@
 """Predictions of a model against those of its rivals."""
 
+import dataclasses
+
 import numpy as np
 import polars as pl
 import pytest
@@ -34,6 +36,7 @@ def world(num_users: int = 60, rows_per_user: int = 8) -> JudgedRows:
     return JudgedRows(
         rows,
         {"click": clicks, "watch": watched},
+        clicks,
         {
             "candidate": {"click": chance, "watch": 20 * chance},
             "item_mean": {"click": np.full(size, 0.5), "watch": np.full(size, 10.0)},
@@ -67,6 +70,10 @@ def test_figures_are_those_of_the_oracles(judged: JudgedRows, result: Comparison
     guessed = judged.predictions["candidate"]["watch"][known].tolist()
     expected["ranking/watch/mae"] = oracles.mae(watched, guessed)
     expected["ranking/watch/xauc"] = oracles.xauc(watched, guessed)
+    clicks = judged.clicks[known].tolist()
+    users = [user for user, is_known in zip(users, known, strict=True) if is_known]
+    loss = oracles.weighted_pairwise_loss(clicks, watched, guessed, users)
+    expected["ranking/watch/weighted_pairwise_loss"] = loss
     for key, value in expected.items():
         found = result.whole.metric(key)
         assert found is not None and found.value == pytest.approx(value), key
@@ -89,7 +96,7 @@ def test_a_rival_is_compared_in_the_tasks_that_it_has(result: Comparison) -> Non
 def test_one_user_is_too_few_for_an_interval_and_one_class_for_an_auc(judged: JudgedRows) -> None:
     clicks = judged.labels["click"].copy()
     clicks[:4] = 0
-    changed = JudgedRows(judged.rows, {"click": clicks}, judged.predictions)
+    changed = JudgedRows(judged.rows, {"click": clicks}, clicks, judged.predictions)
     settings = BootstrapSettings(num_resamples=100)
     found = compare_ranking(changed, (CLICK,), [("surface",)], {}, {}, settings)
     # A slice that cannot be judged stands last, and says why.
@@ -107,7 +114,7 @@ def test_one_user_is_too_few_for_an_interval_and_one_class_for_an_auc(judged: Ju
 def test_facts_tell_a_constant_head_from_one_that_varies(judged: JudgedRows) -> None:
     constant = {**judged.predictions, "candidate": judged.predictions["item_mean"]}
     settings = BootstrapSettings(num_resamples=100)
-    found = compare_ranking(JudgedRows(judged.rows, judged.labels, constant), (CLICK,), [], {}, {}, settings)
+    found = compare_ranking(dataclasses.replace(judged, predictions=constant), (CLICK,), [], {}, {}, settings)
     labels = judged.labels["click"]
     assert found.facts["click/prediction_std"] == 0
     assert found.facts["click/label_std"] == pytest.approx(labels.std())

@@ -54,8 +54,9 @@ def test_worked_examples_in_the_docstrings_hold():
 @given(rows=ROWS)
 def test_sums_over_all_users_give_the_metric_itself(kind, rows):
     labels, predictions, users = (list(c) for c in zip(*rows, strict=True)) if rows else ([], [], [])
-    expected = metrics.ranking_metrics(kind, labels, predictions, users)
-    found = ranking_sums(kind, labels, predictions, users)
+    clicks = [math.nan if p == 0.9 else y for y, p in zip(labels, predictions, strict=True)]
+    expected = metrics.ranking_metrics(kind, labels, predictions, users, clicks)
+    found = ranking_sums(kind, labels, predictions, users, clicks)
     assert {name: metric.value for name, metric in found.items()} == pytest.approx(
         expected, abs=1e-12, nan_ok=True
     )
@@ -86,22 +87,25 @@ def test_interval_of_a_mean_and_of_a_ratio_agrees_with_scipy():
         ("gauc", TaskKind.BINARY),
         ("xauc", TaskKind.WATCH_TIME),
         ("mae", TaskKind.WATCH_TIME),
+        ("weighted_pairwise_loss", TaskKind.WATCH_TIME),
     ],
 )
 def test_interval_agrees_with_resampling_the_rows_of_users_one_draw_at_a_time(name, kind):
     rng = np.random.default_rng(3)
-    users, labels, predictions, _ = log_of(rng, 150)
+    users, clicks, predictions, _ = log_of(rng, 150)
+    labels = clicks
     if kind is TaskKind.WATCH_TIME:
-        labels = labels * rng.gamma(1.0, 20.0, size=len(labels)).round()
+        labels = clicks * rng.gamma(1.0, 20.0, size=len(labels)).round()
     rows_of = [np.flatnonzero(users == user) for user in range(150)]
     draws = []
     for _ in range(600):
         drawn = [rows_of[user] for user in rng.integers(150, size=150)]
         rows = np.concatenate(drawn)
         copies = np.repeat(np.arange(150), [len(rows) for rows in drawn])
-        draws.append(metrics.ranking_metrics(kind, labels[rows], predictions[rows], copies)[name])
+        drawn_metrics = metrics.ranking_metrics(kind, labels[rows], predictions[rows], copies, clicks[rows])
+        draws.append(drawn_metrics[name])
     low, high = np.quantile(draws, [0.025, 0.975])
-    found = intervals(ranking_sums(kind, labels, predictions, users))[name]
+    found = intervals(ranking_sums(kind, labels, predictions, users, clicks))[name]
     # 600 draws place a bound to about 8 % of the width; repeated users also pair with themselves in theirs.
     assert found.low == pytest.approx(low, abs=0.12 * (high - low))
     assert found.high == pytest.approx(high, abs=0.12 * (high - low))

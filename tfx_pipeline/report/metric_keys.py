@@ -32,6 +32,8 @@ MEANINGS = {
     "ece": "Gap between predicted and observed rates, averaged over like predictions; lower is better.",
     "mae": "Mean distance between prediction and truth, in the label's unit; lower is better.",
     "xauc": "Chance that of two examples the one with the larger label is scored higher; 0.5 is guessing.",
+    "weighted_pairwise_loss": "Of the watch time of chosen impressions, the share that is scored below one "
+    "of the same user that was not chosen; 0 is best, 0.5 is guessing.",
 }
 _ABBREVIATIONS = frozenset({"ndcg", "mrr", "map", "auc", "gauc", "ece", "mae", "xauc"})
 

@@ -13,12 +13,21 @@ DISTINCT_ITEMS = "distinct_items"
 AGGREGATE_METRICS = ("coverage", "gini")
 RANKING_METRICS = {
     TaskKind.BINARY: ("auc", "gauc", "log_loss", "normalised_entropy", "ece"),
-    TaskKind.WATCH_TIME: ("mae", "xauc"),
+    TaskKind.WATCH_TIME: ("mae", "xauc", "weighted_pairwise_loss"),
     TaskKind.REGRESSION: ("mae", "xauc"),
     TaskKind.COMPLETION: ("mae", "xauc"),
 }
 LOWER_IS_BETTER = frozenset(
-    {"log_loss", "normalised_entropy", "ece", "mae", "gini", "mean_popularity", "mean_age_days"}
+    {
+        "log_loss",
+        "normalised_entropy",
+        "ece",
+        "mae",
+        "weighted_pairwise_loss",
+        "gini",
+        "mean_popularity",
+        "mean_age_days",
+    }
 )
 
 

@@ -3,6 +3,8 @@
 Letters: n = rows.
 """
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 from scipy.special import entr
@@ -258,6 +260,19 @@ def weighted_pairwise_loss(
     >>> weighted_pairwise_loss([1, 0, 0, 1, 0, 1], [30, 0, 0, 10, 5, 9], [4, 3, 5, 1, 2, 7], list("uuuvvw"))
     0.5714285714285714
     """
+    lost, total = (row.sum() for row in row_weighted_pairs(clicks, watch_times, predictions, group_ids))
+    return float(lost / total) if total else float("nan")
+
+
+def row_weighted_pairs(
+    clicks: npt.ArrayLike, watch_times: npt.ArrayLike, predictions: npt.ArrayLike, group_ids: npt.ArrayLike
+) -> tuple[FloatArray, FloatArray]:
+    """The sums of `weighted_pairwise_loss` by clicked row; arguments and errors as there.
+
+    Returns:
+      float64 [n], watch time times the unclicked rows of the group that are ranked above the row, ties
+      counting half; float64 [n], watch time times all unclicked rows of the group. Both 0 for unclicked rows.
+    """
     y, p = binary_pairs(clicks, predictions)
     _, watched = pairs(clicks, watch_times)
     groups = np.unique(np.asarray(group_ids), return_inverse=True)[1]
@@ -267,12 +282,18 @@ def weighted_pairwise_loss(
     # Among the rows ranked below a clicked one, those that are not clicked: all less the clicked.
     num_below = mid_ranks(p, groups)[clicked] - mid_ranks(p[clicked], groups[clicked])
     num_unclicked = np.bincount(groups[~clicked], minlength=len(y))[groups[clicked]]
-    total = float((watched[clicked] * num_unclicked).sum())
-    return float((watched[clicked] * (num_unclicked - num_below)).sum()) / total if total else float("nan")
+    lost, total = np.zeros(len(y)), np.zeros(len(y))
+    lost[clicked] = watched[clicked] * (num_unclicked - num_below)
+    total[clicked] = watched[clicked] * num_unclicked
+    return lost, total
 
 
 def ranking_metrics(
-    kind: TaskKind, labels: npt.ArrayLike, predictions: npt.ArrayLike, user_ids: npt.ArrayLike
+    kind: TaskKind,
+    labels: npt.ArrayLike,
+    predictions: npt.ArrayLike,
+    user_ids: npt.ArrayLike,
+    clicks: npt.ArrayLike | None = None,
 ) -> dict[str, float]:
     """All metrics that suit a task.
 
@@ -280,6 +301,8 @@ def ranking_metrics(
       kind: what the task predicts.
       labels, predictions: [n].
       user_ids: [n].
+      clicks: [n], whether the row was chosen, 1 or 0, NaN where that is not known; for watch time, whose
+        weighted pairwise loss takes the rows of a user for a page. None: not known of any row.
 
     Returns:
       Metric name -> value, the names of `RANKING_METRICS[kind]`.
@@ -295,8 +318,25 @@ def ranking_metrics(
         "ece": lambda: ece(labels, predictions),
         "mae": lambda: mae(labels, predictions),
         "xauc": lambda: xauc(labels, predictions),
+        "weighted_pairwise_loss": lambda: weighted_pairwise_loss(
+            *known_clicks(clicks, labels, predictions, user_ids)
+        ),
     }
     return {name: values[name]() for name in RANKING_METRICS[kind]}
+
+
+def known_clicks(clicks: npt.ArrayLike | None, *columns: npt.ArrayLike) -> tuple[npt.NDArray[Any], ...]:
+    """Clicks and further columns of the rows whose click is known; none of them where `clicks` is None.
+
+    Raises:
+      ShapeError: `clicks` is not one per row.
+    """
+    arrays = [np.asarray(column) for column in columns]
+    found = np.full(len(arrays[0]), np.nan) if clicks is None else np.asarray(clicks, np.float64)
+    if found.shape != arrays[0].shape:
+        raise ShapeError(f"clicks has shape {found.shape}; expected {arrays[0].shape}, one per row.")
+    known = ~np.isnan(found)
+    return (found[known], *(array[known] for array in arrays))
 
 
 def _inversions(codes: IntArray) -> IntArray:
