@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -124,7 +125,7 @@ class Waterfall:
       num_users_with_positives: of whom they are a sample.
       k: items shown.
       num_candidates: items that the ranker scores.
-      slices: all positives first.
+      slices: all positives first, then each dimension, its largest part first.
       sources: as they were asked.
       confidence: of the intervals.
     """
@@ -192,7 +193,8 @@ def losses(positives: Positives, stages: Sequence[Stage]) -> tuple[SliceLosses, 
     parts: list[tuple[dict[str, str], BoolArray]] = [({}, np.ones(len(positives), np.bool_))]
     for name, values in positives.dimensions.items():
         column = np.asarray(values, dtype=object)
-        parts += [({name: str(value)}, column == value) for value in sorted(set(values))]
+        largest_first = sorted(Counter(values).items(), key=lambda pair: (-pair[1], pair[0]))
+        parts += [({name: str(value)}, column == value) for value, _ in largest_first]
     # All at once: the same draws of users for all shares.
     found = intervals(
         {

@@ -10,9 +10,9 @@ import re
 import pytest
 
 from tests.tfx_pipeline.report_world import EVIL, make_sources, with_everything
-from tfx_pipeline.report import formatting, plots
+from tfx_pipeline.report import formatting, plots, views
 from tfx_pipeline.report.collect import collect
-from tfx_pipeline.report.facts import read_facts
+from tfx_pipeline.report.facts import Figure, read_facts
 from tfx_pipeline.report.render import SECTIONS as SECTION_TITLES
 from tfx_pipeline.report.render import write_report
 
@@ -98,10 +98,17 @@ def test_verdict_names_the_failed_gate_its_value_and_its_limit(whole):
     assert (
         "Recall@100 0.2512 (0.2412 to 0.2612) Better? No clear difference from recent popularity" in verdict
     )
-    assert "the best baseline: +0.0002 (−0.0098 to +0.0102) For whom? Weakest of 4 slices" in verdict
-    assert "How sure? 95% intervals over 1,009 users" in verdict
+    assert "the best baseline: +0.0002 (−0.0098 to +0.0102) For whom? Surely better than" in verdict
+    assert (
+        "than recent popularity on 2 of 3 slices, most on surface = home (+0.0202); surely worse on 1, "
+        "most on surface = search (−0.0298). Weakest of 4 slices: user type = cold (0.1250)"
+    ) in verdict
+    assert "How sure? 95% intervals over 1,009 users; other seeds move it by 0.0141" in verdict
     assert "Better? Surely worse than the last blessed model: −0.0500 (−0.0600 to −0.0400)" in verdict
-    assert "Of 2 slices 0 surely gained, 2 surely lost, most surface = search (−0.0700)" in verdict
+    assert (
+        "Surely better than the last blessed model on none of 2 slices; surely worse on 2, "
+        "most on surface = search (−0.0700). Surely better than item mean on 2 of 2 slices"
+    ) in verdict
     reason = "ranking/click/auc changed by −0.0500, required: no more than 0.01 worse."
     assert reason in verdict
     assert page.header.startswith(
@@ -183,7 +190,12 @@ def test_slices_come_worst_first_and_say_why_a_value_is_not_there(whole):
     places = [retrieval.index(name) for name in names]
     assert places == sorted(places)
     assert "surface = empty 12 users are too few to tell 12 12 undefined" in retrieval
-    assert "surface = search 300 300 0.7094 (0.6994 to 0.7194) −0.0700" in ranking
+    # Beside the headline its differences to the last blessed model and to the best baseline.
+    assert "impressions click AUC minus last blessed minus item mean" in ranking
+    assert (
+        "surface = search 300 300 0.7094 (0.6994 to 0.7194) −0.0700 (−0.0800 to −0.0600) "
+        "+0.0424 (+0.0324 to +0.0524)"
+    ) in ranking
     assert 'data-group="surface × device" data-size="700"' in text
 
 
@@ -410,6 +422,23 @@ def test_cost_scores_index_waterfall_and_drift_say_their_numbers(whole):
 def test_plots_tell_values_and_intervals(whole):
     _, _, text = whole
     assert "0.2512 (0.2412 to 0.2612)" in text[text.index("data-readings") :]
+
+
+def test_the_spread_over_seeds_stands_beside_the_metrics(whole):
+    page, _, _ = whole
+    metrics = page.text("metrics")
+    assert "Retrieval: trained 2 times on the same examples, with other seeds" in metrics
+    # Mean .255, standard deviation .01 x sqrt 2; a metric that one seed does not define has no spread.
+    assert "Recall@100 0.2512 0.2550 0.0141 0.2450 0.2650" in metrics
+    assert "NDCG@100 0.2234 0." not in metrics
+    assert "funnel evaluate --model ranking --seeds 5" in metrics
+
+
+def test_users_who_are_all_alike_have_no_interval_and_no_change_has_no_sign():
+    nothing = Figure("surface = tv", "retrieval/recall_at_100", 900, 0.0, 0.0, 0.0)
+    assert views.interval(nothing) == ""
+    assert views.interval(dataclasses.replace(nothing, high=0.01)) == "(0.0000 to 0.0100)"
+    assert [formatting.difference(value) for value in (0.0, 0.1, -0.1)] == ["0.0000", "+0.1000", "−0.1000"]
 
 
 def test_an_index_of_an_older_export_has_no_times(sources, tmp_path):

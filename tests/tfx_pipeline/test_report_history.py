@@ -239,9 +239,13 @@ def test_what_is_measured_later_stands_in_the_newest_run_alone_and_stays(first, 
     publish(dataclasses.replace(second, leakage=None, missing={"leakage": "there is no file"}), tmp_path)
     report = tmp_path / "report"
     page = history.add_to_newest(report, leakage=LEAKAGE, load_test=LOAD_TEST)
+    # One model after the other.
+    for model in ("retrieval", "ranking"):
+        history.add_to_newest(report, seeds={model: {f"{model}/score": (0.1, 0.2)}})
     assert page == report / "index.html"
     facts = read_facts(report / SECOND / "metrics.json")
     assert (facts.leakage, facts.load_test, facts.missing) == (LEAKAGE, LOAD_TEST, {})
+    assert set(facts.seeds) == {"retrieval", "ranking"}
     assert "grpc://host:8500" in page.read_text("utf-8")
     assert read_facts(report / FIRST / "metrics.json").load_test is None
     # A run that reuses every component publishes the same run again.

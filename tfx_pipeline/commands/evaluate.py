@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from tfx_pipeline.commands.common import CONSOLE, output_dir_option, say
+from tfx_pipeline.commands.common import CONSOLE, add_to_report, output_dir_option, say
 from tfx_pipeline.config import MODELS, RETRIEVAL, RunPaths
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ _NUMBER_WIDTH = 8
 @click.option(
     "--seeds",
     type=click.IntRange(min=2),
-    help="Train each model so many times again, with other seeds, and show the spread. Publishes nothing.",
+    help="Train each model so many times again, with other seeds, and show the spread here and in the "
+    "report. Publishes no model.",
 )
 @click.option(
     "--slices", type=click.IntRange(min=0), default=5, show_default=True, help="Worst slices to show."
@@ -72,6 +73,8 @@ def evaluate(
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         say(f"figures → {escape(str(json_file))}")
+    if seeds is not None:
+        add_to_report(paths.report, seeds=found)
 
 
 def _judge_and_show(model: str, run: RunResult, paths: RunPaths, slices: int) -> dict[str, Any]:

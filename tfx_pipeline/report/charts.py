@@ -16,6 +16,7 @@ from trainer.waterfall import SHOWN, Waterfall
 
 _THIS_MODEL = "this model"
 _HAPPENED = "what happened"
+_POSITIVES_DRAWN = 10
 _SEE_TABLE = "the table below has the numbers."
 
 
@@ -156,13 +157,17 @@ def load_test_plot(test: LoadTest) -> Markup | None:
 
 
 def waterfall_plot(waterfall: Waterfall) -> Markup:
-    """What became of the positives as stacked bars, one for all and one per slice."""
+    """What became of the positives as stacked bars, one for all and one per slice, what came farthest first.
+
+    A slice of a handful is in the table alone.
+    """
     rows = {
         f"{formatting.conditions(part.slice)} ({part.num_positives:,})": {
-            loss: count / part.num_positives for loss, count in (*part.lost.items(), (SHOWN, part.shown))
+            end: count / part.num_positives
+            for end, count in ((SHOWN, part.shown), *reversed([*part.lost.items()]))
         }
         for part in waterfall.slices
-        if part.num_positives
+        if part.num_positives >= (_POSITIVES_DRAWN if part.slice else 1)
     }
     alt = f"Where the funnel lost what people went on to choose, by slice; {_SEE_TABLE}"
     return plots.bar_plot("waterfall", alt, "Share of the positives", rows)

@@ -220,7 +220,7 @@ def _against(found: Comparison) -> tuple[Against, ...]:
         for result in found.slices
         for metric in result.metrics
         for rival, a in metric.against.items()
-        if rival == LAST_BLESSED or result.name in {"", COLD_USERS}
+        if rival == LAST_BLESSED or metric.key == found.headline or result.name in {"", COLD_USERS}
     )
 
 

@@ -103,8 +103,8 @@ class ModelFacts:
       headline: metric key by which slices are ordered; "" without a comparison.
       confidence: of all intervals; None without a comparison.
       figures: metrics, overall and by slice.
-      against: the same against rivals: against all of them on the whole test split and on cold users, against
-        the last blessed model on every slice.
+      against: the same against rivals: against all of them on the whole test split and on cold users, and by
+        the headline on every slice; by other metrics on a slice against the last blessed model alone.
       rivals: rival -> how it was made, in the order of tables.
       absent: rival that could not be compared -> why.
       slices: the whole test split, then the worst first.
@@ -297,6 +297,7 @@ class RunFacts:
       waterfall: where the funnel lost what people went on to choose.
       load: what the models held during infra validation.
       load_test: what a running server held, once somebody tested it.
+      seeds: model -> metric key -> its value for each of some seeds, once somebody trained with them.
     """
 
     created_unix_s: int
@@ -324,6 +325,7 @@ class RunFacts:
     waterfall: Waterfall | None = None
     load: LoadFacts | None = None
     load_test: LoadTest | None = None
+    seeds: Mapping[str, Mapping[str, tuple[float | None, ...]]] = dataclasses.field(default_factory=dict)
 
     @property
     def run_id(self) -> str:

@@ -47,11 +47,9 @@ def typeset(text: str) -> str:
 
 
 def difference(value: float | None) -> str:
-    """A signed number."""
-    if value is None:
-        return UNDEFINED
+    """A number with its sign; none for zero."""
     text = decimal(value)
-    return text if text.startswith(_MINUS) else f"+{text}"
+    return f"+{text}" if value is not None and value > 0 else text
 
 
 def share(value: float | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def add_to_newest(report_dir: Path, **measured: Any) -> Path:
 
     Args:
       report_dir: of the output directory.
-      measured: fields of RunFacts.
+      measured: fields of RunFacts; of a mapping, the keys that are given.
 
     Returns:
       The newest run's page.
@@ -76,7 +76,11 @@ def add_to_newest(report_dir: Path, **measured: Any) -> Path:
     """
     facts = read_facts(report_dir / METRICS_FILE)
     missing = {piece: why for piece, why in facts.missing.items() if piece not in measured}
-    _write(dataclasses.replace(facts, missing=missing, **measured), report_dir)
+    merged: dict[str, Any] = {
+        name: {**getattr(facts, name), **value} if isinstance(value, Mapping) else value
+        for name, value in measured.items()
+    }
+    _write(dataclasses.replace(facts, missing=missing, **merged), report_dir)
     return report_dir / PAGE
 
 

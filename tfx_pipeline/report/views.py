@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import statistics
 from collections.abc import Iterable, Sequence
 
-from schema.contract import TaskSpec
+from schema.contract import TaskKind, TaskSpec
 from schema.tables import TablesSummary
 from tfx_pipeline.config import MODELS, RANKING, RETRIEVAL
 from tfx_pipeline.drift_facts import DriftFacts, FeatureDrift
@@ -16,6 +17,7 @@ from tfx_pipeline.report import formatting, metric_keys
 from tfx_pipeline.report.charts import best_epoch, log_label
 from tfx_pipeline.report.facts import (
     COLD_USERS,
+    Against,
     Differences,
     ExampleAnswer,
     Figure,
@@ -25,7 +27,7 @@ from tfx_pipeline.report.facts import (
     Setting,
     TaskScores,
 )
-from tfx_pipeline.report.verdicts import headline_key
+from tfx_pipeline.report.verdicts import best_baseline, headline_key
 from trainer.comparison import LAST_BLESSED
 from trainer.index_facts import IndexFacts, SearchPoint
 from trainer.score import formula
@@ -224,6 +226,31 @@ def paired_table(name: str, facts: RunFacts) -> Table | None:
     )
 
 
+def seeds_table(name: str, facts: RunFacts) -> Table | None:
+    """How much the metrics move when the model is trained with other seeds; None where nobody did."""
+    rows = []
+    for key, values in facts.seeds.get(name, {}).items():
+        known = [value for value in values if value is not None]
+        if len(known) > 1:
+            spread = (statistics.mean(known), statistics.stdev(known), min(known), max(known))
+            figures = (facts.models[name].overall.get(key), *spread)
+            cells = (Cell(formatting.decimal(figure), value=figure) for figure in figures)
+            rows.append(Row(metric_keys.label(key), key, tuple(cells)))
+    if not rows:
+        return None
+    num_seeds = max(map(len, facts.seeds[name].values()))
+    return Table(
+        f"{name.capitalize()}: trained {num_seeds} times on the same examples, with other seeds",
+        ("Metric", "this model", "Mean", "Standard deviation", "Smallest", "Largest"),
+        tuple(rows),
+        note=(
+            "What training alone moves, on the same users. A gate whose max_drop is narrower rejects at "
+            "random."
+        ),
+        name=f"seeds-{name}",
+    )
+
+
 def rival_notes(name: str, facts: RunFacts) -> list[tuple[str, str]]:
     """(rival, how it was made) of those that have something to say."""
     return [(formatting.rival(rival), note) for rival, note in facts.models[name].rivals.items() if note]
@@ -236,14 +263,17 @@ def slices_table(name: str, facts: RunFacts) -> Table | None:
     if headline is None or not slices:
         return None
     figures = {(figure.slice, figure.key): figure for figure in model.figures}
-    against = {(a.slice, a.key): a for a in model.against if a.rival == LAST_BLESSED}
+    against = {(a.slice, a.key, a.rival): a for a in model.against}
+    rivals = _slice_rivals(name, facts)
     keys = _slice_metrics(headline, model.overall, facts)
     rows = []
     for part in slices[:_SLICES_SHOWN]:
         cells = [Cell(formatting.number(size), value=size) for size in (part.num_users, part.num_rows)]
+        differences = [_difference_cell(against.get((part.name, headline, rival))) for rival in rivals]
         for key in keys:
             figure = figures.get((part.name, key)) or Figure(part.name, key, 0, None, note="not judged")
-            other = against.get((part.name, key))
+            # The headline's change has a column of its own.
+            other = None if key == headline else against.get((part.name, key, LAST_BLESSED))
             text, tone = change(key, figure.value, other.value) if other else ("", "")
             note = text or ("" if part.note else figure.note)
             cells.append(
@@ -256,13 +286,16 @@ def slices_table(name: str, facts: RunFacts) -> Table | None:
                     interval(figure),
                 )
             )
+            cells += differences if key == headline else []
         group = " × ".join(condition.partition(" = ")[0] for condition in part.name.split(", "))
         rows.append(Row(part.name, part.note, tuple(cells), group, part.num_users, note=part.note))
     hidden = len(slices) - len(rows)
     by = "by the change since the last blessed model" if model.is_compared_with_last_blessed else "by value"
+    others = (metric_keys.label(key) for key in keys if key != headline)
+    minus = (f"minus {formatting.rival(rival)}" for rival in rivals)
     return Table(
         caption=f"{name.capitalize()} by slice: worst {metric_keys.label(headline)} first, {by}",
-        columns=("Slice", "users", _ROW_WORDS[name], *map(metric_keys.label, keys)),
+        columns=("Slice", "users", _ROW_WORDS[name], metric_keys.label(headline), *minus, *others),
         rows=tuple(rows),
         note=f"{hidden:,} better slices are left out here; metrics.json holds all." if hidden else "",
         name=f"slices-{name}",
@@ -270,15 +303,32 @@ def slices_table(name: str, facts: RunFacts) -> Table | None:
     )
 
 
+def _slice_rivals(name: str, facts: RunFacts) -> list[str]:
+    """What slices are compared with: the last blessed model and the best baseline, where there are any."""
+    rivals = [LAST_BLESSED] if facts.models[name].is_compared_with_last_blessed else []
+    best = best_baseline(name, facts)
+    return [*rivals, *([best.rival] if best else [])]
+
+
+def _difference_cell(a: Against | None) -> Cell:
+    if a is None or a.difference is None:
+        return Cell(_NOT_MEASURED)
+    text, tone = change(a.key, a.difference, 0.0)
+    return Cell(
+        text, "" if a.is_unclear else tone, value=a.difference, interval=_bounds(a.low, a.high, signed=True)
+    )
+
+
 def interval(figure: Figure) -> str:
-    """`(0.5104 to 0.5498)`; empty where none was measured."""
+    """`(0.5104 to 0.5498)`; empty where none was measured, or where all users have the same value."""
     return _bounds(figure.low, figure.high)
 
 
-def _bounds(low: float | None, high: float | None) -> str:
-    if low is None or high is None:
+def _bounds(low: float | None, high: float | None, *, signed: bool = False) -> str:
+    # Draws of users who are all alike do not differ; that says nothing of others.
+    if low is None or high is None or low == high:
         return ""
-    texts = formatting.column([low, high])
+    texts = [*map(formatting.difference, (low, high))] if signed else formatting.column([low, high])
     return f"({texts[0]} to {texts[1]})"
 
 
@@ -775,6 +825,12 @@ def calibration_sentences(facts: RunFacts) -> list[str]:
                 f"{task}: predicted and observed rates are {formatting.decimal(value)} apart (ECE)."
                 if value is not None
                 else f"{task}: the calibration error (ECE) is undefined on this test split."
+            )
+    for spec in map(TaskSpec.model_validate, facts.tasks):
+        if spec.kind is TaskKind.WATCH_TIME and spec.served == "median":
+            sentences.append(
+                f"{formatting.words(spec.name)}: the model serves the median, which is below the mean where "
+                "a few values are large; the distance from the line is meant."
             )
     return sentences
 
