@@ -184,6 +184,10 @@ def test_differences_within_the_intervals_are_not_coloured(first, no_plots):
     assert '<td class="better"' not in small and '<td class="worse"' not in small
     # Of log loss and MAE the smaller is the better.
     assert large.count('<td class="better"') > large.count('<td class="worse"') > 0
+    # On other data no difference, however large, tells which is better.
+    unfair = render_comparison(base, dataclasses.replace(moved(first, 0.025), data_fingerprint="other"))
+    assert "+0.0250</td>" in unfair
+    assert '<td class="better"' not in unfair and '<td class="worse"' not in unfair
 
 
 def test_slices_are_compared_largest_loss_first_and_a_missing_one_is_said(first, no_plots):

@@ -27,6 +27,7 @@ _SECTIONS = (
 def render_comparison(a: RunFacts, b: RunFacts) -> str:
     """The page: run A is what run B is held against."""
     found = differences(a, b)
+    is_fair = "data" not in found.unknown and not found.data
     return render_template(
         "compare.html.j2",
         b,
@@ -35,7 +36,7 @@ def render_comparison(a: RunFacts, b: RunFacts) -> str:
         a=a,
         b=b,
         found=found,
-        is_fair="data" not in found.unknown and not found.data,
+        is_fair=is_fair,
         headline=comparability(found),
         datasets=list(dict.fromkeys((views.dataset_name(a), views.dataset_name(b)))),
         verdicts={"A": [verdict(name, a) for name in MODELS], "B": [verdict(name, b) for name in MODELS]},
@@ -43,9 +44,9 @@ def render_comparison(a: RunFacts, b: RunFacts) -> str:
             label: overall_sentence([verdict(name, run) for name in MODELS])
             for label, run in (("A", a), ("B", b))
         },
-        metrics={name: _metrics_table(name, a, b) for name in MODELS},
+        metrics={name: _metrics_table(name, a, b, is_fair) for name in MODELS},
         plots={name: _plot(name, a, b) for name in MODELS},
-        slices={name: _slices_table(name, a, b) for name in MODELS},
+        slices={name: _slices_table(name, a, b, is_fair) for name in MODELS},
         cost=_cost_table(a, b),
     )
 
@@ -67,8 +68,8 @@ def _figures(model: ModelFacts) -> dict[tuple[str, str], Figure]:
     return {(figure.slice, figure.key): figure for figure in model.figures}
 
 
-def _cells(key: str, old: Figure | None, new: Figure | None) -> tuple[Cell, Cell, Cell]:
-    """Value of A, value of B, and B − A with its verdict."""
+def _cells(key: str, old: Figure | None, new: Figure | None, *, is_fair: bool) -> tuple[Cell, Cell, Cell]:
+    """Value of A, value of B, and B − A; with a verdict where both are on the same data."""
     before, after = (figure.value if figure else None for figure in (old, new))
     shown = [
         Cell(
@@ -79,7 +80,7 @@ def _cells(key: str, old: Figure | None, new: Figure | None) -> tuple[Cell, Cell
         for figure in (old, new)
     ]
     text, tone = views.change(key, after, before)
-    if old and new and _overlap(old, new):
+    if not is_fair or (old and new and _overlap(old, new)):
         tone = ""
     change = None if before is None or after is None else after - before
     return shown[0], shown[1], Cell(text or "–", tone, value=change)
@@ -92,14 +93,18 @@ def _overlap(old: Figure, new: Figure) -> bool:
     return old.low <= new.high and new.low <= old.high
 
 
-def _metrics_table(name: str, a: RunFacts, b: RunFacts) -> Table | None:
+def _metrics_table(name: str, a: RunFacts, b: RunFacts, is_fair: bool) -> Table | None:
     figures = [_figures(run.models[name]) for run in (a, b)]
     keys = list(dict.fromkeys(key for known in figures for slice_name, key in known if not slice_name))
     if not keys:
         return None
     ordered = sorted(metric_keys.in_task_order(keys, b.tasks or a.tasks), key=metric_keys.cutoff)
     rows = [
-        Row(metric_keys.label(key), key, _cells(key, *(known.get(("", key)) for known in figures)))
+        Row(
+            metric_keys.label(key),
+            key,
+            _cells(key, *(known.get(("", key)) for known in figures), is_fair=is_fair),
+        )
         for key in ordered
     ]
     columns = ("Metric", "run A", "run B", "B − A")
@@ -108,7 +113,7 @@ def _metrics_table(name: str, a: RunFacts, b: RunFacts) -> Table | None:
     )
 
 
-def _slices_table(name: str, a: RunFacts, b: RunFacts) -> Table | None:
+def _slices_table(name: str, a: RunFacts, b: RunFacts, is_fair: bool) -> Table | None:
     """The headline metric by slice, the largest loss first."""
     key = headline_key(name, b) or headline_key(name, a)
     figures = [_figures(run.models[name]) for run in (a, b)]
@@ -118,7 +123,7 @@ def _slices_table(name: str, a: RunFacts, b: RunFacts) -> Table | None:
         return None
     rows = []
     for slice_name in slices:
-        cells = _cells(key, *(known.get((slice_name, key)) for known in figures))
+        cells = _cells(key, *(known.get((slice_name, key)) for known in figures), is_fair=is_fair)
         count = sizes.get(slice_name)
         group = " × ".join(part.partition(" = ")[0] for part in slice_name.split(", "))
         size = Cell(formatting.number(count), value=count)
