@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from schema.errors import ConfigError
-from tfx_pipeline.config import BUNDLES, RunConfig
+from tfx_pipeline.components.model_validator import MODEL_NAME
+from tfx_pipeline.config import BUNDLES, MODELS, RunConfig
 from tfx_pipeline.local_runner import code_version
 from tfx_pipeline.pipeline import PipelineLocations, create_pipeline
 
@@ -50,4 +53,22 @@ def compile_for_vertex(
             config=runner_config, output_dir=folder, output_filename="pipeline.json"
         )
         runner.run(pipeline, write_out=True)
-        os.replace(Path(folder) / "pipeline.json", out)
+        compiled = Path(folder) / "pipeline.json"
+        specification = json.loads(compiled.read_text(encoding="utf-8"))
+        _look_for_own_blessings(specification["pipelineSpec"]["deploymentSpec"]["executors"])
+        compiled.write_text(json.dumps(specification, indent=2, sort_keys=True), encoding="utf-8")
+        os.replace(compiled, out)
+
+
+def _look_for_own_blessings(executors: dict[str, Any]) -> None:
+    """Makes each lookup of a blessed model ask for blessings of its kind: TFX's compiler asks for any.
+
+    Args:
+      executors: of the compiled pipeline, by name; changed in place.
+    """
+    for name, executor in executors.items():
+        for model in MODELS:
+            if name.partition("-")[0] in (f"LatestBlessed.{model}", f"BaseModel.{model}"):
+                query = executor["resolver"]["outputArtifactQueries"].get("model_blessing")
+                if query is not None:
+                    query["filter"] += f' AND metadata.{MODEL_NAME}.string_value="{model}"'

@@ -101,6 +101,27 @@ def test_components_run_in_the_given_image(compiled: dict[str, Any]) -> None:
     assert sum("container" in executor for executor in executors.values()) == len(UPSTREAM) - 3 + 1
 
 
+def test_each_model_is_compared_with_a_blessed_one_of_its_kind(compiled: dict[str, Any]) -> None:
+    executors = compiled["pipelineSpec"]["deploymentSpec"]["executors"]
+    filters = {
+        name: query["filter"]
+        for name, executor in executors.items()
+        for key, query in executor.get("resolver", {}).get("outputArtifactQueries", {}).items()
+        if key == "model_blessing"
+    }
+    assert {name.partition("-")[0] for name in filters} == {
+        "LatestBlessed.retrieval",
+        "LatestBlessed.ranking",
+    }
+    for name, found in filters.items():
+        model = name.partition("-")[0].partition(".")[2]
+        assert (
+            found.startswith('schema_title="tfx.ModelBlessing"')
+            and "metadata.blessed.number_value=1" in found
+        )
+        assert found.endswith(f' AND metadata.model_name.string_value="{model}"')
+
+
 def test_cloud_addresses_reach_the_components_unchanged(compiled: dict[str, Any]) -> None:
     text = json.dumps(compiled)
     assert f"{TABLES}/schema.pbtxt" in text

@@ -22,6 +22,8 @@ from tfx_pipeline.evidence import EvidenceSources, read_evidence
 from tfx_pipeline.gates import judge, write_validation
 
 _LOGGER = logging.getLogger(__name__)
+# Property of a blessing that says of which kind of model it is.
+MODEL_NAME = "model_name"
 
 
 @component
@@ -73,6 +75,7 @@ def ModelValidator(
     blessing.set_int_custom_property("current_model_id", model.id)
     blessing.set_int_custom_property("blessed", int(result.blessed))
     blessing.set_string_custom_property("reason", result.reason)
+    blessing.set_string_custom_property(MODEL_NAME, model_name)
     if not result.blessed:
         # The command says it to people, see `commands.pipeline.print_decision`.
         _LOGGER.info("model=%s blessed=False reason=%s", model_name, result.reason)
