@@ -174,7 +174,7 @@ def custom_extractors(
         config["click_key"]
         for spec in eval_config.metrics_specs
         for metric in spec.metrics
-        if "click_key" in (config := json.loads(metric.config))
+        if "click_key" in (config := json.loads(metric.config or "{}"))
     }
     judged = beam.FlatMap(_judged, labels=labels, kept={*labels, *slices, *clicks, *_READ_BY_METRICS})
     return [tfma.extractors.Extractor("KeepWhatIsJudged", judged), *rest]
