@@ -188,15 +188,25 @@ def test_serving_a_model_that_was_never_pushed_tells_why(run_dir: Path) -> None:
     assert "required: at least 0.1" in result.output
 
 
-@pytest.mark.parametrize("flag", ["--port", "--rest-api-port"])
-def test_a_port_that_is_taken_is_named(
-    run_dir: Path, flag: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def push_empty_bundles(run_dir: Path) -> None:
+    """Enough for `funnel serve` to start the server, which loads models only after its checks."""
     for model in BUNDLES:
         version = RunPaths(run_dir).serving_models / model / "1"
         version.mkdir(parents=True)
         (version / "saved_model.pb").touch()
         Fingerprint({}).write(version)
+
+
+def test_flags_after_two_dashes_go_to_the_server(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    push_empty_bundles(run_dir)
+    result = funnel("serve", "--output-dir", run_dir, "--", "--enable_batching", "--num_workers=0")
+    assert result.exit_code == 2
+    assert "argument --num_workers: must be at least 1, got 0" in result.output + capfd.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--port", "--rest-api-port"])
+def test_a_port_that_is_taken_is_named(run_dir: Path, flag: str, capfd: pytest.CaptureFixture[str]) -> None:
+    push_empty_bundles(run_dir)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -23,13 +23,19 @@ _ITEMS_NAMED = 5
 @click.option("--rest-api-port", default=REST_PORT, show_default=True, help="REST port; 0 picks a free one.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @output_dir_option
-def serve(port: int, rest_api_port: int, host: str, output_dir: Path) -> None:
+@click.argument("flags", metavar="[-- SERVER FLAGS]", nargs=-1, type=click.UNPROCESSED)
+def serve(port: int, rest_api_port: int, host: str, output_dir: Path, flags: tuple[str, ...]) -> None:
     """Serve the pushed models over TensorFlow Serving's gRPC and REST API until Ctrl-C.
+
+    What follows -- goes to the server as it is: `python -m serving.model_server --help` lists its flags,
+    which are those of TensorFlow Serving.
 
     \b
     Examples:
       funnel serve
       funnel serve --output-dir runs/kuairand --port 9500 --rest-api-port 9501
+      funnel serve -- --num_workers=2 --enable_batching
+      curl http://127.0.0.1:8501/v1/models/funnel
     """
     # TensorFlow reads it when it is imported, which here is before the server could set it.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -53,6 +59,7 @@ def serve(port: int, rest_api_port: int, host: str, output_dir: Path) -> None:
                 f"--port={port or 'auto'}",
                 f"--rest_api_port={rest_api_port or 'auto'}",
                 f"--model_config_file={config_file}",
+                *flags,
             ]
         )
     )
