@@ -272,6 +272,33 @@ def test_two_hundred_slow_clients_do_not_hold_up_a_fast_one(address, server):
             connection.close()
 
 
+@pytest.mark.parametrize("api", ["rest", "grpc"])
+def test_a_server_out_of_open_files_answers_again_once_connections_are_closed(server, channel, api):
+    process = psutil.Process(server.pid)
+    host, port = urlsplit(server.rest_target if api == "rest" else server.grpc_target).netloc.split(":")
+    assert ask_grpc(channel) == 0.5  # so that it has a connection
+    limits = process.rlimit(psutil.RLIMIT_NOFILE)
+    process.rlimit(psutil.RLIMIT_NOFILE, (process.num_fds() + 20, limits[1]))
+    connections = []
+    try:
+        connections += [socket.create_connection((host, int(port)), timeout=5) for _ in range(40)]
+        with pytest.raises(httpx.TransportError):
+            ask_rest(server)
+        assert ask_grpc(channel) == 0.5
+    finally:
+        process.rlimit(psutil.RLIMIT_NOFILE, limits)
+        for connection in connections:
+            connection.close()
+    wait_for(lambda: answers_rest(server))
+
+
+def answers_rest(server):
+    try:
+        return ask_rest(server) == [0.5]
+    except httpx.TransportError:
+        return False
+
+
 # REST: limits, in this process, where they can be short
 
 

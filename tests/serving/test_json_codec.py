@@ -95,6 +95,13 @@ def test_base64_without_padding_is_read():
     assert decode_one([{"b64": "AAE"}], object).tolist() == [b"\x00\x01"]
 
 
+def test_binary_strings_may_stand_in_nested_lists_beside_text():
+    array = decode_one([[["a", {"b64": "/wA="}]], [[{"b64": ""}, "b"]]], object)
+    assert array.tolist() == [[[b"a", b"\xff\x00"]], [[b"", b"b"]]]
+    answer = json.loads(encode_predict_response({"x_bytes": array}, "column"))
+    assert answer == {"outputs": [[[{"b64": "YQ=="}, {"b64": "/wA="}]], [[{"b64": ""}, {"b64": "Yg=="}]]]}
+
+
 def test_one_output_is_written_without_its_name_and_several_with_it():
     x, y = np.array([1, 2]), np.array([[0.5], [1.5]], np.float32)
     assert json.loads(encode_predict_response({"x": x}, "row")) == {"predictions": [1, 2]}
