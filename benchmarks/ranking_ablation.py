@@ -34,7 +34,7 @@ from trainer.config import RankingConfig
 from trainer.input_pipeline import Window, load_catalogue, ordered_batches, shuffled_batches, windows
 from trainer.label_statistics import label_statistics
 from trainer.ranking import judge, train
-from trainer.run_ranking import build
+from trainer.run_ranking import build, item_vectors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,7 @@ VARIANTS: Mapping[str, Variant] = {
     "without interactions": Variant({"interaction": {"kind": "none"}}),
     "without id dropout": Variant({"id_dropout_fraction": 0.0}),
     "with all ids": Variant({"ignored_features": ()}),
+    "item vectors from co-occurrence": Variant({"item_vectors": "cooccurrence"}),
     "impressions by key and window": Variant({"past": {"key_windows": True}}),
     "churn": Variant({"past": {"churn": True}}),
     "DCN-v2 full, stacked": Variant({"interaction": {"kind": "dcn", "structure": "stacked"}}),
@@ -118,7 +119,10 @@ class Ablation:
         config = RankingConfig.model_validate(merged(self.settings, variant.overrides))
         data = {split: _without(window, variant.hidden) for split, window in self.windows.items()}
         tf.keras.utils.set_random_seed(config.seed)
-        model = build(self.spec, self.transform_output, self.catalogue, self.statistics, config, None)
+        vectors = item_vectors(self.windows["train"], self.transform_output, self.spec, config)
+        model = build(
+            self.spec, self.transform_output, self.catalogue, self.statistics, config, None, vectors
+        )
         batches = shuffled_batches(data["train"], config.batch_size, config.seed, keep=self.keep)
         start = time.process_time()
         log = train(model, batches, ordered_batches(data["eval"], config.batch_size), config)

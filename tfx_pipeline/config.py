@@ -18,6 +18,7 @@ from trainer import features, ranking_comparison, retrieval_comparison
 from trainer.allow_list_inputs import check_attributes
 from trainer.baselines import RETRIEVAL_BASELINES, ranking_baselines
 from trainer.config import RankingConfig, RetrievalConfig
+from trainer.log_requirements import check_log
 from trainer.metrics import has_interval
 from trainer.slices import dimensions
 
@@ -200,6 +201,7 @@ class RunConfig(_Config):
                 )
         _check_ranking(self.ranking, space)
         try:
+            check_log(self.ranking, self.dataset)
             check_attributes(self.retrieval.index.allow_list, self.dataset)
         except ConfigError as error:
             # pydantic takes only a ValueError as a finding of its own, to be told with the others.

@@ -214,6 +214,8 @@ class RankingConfig(_Config):
       id_dropout_fraction: share of the ids (user, item, creator, ...) that training reads as unknown; teaches
         the model what to say about ids it has never met, and not to learn known ids by heart.
       ignored_features: query and candidate features that the ranker does not read, by raw name.
+      item_vectors: what item embeddings start from: "random", or "cooccurrence", the vectors that retrieval
+        starts from too, at the width of the ranker's item embeddings.
       crosses: pairs of a query and a candidate feature, by raw name, whose combinations get embeddings of
         their own; a continuous feature counts by its quantile bucket.
       past: what is counted of the user's impressions.
@@ -239,6 +241,7 @@ class RankingConfig(_Config):
     patience_epochs: int = pydantic.Field(default=1, ge=1)
     id_dropout_fraction: float = pydantic.Field(default=0.1, ge=0, lt=1)
     ignored_features: tuple[str, ...] = ()
+    item_vectors: Literal["random", "cooccurrence"] = "random"
     crosses: tuple[tuple[str, str], ...] = ()
     past: PastConfig = PastConfig()
     interaction: InteractionConfig = InteractionConfig()

@@ -17,7 +17,6 @@ import numpy as np
 import tensorflow as tf
 
 from schema.contract import DatasetSpec
-from schema.errors import ConfigError
 from trainer import features as ft
 from trainer.body_config import PastConfig
 from trainer.catalogue import Catalogue
@@ -139,23 +138,14 @@ class PastOutcomes(tf.keras.layers.Layer):
         Args:
           spec: declares keys, windows, surfaces and tasks.
           statistics: training labels by task name.
-          config: what is counted.
+          config: what is counted; `trainer.log_requirements` says what churn needs.
           **kwargs: passed to the Keras layer.
-
-        Raises:
-          ConfigError: the dataset lacks what churn is counted by.
         """
         super().__init__(**kwargs)
         self._windows_days = spec.counters.windows_days
         self._key_windows_days = self._windows_days if config.key_windows else ()
         self._positive: int | None = None
         if config.churn:
-            if ft.ITEM_ID not in spec.counters.keys or spec.positive not in spec.task_labels:
-                raise ConfigError(
-                    f"ranking.past.churn needs {ft.ITEM_ID!r} among counters.keys of the dataset "
-                    f"{spec.name!r}, and a task of its positive label {spec.positive!r}; declare both, or "
-                    "remove the setting."
-                )
             self._positive = spec.task_labels.index(spec.positive)
         by_label = {task.label: statistics[task.name].std for task in reversed(spec.tasks)}
         self._scale = tf.constant([max(by_label[label], 1e-6) for label in spec.task_labels], tf.float32)

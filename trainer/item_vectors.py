@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import numpy as np
 import scipy.sparse
 import scipy.sparse.linalg
+import tensorflow as tf
 
+from schema.contract import DatasetSpec
 from trainer import features
+
+
+def positives(windows: Iterable[Mapping[str, tf.Tensor]], spec: DatasetSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Transformed user and item id of every positive, int32 [n] each.
+
+    Args:
+      windows: transformed training examples.
+      spec: the declaration of the dataset.
+    """
+    space = features.feature_space(spec)
+    user_id, item_id = (space.find(name).id_name for name in (features.USER_ID, features.ITEM_ID))
+    users, items = [], []
+    for window in windows:
+        positive = window[spec.positive].numpy() > 0
+        users.append(window[user_id].numpy()[positive])
+        items.append(window[item_id].numpy()[positive])
+    return np.concatenate(users), np.concatenate(items)
 
 
 def cooccurrence_vectors(

@@ -159,6 +159,7 @@ class RankingModel(tfrs.models.Model):
         attributes: ItemAttributes,
         config: RankingConfig,
         positions: Mapping[str, PositionStatistics] | None = None,
+        item_vectors: np.ndarray | None = None,
     ) -> None:
         """Makes an untrained model, which says of every row what it knows of all: the base rate.
 
@@ -169,6 +170,8 @@ class RankingModel(tfrs.models.Model):
           attributes: of the items that impressions show.
           config: sizes and regularisation.
           positions: training labels by position, by task name; needed if `config.position` names a tower.
+          item_vectors: float32 [item ids, `embedding_width` of them] that item embeddings start from; None is
+            random.
         """
         super().__init__()
         space = ft.feature_space(spec)
@@ -179,6 +182,7 @@ class RankingModel(tfrs.models.Model):
                 f.space: embedding_width(vocabulary_sizes[f.space], config.max_embedding_width)
                 for f in embedded
             },
+            {} if item_vectors is None else {ft.ITEM_SPACE: item_vectors},
         )
         ignored = config.ignored_features
         self.query_encoder = FeatureEncoder([f for f in space.query if f.name not in ignored], self.tables)

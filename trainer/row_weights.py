@@ -9,37 +9,12 @@ import numpy as np
 import tensorflow as tf
 
 from schema.contract import DatasetSpec, TaskKind
-from schema.errors import ConfigError
 from trainer import features as ft
 from trainer.config import RankingConfig
 from trainer.debiasing import inverse_propensity_weights, sample_negatives
 from trainer.ranking import ROW_WEIGHT
 
 _logger = logging.getLogger(__name__)
-
-
-def check_debiasing(config: RankingConfig, spec: DatasetSpec) -> None:
-    """Checks that the dataset logs what the settings need.
-
-    Raises:
-      ConfigError: it does not, or nothing could be down-sampled; the text says which column to map.
-    """
-    needed = {
-        ft.POSITION: ("position.kind", config.position.kind != "none"),
-        ft.EXPLORATION: ("position.learn_from", config.position.learn_from == "exploration"),
-        ft.PROPENSITY: ("propensity_clip", config.propensity_clip is not None),
-    }
-    for column, (setting, is_set) in needed.items():
-        if is_set and column not in spec.interactions.columns:
-            raise ConfigError(
-                f"ranking.{setting} needs the column {column!r}, which the dataset {spec.name!r} does not "
-                f"map; map interactions.columns.{column}, or remove the setting."
-            )
-    if config.negative_rate < 1 and not any(task.kind is TaskKind.BINARY for task in spec.tasks):
-        raise ConfigError(
-            f"ranking.negative_rate is {config.negative_rate:g}, but no task is binary, so that no row is a "
-            "negative; remove the setting."
-        )
 
 
 def weighted_windows(windows: tf.data.Dataset, spec: DatasetSpec, config: RankingConfig) -> tf.data.Dataset:

@@ -32,6 +32,7 @@ from trainer.checkpoint import (
 from trainer.config import RankingConfig
 from trainer.debiasing import PositionStatistics, position_statistics
 from trainer.distillation import distil, latest_requests
+from trainer.encoder import embedding_width
 from trainer.fingerprint import (
     CATALOGUE,
     RANKER,
@@ -43,7 +44,9 @@ from trainer.fingerprint import (
 )
 from trainer.impressions import ItemAttributes
 from trainer.input_pipeline import load_catalogue, ordered_batches, shuffled_batches, windows
+from trainer.item_vectors import cooccurrence_vectors, positives
 from trainer.label_statistics import LabelStatistics, label_statistics
+from trainer.log_requirements import check_log
 from trainer.preprocessing import vocabulary_sizes
 from trainer.preranker import (
     PreRanker,
@@ -55,7 +58,7 @@ from trainer.preranker import (
 from trainer.preranker_config import PrerankerConfig
 from trainer.ranking import ROW_WEIGHT, RankingModel, calibrate, train
 from trainer.ranking_export import ServedRanker, export
-from trainer.row_weights import check_debiasing, weighted_windows
+from trainer.row_weights import weighted_windows
 from trainer.sample_requests import golden_requests, sample_users
 from trainer.transform_graph import TransformGraph
 
@@ -82,22 +85,24 @@ def run_fn(fn_args: Any) -> None:
     pre-ranker also `preranker.json` (`log` and `survival`, see `trainer.distillation.Distilled`).
 
     Raises:
+      ConfigError: the settings need what the dataset does not log.
       DataError: a task cannot be learnt from its training labels, the eval split is empty, or the loss
       diverged.
     """
     spec = dataset_spec_from_json(fn_args.custom_config["dataset"])
     config = RankingConfig.model_validate_json(fn_args.custom_config["config"])
+    check_log(config, spec)
     transform_output = tft.TFTransformOutput(fn_args.transform_output)
     item_files = fn_args.custom_config["catalogue"]
     catalogue = load_catalogue(item_files, transform_output, spec)
     train_windows = windows(fn_args.train_files, transform_output)
     eval_windows = windows(fn_args.eval_files, transform_output)
 
-    check_debiasing(config, spec)
     statistics = label_statistics(train_windows.as_numpy_iterator(), spec.tasks)
     positions = _positions(train_windows, transform_output, spec, config)
     tf.keras.utils.set_random_seed(config.seed)
-    model = build(spec, transform_output, catalogue, statistics, config, positions)
+    vectors = item_vectors(train_windows, transform_output, spec, config)
+    model = build(spec, transform_output, catalogue, statistics, config, positions, vectors)
     eval_batches = ordered_batches(eval_windows, config.batch_size)
     weighted = weighted_windows(train_windows, spec, config)
     is_kept = (lambda window: window[ROW_WEIGHT] > 0) if ROW_WEIGHT in weighted.element_spec else None
@@ -272,11 +277,27 @@ def build(
     statistics: Mapping[str, LabelStatistics],
     config: RankingConfig,
     positions: Mapping[str, PositionStatistics] | None,
+    item_vectors: np.ndarray | None = None,
 ) -> RankingModel:
     """An untrained ranker over a Transform graph; arguments as of `RankingModel`."""
     attributes = _attributes(catalogue, transform_output, spec)
     sizes = vocabulary_sizes(transform_output, spec)
-    return RankingModel(spec, sizes, statistics, attributes, config, positions)
+    return RankingModel(spec, sizes, statistics, attributes, config, positions, item_vectors)
+
+
+def item_vectors(
+    windows: tf.data.Dataset,
+    transform_output: tft.TFTransformOutput,
+    spec: DatasetSpec,
+    config: RankingConfig,
+) -> np.ndarray | None:
+    """What item embeddings start from; None is random."""
+    if config.item_vectors == "random":
+        return None
+    num_ids = vocabulary_sizes(transform_output, spec)[features.ITEM_SPACE]
+    users, items = positives(windows, spec)
+    width = embedding_width(num_ids, config.max_embedding_width)
+    return cooccurrence_vectors(users, items, num_ids, width, config.seed)
 
 
 def _positions(

@@ -37,7 +37,7 @@ from trainer.index_build import build_index
 from trainer.index_facts import IndexFacts
 from trainer.input_pipeline import expand, load_catalogue, rows_of_surfaces, shuffled_batches, windows
 from trainer.item_factors import item_factors
-from trainer.item_vectors import cooccurrence_vectors
+from trainer.item_vectors import cooccurrence_vectors, positives
 from trainer.popularity import daily_popularity
 from trainer.preprocessing import vocabulary_sizes
 from trainer.raw_inputs import parse_candidate_examples
@@ -279,7 +279,7 @@ def _item_vectors(
     """What item embeddings start from; None is random."""
     if config.item_vectors == "random":
         return None
-    users, items = _chosen(windows, spec)
+    users, items = positives(windows, spec)
     return cooccurrence_vectors(users, items, num_ids, config.embedding_dim, config.seed)
 
 
@@ -289,20 +289,8 @@ def _item_factors(
     """Item factors that are not trained; None where the model has none."""
     if config.factors is None:
         return None
-    users, items = _chosen(windows, spec)
+    users, items = positives(windows, spec)
     return item_factors(users, items, num_ids, config.factors, config.seed)
-
-
-def _chosen(windows: tf.data.Dataset, spec: DatasetSpec) -> tuple[np.ndarray, np.ndarray]:
-    """Transformed user and item id of every positive, int32 [n] each."""
-    space = features.feature_space(spec)
-    user_id, item_id = (space.find(name).id_name for name in (features.USER_ID, features.ITEM_ID))
-    users, items = [], []
-    for window in windows:
-        positive = window[spec.positive].numpy() > 0
-        users.append(window[user_id].numpy()[positive])
-        items.append(window[item_id].numpy()[positive])
-    return np.concatenate(users), np.concatenate(items)
 
 
 def _export(

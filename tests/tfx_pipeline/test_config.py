@@ -112,6 +112,7 @@ def test_the_last_of_two_overrides_wins() -> None:
             "ranking.crosses=[[surface, surface]]",
             "'surface' is no feature for this place; those are: creator",
         ),
+        ("ranking.negative_rate=0", "greater than 0"),
         ("ranking.calibration.slice_feature=topics", "ranking.calibration.slice_feature: 'topics' is no"),
         ("ranking.experts.hidden_layer=[8]", "did you mean 'hidden_layers'"),
         ("retrieval.ignored_features=[hour]", "'hour' is no feature that the towers can do without"),
@@ -133,6 +134,11 @@ def test_a_wrong_override_is_named(override: str, message: str) -> None:
 def test_an_unknown_dataset_names_the_built_in_ones() -> None:
     with pytest.raises(ConfigError, match=r"unknown dataset 'movielens'; built in: .*movielens-1m"):
         load_run_config("movielens")
+
+
+def test_a_setting_that_the_log_cannot_serve_is_refused_before_the_run() -> None:
+    with pytest.raises(ConfigError, match="propensity_clip needs the column 'propensity'"):
+        load_run_config("kuairand-pure", ["ranking.propensity_clip=10"])
 
 
 @pytest.mark.parametrize("missing", ["retrieval", "ranking"])

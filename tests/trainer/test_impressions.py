@@ -11,7 +11,6 @@ import pytest
 import tensorflow as tf
 
 from schema.contract import DatasetSpec
-from schema.errors import ConfigError
 from trainer.body_config import PastConfig
 from trainer.catalogue import Catalogue
 from trainer.impressions import Impressions, ItemAttributes, PastOutcomes, read_impressions
@@ -259,13 +258,6 @@ def test_what_was_passed_over_is_counted_since_the_last_click_of_the_item() -> N
     found = outcomes(columns, np.array([0]), keys, means, PastConfig(churn=True))
     # Twice since the click; once, and never clicked; never shown; unknown.
     np.testing.assert_allclose(np.expm1(found[0, :, -1]), [2, 1, 0, 0], atol=1e-6)
-
-
-def test_churn_without_a_positive_task_is_refused() -> None:
-    tasks = [{"name": "watch", "label": "watch_time_s", "kind": "watch_time"}]
-    spec = DatasetSpec.model_validate({**SPEC.model_dump(), "tasks": tasks})
-    with pytest.raises(ConfigError, match="a task of its positive label 'click'"):
-        PastOutcomes(spec, STATISTICS, PastConfig(churn=True))
 
 
 def test_outcomes_of_a_dataset_without_surfaces_have_a_group_less() -> None:

@@ -56,6 +56,20 @@ def test_untrained_model_serves_the_training_mean_of_every_task() -> None:
     np.testing.assert_allclose(score, 2.0 * served["click"] + 0.1 * served["watch"], rtol=1e-5)
 
 
+def test_item_embeddings_start_from_the_vectors_given_and_are_trained() -> None:
+    rows = world.rows(128, seed=1)
+    width = 4  # of CONFIG, at most
+    vectors = np.arange(float((world.NUM_ITEMS + 2) * width)).reshape(-1, width).astype(np.float32)
+    statistics = label_statistics([rows], SPEC.tasks)
+    model = RankingModel(
+        SPEC, world.VOCABULARY_SIZES, statistics, world.attributes(SPEC), CONFIG, item_vectors=vectors
+    )
+    model(rows)
+    table = model.tables.tables[features.ITEM_SPACE]
+    np.testing.assert_array_equal(table.embeddings, vectors)
+    assert table.trainable
+
+
 def test_trained_model_finds_a_signal_that_item_means_cannot_see() -> None:
     rows, held_out = world.rows(3000, seed=1), world.rows(1000, seed=2)
     model = untrained(rows)

@@ -66,6 +66,7 @@ SPEC = DatasetSpec.model_validate(
 # Something of everything that a checkpoint has to keep, or that an export has to leave out.
 CONFIG = RankingConfig(
     max_embedding_width=4,
+    item_vectors="cooccurrence",
     crosses=(("surface", "length"),),
     experts=ExpertsConfig(hidden_layers=(8,)),
     behaviour=BehaviourConfig(kind="din", attention_layers=(8,)),
