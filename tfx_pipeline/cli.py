@@ -42,6 +42,10 @@ class _Group(click.Group):
             _fail("interrupted", code=1)
         except PermissionError as error:
             _fail(f"no permission: {error}", code=1)
+        except FileNotFoundError as error:
+            # Polars tells the file in its text only.
+            what = f"there is no {error.filename}" if error.filename else str(error)
+            _fail(f"{what}; what is gone of a run, 'funnel run' with the same settings makes again", code=1)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise

@@ -79,12 +79,14 @@ def read_artifact_uris(metadata_path: Path) -> dict[tuple[str, str], str]:
     """Where the newest run's artifacts are, by (component id, output key).
 
     Raises:
-      DataError: the database holds no run.
+      DataError: there is no database, or it holds no run.
     """
     return {key: artifact.uri for key, artifact in _newest_outputs(metadata_path).items()}
 
 
 def _newest_outputs(metadata_path: Path) -> dict[tuple[str, str], metadata_store_pb2.Artifact]:
+    if not metadata_path.is_file():
+        raise DataError(f"{metadata_path} is gone; 'funnel run' with the same settings makes it again")
     store = _open(metadata_path)
     runs = store.get_contexts_by_type("pipeline_run")
     if not runs:

@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 
 from schema.errors import DataError
 from tests.tfx_pipeline import taste_world
-from tfx_pipeline import local_runner
+from tfx_pipeline import local_runner, run_result
 from tfx_pipeline.cli import main
 from tfx_pipeline.config import BUNDLES, RunPaths, load_run_config
 from tfx_pipeline.run_result import RunResult, write_run
@@ -375,6 +375,21 @@ def test_a_disk_with_too_little_room_is_refused_before_work(
     assert result.exit_code == 1
     assert "has 1.0 GiB free, a run needs 2 GiB" in result.output
     assert not RunPaths(tmp_path / "run").tables.exists()
+
+
+def test_a_run_of_which_a_piece_is_gone_says_which(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = funnel("waterfall", "--output-dir", run_dir)
+    assert (result.exit_code, "Traceback" in result.output) == (1, False)
+    assert f"{RunPaths(run_dir).metadata} is gone; 'funnel run' with the same settings" in result.output
+    # As Python tells it, and as Polars does.
+    for error in (
+        FileNotFoundError(errno.ENOENT, "No such file", "/run/interactions.parquet"),
+        FileNotFoundError("No such file or directory (os error 2): /run/interactions.parquet"),
+    ):
+        monkeypatch.setattr(run_result, "read_run", _raise(error))
+        result = funnel("waterfall", "--output-dir", run_dir)
+        assert (result.exit_code, "Traceback" in result.output) == (1, False)
+        assert "/run/interactions.parquet; what is gone of a run, 'funnel run'" in result.output
 
 
 def _raise(error: BaseException) -> Callable[..., None]:
