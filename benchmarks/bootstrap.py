@@ -1,7 +1,8 @@
 """What the bootstrap over users costs: intervals of one model, and differences to rivals on the same draws.
 
-Labels, predictions and lists are random; time depends on their number alone. The rivals are as many as those of
-retrieval in a comparison: the last blessed model and six baselines. 2,000 draws unless told otherwise.
+Labels, predictions and lists are random; time depends on their number alone. The rivals are as many as
+those of retrieval in a comparison: the last blessed model and six baselines. 2,000 draws unless told
+otherwise.
 
     python -m benchmarks.bootstrap                        # 10,000 users
     python -m benchmarks.bootstrap --users 100000
