@@ -22,9 +22,9 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import trainer  # noqa: F401  # isort: skip  selects Keras 2, before TensorFlow is imported
 import click
@@ -51,10 +51,11 @@ _REPEATS = 5
 _SECONDS_PER_REPEAT = 1.0
 _HNSW_EFFORTS = (100, 125, 150, 200, 250, 300, 400, 500, 700, 1_000, 1_500, 2_000, 3_000)
 # Candidates that faiss scores exactly, in neighbours.
-_K_FACTOR = 4
+_K_FACTORS = (4, 8, 16)
 _IVF_SHARES = (0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.18, 0.25)
 
 Settings = dict[str, Any]
+_Effort = TypeVar("_Effort")
 # Takes float32 [B, D] and returns rows [B, NEIGHBOURS], or ids b"i<row>".
 Search = Callable[[np.ndarray], np.ndarray]
 
@@ -70,9 +71,9 @@ class World:
     exact: np.ndarray
 
     @classmethod
-    def draw(cls, num_items: int, width: int, seed: int) -> World:
+    def draw(cls, num_items: int, width: int, seed: int, decay: float) -> World:
         """Makes one up."""
-        items, queries = clustered_vectors(num_items, width, _SAMPLE_QUERIES + _QUERIES, seed)
+        items, queries = clustered_vectors(num_items, width, _SAMPLE_QUERIES + _QUERIES, seed, decay)
         return cls(
             items,
             queries[:_SAMPLE_QUERIES],
@@ -138,8 +139,8 @@ def recall(found: np.ndarray, exact: np.ndarray) -> float:
 
 
 def _tuned(
-    search_with: Callable[[int], np.ndarray], efforts: tuple[int, ...], world: World, target: float
-) -> int:
+    search_with: Callable[[_Effort], np.ndarray], efforts: Sequence[_Effort], world: World, target: float
+) -> _Effort:
     """The first effort whose recall on the sample queries reaches the target, else the last."""
     return next((e for e in efforts if recall(search_with(e), world.sample_exact) >= target), efforts[-1])
 
@@ -299,24 +300,25 @@ def build_faiss(world: World, target: float, folder: Path) -> Settings:
     index.train(world.items[:: max(1, num_items // 200_000)])
     index.add(world.items)
 
-    def found(nprobe: int) -> np.ndarray:
-        return index.search(world.sample_queries, NEIGHBOURS, params=_faiss_effort(nprobe))[1]
+    def found(effort: tuple[int, int]) -> np.ndarray:
+        return index.search(world.sample_queries, NEIGHBOURS, params=_faiss_effort(*effort))[1]
 
-    ladder = tuple(max(1, round(num_leaves * share)) for share in _IVF_SHARES)
-    nprobe = _tuned(found, ladder, world, target)
+    ladder = [max(1, round(num_leaves * share)) for share in _IVF_SHARES]
+    efforts = [(nprobe, k_factor) for k_factor in _K_FACTORS for nprobe in ladder]
+    nprobe, k_factor = _tuned(found, efforts, world, target)
     faiss.write_index(index, str(folder))
-    return {"recipe": recipe, "nprobe": nprobe, "k_factor": _K_FACTOR}
+    return {"recipe": recipe, "nprobe": nprobe, "k_factor": k_factor}
 
 
-def _faiss_effort(nprobe: int) -> faiss.SearchParameters:
+def _faiss_effort(nprobe: int, k_factor: int) -> faiss.SearchParameters:
     lists = faiss.SearchParametersIVF(nprobe=nprobe)
-    return faiss.IndexRefineSearchParameters(k_factor=_K_FACTOR, base_index_params=lists)
+    return faiss.IndexRefineSearchParameters(k_factor=k_factor, base_index_params=lists)
 
 
 def load_faiss(world: World, settings: Settings, folder: Path) -> dict[str, Search]:
     """faiss on one thread."""
     faiss.omp_set_num_threads(1)
-    index, effort = faiss.read_index(str(folder)), _faiss_effort(settings["nprobe"])
+    index, effort = faiss.read_index(str(folder)), _faiss_effort(settings["nprobe"], settings["k_factor"])
     return {"faiss IVF-PQ": lambda queries: index.search(queries, NEIGHBOURS, params=effort)[1]}
 
 
@@ -419,14 +421,21 @@ _DIR = click.option("--dir", "folder", type=click.Path(path_type=Path), required
 @click.option("--width", default=128, show_default=True, type=click.IntRange(2), help="width of a vector")
 @click.option("--min-recall", default=0.95, show_default=True, type=click.FloatRange(0, 1), help="at 100")
 @click.option("--seed", default=0, show_default=True, help="of the vectors")
+@click.option(
+    "--decay",
+    default=0.7,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="how unevenly vectors spread over directions; 0.7 as trained ones, 0 evenly, which is far harder",
+)
 @_DIR
-def build(items: int, width: int, min_recall: float, seed: int, folder: Path) -> None:
+def build(items: int, width: int, min_recall: float, seed: int, decay: float, folder: Path) -> None:
     """Draws the vectors, and builds and tunes every index that the folder does not hold yet."""
     folder.mkdir(parents=True, exist_ok=True)
     vectors = folder / "vectors.npz"
     if not vectors.exists():
         click.echo(f"{items:,} items of width {width}: exact search for the comparison", err=True)
-        world = World.draw(items, width, seed)
+        world = World.draw(items, width, seed, decay)
         partial = folder / "partial.npz"
         np.savez(partial, **vars(world))
         partial.rename(vectors)
