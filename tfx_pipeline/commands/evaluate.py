@@ -188,7 +188,8 @@ def _difference(value: float) -> str:
 
 
 def _range(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"{_number(low)}–{_number(high)}"
+    """An interval; none where all users have the same value, which says nothing of others."""
+    return "" if low is None or high is None or low == high else f"{_number(low)}–{_number(high)}"
 
 
 def _star(p_value: float | None) -> str:
