@@ -16,6 +16,7 @@ import grpc
 import numpy as np
 import tensorflow as tf
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from google.protobuf import json_format
 from google.protobuf.message import Message
 from tensorflow_serving.apis import (
@@ -56,6 +57,15 @@ _CORS_HEADERS: Final = {
 }
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """False for the stack trace that aiohttp logs of bytes that are no HTTP: it would fill the disk."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], HttpProcessingError)
+
+
+_http_logger = logging.getLogger(f"{__name__}.http")
+_http_logger.addFilter(_is_ours)
 
 
 @dataclass(frozen=True)
@@ -115,6 +125,7 @@ def create_runner(
     return web.AppRunner(
         app,
         access_log=None,
+        logger=_http_logger,
         shutdown_timeout=shutdown_timeout_s,
         keepalive_timeout=settings.idle_timeout_s,  # aiohttp holds a head that does not end to it as well
         lingering_time=_LINGERING_S,
@@ -199,6 +210,8 @@ class _Handlers:
             raise web.HTTPRequestTimeout(
                 text=f"the request body was not complete after {self._settings.body_timeout_s:g} s"
             ) from error
+        except ConnectionError as error:
+            raise RequestError(grpc.StatusCode.CANCELLED, "the client has gone") from error
 
         encoding = request.headers.get("Content-Encoding", "identity").lower()
         if encoding == "identity":

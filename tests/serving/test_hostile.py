@@ -218,9 +218,10 @@ def test_a_body_made_to_hurt_gets_a_short_error(address, body, complaint):
     ],
     ids=["tls", "http2", "zeros", "long path", "long header", "many headers", "length", "lengths", "chunk"],
 )
-def test_what_is_no_http_request_is_refused(address, chunks):
+def test_what_is_no_http_request_is_refused(address, server, chunks):
     answer = talk(address, *chunks)
     assert answer == b"" or answer.split(b"\r\n")[0].split(b" ")[1] == b"400"
+    assert "Traceback" not in server.log
 
 
 def test_a_body_that_claims_gigabytes_is_refused_before_it_comes(address):
@@ -239,7 +240,7 @@ def test_a_packed_body_that_unpacks_to_more_than_the_limit_is_refused(address):
     assert answer.split(b" ")[1] in (b"400", b"413")
 
 
-def test_connections_closed_in_the_middle_leave_nothing_behind(address):
+def test_connections_closed_in_the_middle_leave_nothing_behind(address, server):
     body = b'{"signature_name": "sleep", "inputs": 0.2}'
     head = b"POST /v1/models/echo:predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
     for sent in (b"", b"POST /v1", head, head + body[:10], head + body):
@@ -248,7 +249,10 @@ def test_connections_closed_in_the_middle_leave_nothing_behind(address):
             if reset:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             connection.sendall(sent)
+            time.sleep(0.1)  # so that the server reads the body when the connection goes
             connection.close()
+    assert ask_rest(server) == [0.5]
+    assert "Traceback" not in server.log
 
 
 def test_a_half_closed_connection_still_gets_its_answer(address):
