@@ -32,9 +32,8 @@ from trainer import features as ft
 from trainer import metrics
 from trainer.config import RankingConfig
 from trainer.input_pipeline import Window, load_catalogue, ordered_batches, shuffled_batches, windows
-from trainer.label_statistics import label_statistics
 from trainer.ranking import judge, train
-from trainer.run_ranking import build, item_vectors
+from trainer.run_ranking import build, item_vectors, read_statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +64,7 @@ VARIANTS: Mapping[str, Variant] = {
     "item vectors from co-occurrence": Variant({"item_vectors": "cooccurrence"}),
     "impressions by key and window": Variant({"past": {"key_windows": True}}),
     "churn": Variant({"past": {"churn": True}}),
+    "impressions by context": Variant({"past": {"contexts": True}}),
     "DCN-v2 full, stacked": Variant({"interaction": {"kind": "dcn", "structure": "stacked"}}),
     "DCN-v2 full, parallel": Variant({"interaction": {"kind": "dcn", "structure": "parallel"}}),
     "DCN-v2 of rank 32, parallel": Variant(
@@ -107,7 +107,7 @@ class Ablation:
             split: windows([f"{examples}/Split-{split}/*.gz"], self.transform_output)
             for split in ("train", "eval", "test")
         }
-        self.statistics = label_statistics(self.windows["train"].as_numpy_iterator(), self.spec.tasks)
+        self.statistics = read_statistics(self.windows["train"], self.transform_output, self.spec)
         self.keep = None if share == 1 else _some_rows(share)
 
     def measure(self, variant: Variant) -> Measured:

@@ -20,10 +20,14 @@ class PastConfig(_Config):
       churn: whether the impressions of the item itself since the user's last positive of it are counted, all
         of them where there was none: what was shown and passed over. The key item_id must be among the
         dataset's counters, and its positive label among its tasks.
+      contexts: whether the labels of impressions are compared with those usual on their surface for their
+        duration, not only with everybody's, and impressions of items about as long as the candidate are
+        counted too.
     """
 
     key_windows: bool = False
     churn: bool = False
+    contexts: bool = False
 
 
 class InteractionConfig(_Config):

@@ -20,7 +20,7 @@ from schema.contract import DatasetSpec
 from trainer import features as ft
 from trainer.body_config import PastConfig
 from trainer.catalogue import Catalogue
-from trainer.label_statistics import LabelStatistics
+from trainer.label_statistics import LabelStatistics, bucket_name, context_duration, duration_contexts
 
 _SECONDS_PER_DAY = 86_400.0
 # Impressions that the mean label counts for in a rate of the user: half as much after as many.
@@ -30,10 +30,11 @@ _LONGEST_AGE_DAYS = 60.0
 
 
 class ItemAttributes:
-    """The values of the counters' keys by item id; a plain object, so that Keras does not train or save it.
+    """What impressions are matched by, by item id; a plain object, so that Keras does not train or save it.
 
     Attributes:
-      tables: int32 [V, T] by key, 0 padded; the item id itself is not among them.
+      tables: int32 [V, T] by key of the counters, 0 padded, and by the feature of the duration, of which the
+        groups count; the item id itself is not among them.
     """
 
     def __init__(self, catalogue: Catalogue, num_item_ids: int, spec: DatasetSpec) -> None:
@@ -46,11 +47,16 @@ class ItemAttributes:
         """
         space = ft.feature_space(spec)
         ids = catalogue.transformed[space.find(ft.ITEM_ID).id_name]
+        columns = {
+            key: catalogue.transformed[space.find(key).id_name]
+            for key in spec.counters.keys
+            if key != ft.ITEM_ID
+        }
+        duration = context_duration(spec.tasks)
+        if duration is not None:
+            columns[duration] = duration_contexts(catalogue.transformed[bucket_name(duration)])
         self.tables: dict[str, tf.Variable] = {}
-        for key in spec.counters.keys:
-            if key == ft.ITEM_ID:
-                continue
-            values = catalogue.transformed[space.find(key).id_name]
+        for key, values in columns.items():
             matrix = values if values.ndim == 2 else values[:, np.newaxis]
             table = np.zeros((num_item_ids, matrix.shape[1]), np.int32)
             table[ids] = matrix
@@ -67,7 +73,7 @@ class Impressions(NamedTuple):
       age_days: float32 [U, L], before the request.
       labels: float32 [U, L, S], 0 where missing.
       surface: int [U, L]; None for a dataset without surfaces.
-      keys: int [U, L, T] by key.
+      keys: int [U, L, T] by key, see `ItemAttributes`, and the item id.
     """
 
     is_shown: tf.Tensor
@@ -103,9 +109,10 @@ def read_impressions(
 ) -> Impressions:
     """Impressions from transformed features, see `trainer.features.impression_names`."""
     ids = features[ft.IMPRESSION_IDS]
+    duration = context_duration(spec.tasks)
     keys = {
         key: ids[..., tf.newaxis] if key == ft.ITEM_ID else tf.gather(attributes.tables[key], ids)
-        for key in spec.counters.keys
+        for key in (*spec.counters.keys, *([] if duration is None else [duration]))
     }
     return Impressions(
         tf.not_equal(ids, ft.PADDING_ID),
@@ -121,9 +128,16 @@ class PastOutcomes(tf.keras.layers.Layer):
 
     Of each group: log(1 + n); the age of the latest impression; and per label how far the mean of the group
     is from the mean m of everybody, drawn to 0 where impressions are few and in units of the label's standard
-    deviation, Σ (y - m) / ((n + s) σ). A group without impressions is zeros, but for the age, which is 1.
+    deviation, Σ (y - c - m) / ((n + s) σ). A group without impressions is zeros, but for the age, which is 1.
+
+    With `PastConfig.contexts` c is the excess of the impression's context, see `LabelStatistics`, else 0: who
+    is shown long videos, or much on a surface where few are clicked, is not taken for somebody who clicks
+    little.
 
     With `PastConfig.churn` also log(1 + n) of the impressions of the item that were passed over.
+
+    Attributes:
+      duration: the feature of the items by whose groups impressions are compared and counted, or None.
     """
 
     def __init__(
@@ -138,7 +152,7 @@ class PastOutcomes(tf.keras.layers.Layer):
         Args:
           spec: declares keys, windows, surfaces and tasks.
           statistics: training labels by task name.
-          config: what is counted; `trainer.log_requirements` says what churn needs.
+          config: what is counted; `trainer.log_requirements` says what churn and contexts need.
           **kwargs: passed to the Keras layer.
         """
         super().__init__(**kwargs)
@@ -147,8 +161,12 @@ class PastOutcomes(tf.keras.layers.Layer):
         self._positive: int | None = None
         if config.churn:
             self._positive = spec.task_labels.index(spec.positive)
-        by_label = {task.label: statistics[task.name].std for task in reversed(spec.tasks)}
-        self._scale = tf.constant([max(by_label[label], 1e-6) for label in spec.task_labels], tf.float32)
+        self.duration = context_duration(spec.tasks) if config.contexts else None
+        by_label = {task.label: statistics[task.name] for task in reversed(spec.tasks)}
+        of_labels = [by_label[label] for label in spec.task_labels]
+        self._scale = tf.constant([max(label.std, 1e-6) for label in of_labels], tf.float32)
+        excess = [label.context_excess if config.contexts else [[0.0]] for label in of_labels]
+        self._excess = np.stack(excess, axis=-1).astype(np.float32)
 
     def call(
         self,
@@ -162,7 +180,7 @@ class PastOutcomes(tf.keras.layers.Layer):
         Args:
           impressions: of U users.
           surface: int [U], of the request; None for a dataset without surfaces.
-          candidates: int [U, N, T] by key.
+          candidates: int [U, N, T] by key, and by `duration` the group.
           label_means: float32 [U, N, S], of everybody.
 
         Returns:
@@ -177,15 +195,27 @@ class PastOutcomes(tf.keras.layers.Layer):
         # Those of the user, the same for all candidates, are added up once.
         groups_of_user = tf.stack([group[:, tf.newaxis] for group in of_user], axis=-2)
         groups_by_key = tf.stack(list(by_key.values()), axis=-2)
+        compared = self._compared(impressions)
         tables = [
-            self._summary(impressions, groups_of_user, label_means, ()),
-            self._summary(impressions, groups_by_key, label_means, self._key_windows_days),
+            self._summary(compared, groups_of_user, label_means, ()),
+            self._summary(compared, groups_by_key, label_means, self._key_windows_days),
         ]
         if self._positive is not None:
             passed = _passed_over(impressions, self._positive)[..., tf.newaxis]
             number = _times(tf.cast(by_key[ft.ITEM_ID], tf.float32)[:, :, tf.newaxis], passed)
             tables.append(tf.math.log1p(number[..., 0]))
         return tf.concat(tables, axis=-1)
+
+    def _compared(self, impressions: Impressions) -> Impressions:
+        """The impressions with y - c in place of y, as if all had been shown in a usual context."""
+        num_surfaces, num_durations, num_labels = self._excess.shape
+        place = tf.zeros_like(impressions.is_shown, tf.int32)
+        if num_surfaces > 1:
+            place += tf.cast(impressions.surface, tf.int32) * num_durations
+        if self.duration is not None:
+            place += tf.cast(impressions.keys[self.duration][..., 0], tf.int32)
+        excess = self._excess.reshape([num_surfaces * num_durations, num_labels])
+        return impressions._replace(labels=impressions.labels - tf.gather(excess, place))
 
     def _summary(
         self,

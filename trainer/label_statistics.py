@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +31,11 @@ _MIN_GROUP_ROWS = 100
 # Above 0, thresholds crowd towards the long watches; 0 spreads them evenly over the rows.
 _TAIL_EMPHASIS = 2.0
 _Table = tuple[tuple[float, ...], ...]
-_TABLES = ("quantiles", "thresholds", "bin_means")
+_TABLES = ("quantiles", "thresholds", "bin_means", "context_excess")
+# Duration groups of contexts: 0 padding, 1 unknown, then these many quantile buckets in one.
+_BUCKETS_PER_CONTEXT = 4
+# Rows that the mean of a surface counts for in that of its duration groups, and that of all rows in its own.
+_CONTEXT_SMOOTHING = 20.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +59,9 @@ class LabelStatistics:
       thresholds: [G][K], ascending (ordinal).
       bin_means: [G][K + 1], mean of the labels between two thresholds, ascending (ordinal).
       exceedance: [K], share of the rows whose label is above threshold k of their group (ordinal).
+      context_excess: [A][C], how far the mean label of a context, a surface and a group of durations, is
+        above that of all rows; a missing label counts as 0. A is 1 without surfaces, C without durations;
+        empty where nothing is known of contexts.
     """
 
     count: int
@@ -68,6 +76,7 @@ class LabelStatistics:
     thresholds: _Table = ()
     bin_means: _Table = ()
     exceedance: tuple[float, ...] = ()
+    context_excess: _Table = ()
 
     def __post_init__(self) -> None:
         for name in _TABLES:
@@ -76,7 +85,10 @@ class LabelStatistics:
 
 
 def label_statistics(
-    windows: Iterable[Mapping[str, npt.NDArray]], tasks: Sequence[TaskSpec]
+    windows: Iterable[Mapping[str, npt.NDArray]],
+    tasks: Sequence[TaskSpec],
+    num_surfaces: int = 1,
+    surface: str | None = None,
 ) -> dict[str, LabelStatistics]:
     """Summarises the labels of every task in one pass and refuses labels that their task cannot learn from.
 
@@ -86,6 +98,8 @@ def label_statistics(
       windows: training data in pieces; each holds every task's labels, float32 [n], NaN where missing, and
         for a task with a duration feature that feature's bucket, int [n].
       tasks: the declared tasks.
+      num_surfaces: ids of surfaces, padding and OOV included.
+      surface: transformed name of the surface, int [n] in each piece; None for a dataset without surfaces.
 
     Returns:
       Statistics by task name.
@@ -96,12 +110,50 @@ def label_statistics(
         of covington_logistic, another label is constant, or a label is infinite.
     """
     names = {name for task in tasks for name in (*task.labels, *_bucket_names(task))}
+    if surface is not None:
+        names.add(surface)
     pieces: dict[str, list[npt.NDArray]] = {name: [] for name in names}
     for window in windows:
         for name in names:
             pieces[name].append(np.asarray(window[name]))
     columns = {name: np.concatenate(parts) if parts else np.empty(0) for name, parts in pieces.items()}
-    return {task.name: _statistics(task, columns) for task in tasks}
+    duration = context_duration(tasks)
+    durations = None if duration is None else duration_contexts(columns[bucket_name(duration)])
+    surfaces = None if surface is None else columns[surface]
+    return {
+        task.name: dataclasses.replace(
+            _statistics(task, columns),
+            context_excess=_context_excess(columns[task.label], surfaces, num_surfaces, durations),
+        )
+        for task in tasks
+    }
+
+
+def context_duration(tasks: Sequence[TaskSpec]) -> str | None:
+    """The item feature by which contexts tell durations apart: the first that a task declares."""
+    return next((task.duration_feature for task in tasks if task.duration_feature is not None), None)
+
+
+def duration_contexts(buckets: Any) -> Any:
+    """Groups of quantile buckets, 0 being that of unknown durations: 1 for these, then from 2 up."""
+    return (buckets + 2 * _BUCKETS_PER_CONTEXT - 1) // _BUCKETS_PER_CONTEXT
+
+
+def _context_excess(
+    labels: npt.NDArray, surfaces: npt.NDArray | None, num_surfaces: int, durations: npt.NDArray | None
+) -> _Table:
+    values = np.nan_to_num(labels.astype(np.float64))
+    mean, nothing = values.mean(), np.zeros(len(values), np.int64)
+    num_durations = 1 if durations is None else duration_contexts(features.NUM_BUCKETS) + 1
+    excess = np.zeros((num_surfaces, 1))
+    by_surface = nothing if surfaces is None else surfaces.astype(np.int64)
+    cell = by_surface * num_durations + (nothing if durations is None else durations)
+    for groups, number in ((by_surface, 1), (cell, num_durations)):
+        size = num_surfaces * number
+        rows, sums = np.bincount(groups, minlength=size), np.bincount(groups, values - mean, size)
+        drawn = sums.reshape(num_surfaces, number) + _CONTEXT_SMOOTHING * excess
+        excess = drawn / (rows.reshape(num_surfaces, number) + _CONTEXT_SMOOTHING)
+    return tuple(map(tuple, excess.tolist()))
 
 
 def bucket_name(duration_feature: str) -> str:

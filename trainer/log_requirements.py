@@ -36,3 +36,9 @@ def check_log(config: RankingConfig, spec: DatasetSpec) -> None:
             f"ranking.past.churn needs {ft.ITEM_ID!r} among counters.keys of the dataset {spec.name!r}, and "
             f"a task of its positive label {spec.positive!r}; declare both, or remove the setting."
         )
+    has_contexts = spec.surface_is_mapped or any(task.duration_feature for task in spec.tasks)
+    if config.past.contexts and not has_contexts:
+        raise ConfigError(
+            f"ranking.past.contexts tells surfaces and durations apart, but the dataset {spec.name!r} maps "
+            "no surface and no task has a duration_feature; declare one, or remove the setting."
+        )

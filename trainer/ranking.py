@@ -35,7 +35,7 @@ from trainer.encoder import (
 from trainer.experts import experts
 from trainer.impressions import Impressions, ItemAttributes, PastOutcomes, read_impressions, shares_value
 from trainer.interactions import interaction
-from trainer.label_statistics import LabelStatistics, bucket_name
+from trainer.label_statistics import LabelStatistics, bucket_name, duration_contexts
 from trainer.loss_balancing import LossBalancer
 from trainer.ranking_losses import labelled_loss, objective
 from trainer.score import declared_weights, final_score
@@ -261,7 +261,7 @@ class RankingModel(tfrs.models.Model):
             impressions,
             None if self._surface_id is None else features[self._surface_id],
             events.is_shown,
-            self._embed_keys(events.keys),
+            self._embed_keys({key: events.keys[key] for key in self.keys}),
             tf.concat([events.labels, events.log_age[..., tf.newaxis]], axis=-1),
             {category_name(left): features[category_name(left)] for left, _ in self.cross_encoder.pairs},
             {left.name: _values(features, left) for left, _ in self.shared},
@@ -339,6 +339,9 @@ class RankingModel(tfrs.models.Model):
         """
         match = items.embedding * query.history[:, tf.newaxis]
         keys = {key: items.values[key] for key in self.keys}
+        duration = self.past_outcomes.duration
+        if duration is not None:
+            keys[duration] = duration_contexts(items.ids[bucket_name(duration)])[..., tf.newaxis]
         past = self.past_outcomes(query.impressions, query.surface, keys, items.label_means)
         attended = self.behaviour.match(
             items.key_embedding, query.events, query.is_event, query.event_features, training

@@ -98,7 +98,7 @@ def run_fn(fn_args: Any) -> None:
     train_windows = windows(fn_args.train_files, transform_output)
     eval_windows = windows(fn_args.eval_files, transform_output)
 
-    statistics = label_statistics(train_windows.as_numpy_iterator(), spec.tasks)
+    statistics = read_statistics(train_windows, transform_output, spec)
     positions = _positions(train_windows, transform_output, spec, config)
     tf.keras.utils.set_random_seed(config.seed)
     vectors = item_vectors(train_windows, transform_output, spec, config)
@@ -308,13 +308,24 @@ def _positions(
 ) -> dict[str, PositionStatistics] | None:
     if config.position.kind == "none":
         return None
-    surface, num_surfaces = None, 1
-    if spec.surface_is_mapped:
-        surface = features.feature_space(spec).find(features.SURFACE).id_name
-        num_surfaces = vocabulary_sizes(transform_output, spec)[features.SURFACE]
     return position_statistics(
-        train_windows.as_numpy_iterator(), spec.tasks, config.position, num_surfaces, surface
+        train_windows.as_numpy_iterator(), spec.tasks, config.position, *_surfaces(transform_output, spec)
     )
+
+
+def read_statistics(
+    train_windows: tf.data.Dataset, transform_output: tft.TFTransformOutput, spec: DatasetSpec
+) -> dict[str, LabelStatistics]:
+    """The statistics of the training labels, by task, with those of contexts."""
+    return label_statistics(train_windows.as_numpy_iterator(), spec.tasks, *_surfaces(transform_output, spec))
+
+
+def _surfaces(transform_output: tft.TFTransformOutput, spec: DatasetSpec) -> tuple[int, str | None]:
+    """Number of ids of surfaces, padding and OOV included, and their feature; 1 and None without surfaces."""
+    if not spec.surface_is_mapped:
+        return 1, None
+    name = features.feature_space(spec).find(features.SURFACE).id_name
+    return vocabulary_sizes(transform_output, spec)[features.SURFACE], name
 
 
 def _attributes(

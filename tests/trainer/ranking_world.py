@@ -80,9 +80,10 @@ VOCABULARY_SIZES = {
 
 
 def attributes(declaration: DatasetSpec) -> ItemAttributes:
-    """Creators and tags of all items, as `rows` has them."""
+    """Creators and tags of all items, as `rows` has them, and lengths."""
     item = np.arange(NUM_ITEMS)
     columns = {"item_id_id": item + 2, "creator_id_id": item % 3 + 2, "tag_ids": item[:, np.newaxis] % 2 + 2}
+    columns["length_bucket"] = item % 32 + 1
     catalogue = Catalogue(np.array(ITEMS, object), columns, None)
     return ItemAttributes(catalogue, VOCABULARY_SIZES["item_id"], declaration)
 

@@ -341,3 +341,42 @@ def test_a_label_that_is_always_the_same_does_not_blow_up() -> None:
     tensors = {key: tf.constant(values) for key, values in candidates(1).items()}
     found = PastOutcomes(SPEC, constant, PAST)(impressions, tf.constant(SURFACE), tensors, tf.ones([5, 4, 2]))
     assert np.all(np.isfinite(found))
+
+
+def with_durations() -> tuple[DatasetSpec, ItemAttributes]:
+    """The declaration and the items with a duration, by which contexts and impressions are told apart."""
+    raw = SPEC.model_dump(mode="json")
+    raw["items"]["features"] += [{"name": "duration_s", "kind": "continuous"}]
+    raw["tasks"][0] |= {"method": "ordinal", "duration_feature": "duration_s"}
+    spec = DatasetSpec.model_validate(raw)
+    buckets = np.array([4, 1, 5, 0, 8, 3, 3])
+    columns = {**CATALOGUE.transformed, "duration_s_bucket": buckets}
+    return spec, ItemAttributes(Catalogue(CATALOGUE.item_ids, columns, None), NUM_ITEM_IDS, spec)
+
+
+def test_labels_are_compared_with_those_usual_on_the_surface_for_the_duration() -> None:
+    spec, items = with_durations()
+    # By item id; unknown items have no group, item 5 has a duration that is not known.
+    assert items.tables["duration_s"].numpy()[:, 0].tolist() == [0, 0, 2, 2, 3, 1, 3, 0]
+    columns = {name: np.zeros((1, 3), column.dtype) for name, column in transformed(0).items()}
+    columns["impression_item_ids_ids"][0] = [2, 4, 0]
+    columns["impression_surfaces_ids"][0] = [3, 2, 0]
+    columns["impression_click"][0] = [1.0, 0.0, 0.0]
+    excess = np.zeros((4, 10))
+    excess[3, 2], excess[2, 3] = 0.4, -0.3
+    statistics = {
+        "click": LabelStatistics(9, 0.5, 0.5, 0.0, 1.0, context_excess=excess),
+        "watch": LabelStatistics(9, 10.0, 20.0, 0.0, 99.0, context_excess=0 * excess),
+    }
+    impressions = read_impressions({n: tf.constant(c) for n, c in columns.items()}, items, spec)
+    keys = {key: tf.zeros([1, 1, 1], tf.int64) for key in spec.counters.keys}
+    keys["duration_s"] = tf.constant([[[3]]])
+    layer = PastOutcomes(spec, statistics, PastConfig(contexts=True))
+    found = layer(impressions, tf.constant([0], tf.int64), keys, tf.constant([[[0.0, 0.2]]]))
+    number, _, watched, clicked = found.numpy().reshape(8, 4).T
+    # Both are of the user, in every window; one is as long as the candidate.
+    np.testing.assert_allclose(np.expm1(number), [2, 2, 2, 0, 0, 0, 0, 1], rtol=1e-6)
+    assert not watched.any()
+    # 1 - 0.4 and 0 + 0.3, each beside 0.2, as two of four; 0.3 alone as one of three; in units of 0.5.
+    of_user, of_duration = (0.4 + 0.1) / 4 / 0.5, 0.1 / 3 / 0.5
+    np.testing.assert_allclose(clicked, [of_user] * 3 + [0] * 4 + [of_duration], rtol=1e-5)

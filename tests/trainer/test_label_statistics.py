@@ -13,6 +13,7 @@ from schema.errors import DataError
 from trainer.label_statistics import (
     NUM_DURATION_GROUPS,
     LabelStatistics,
+    duration_contexts,
     label_statistics,
     threshold_levels,
 )
@@ -177,3 +178,29 @@ def test_watch_time_that_never_changes_is_learnt_by_its_mean() -> None:
 def test_clicks_that_cannot_be_learnt_are_refused(clicks: list[float], message: str) -> None:
     with pytest.raises(DataError, match=message):
         statistics_of(COVINGTON, [0, 3, 5], click=clicks)
+
+
+def test_excess_of_a_context_is_drawn_to_that_of_its_surface_where_rows_are_few() -> None:
+    task = watch(method="ordinal", num_thresholds=3, duration_feature="duration_s")
+    window = {
+        # Missing labels count as 0: the mean of all rows is 6.
+        "y": np.array([10.0, 14.0] * 10 + [NAN] * 20, np.float32),
+        "surface_id": np.array([2] * 20 + [3] * 20),
+        # Buckets 1 to 4 are group 2, bucket 5 is in group 3.
+        "duration_s_bucket": np.array([4] * 20 + [5] * 20),
+    }
+    excess = label_statistics([window], [task], num_surfaces=4, surface="surface_id")["watch"].context_excess
+    assert np.shape(excess) == (4, 10)
+    # Surface 2: 20 rows, on average 6 above the mean, beside 20 that are not: 3; then 20 more rows at 3.
+    assert excess[2][2] == pytest.approx((20 * 6 + 20 * 3) / 40)
+    assert excess[2][3] == pytest.approx(3)
+    assert excess[3][3] == pytest.approx(-(20 * 6 + 20 * 3) / 40)
+    assert set(excess[0]) == set(excess[1]) == {0.0}
+
+
+def test_without_surfaces_and_durations_there_is_one_context() -> None:
+    assert statistics_of(CLICK, [1, 0, 0, 1]).context_excess == ((0.0,),)
+
+
+def test_groups_of_durations_keep_unknown_ones_apart() -> None:
+    assert duration_contexts(np.array([0, 1, 4, 5, 32])).tolist() == [1, 2, 2, 3, 9]

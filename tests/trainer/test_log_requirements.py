@@ -16,7 +16,7 @@ NEEDY = {
     "position": {"kind": "pal", "learn_from": "exploration"},
     "propensity_clip": 100,
     "negative_rate": 0.5,
-    "past": {"churn": True},
+    "past": {"churn": True, "contexts": True},
 }
 
 
@@ -67,3 +67,14 @@ def test_churn_needs_the_item_and_its_positives(changes: dict[str, Any]) -> None
     config = RankingConfig.model_validate({"past": {"churn": True}})
     with pytest.raises(ConfigError, match=r"past\.churn needs 'item_id' among counters\.keys"):
         check_log(config, only(KUAIRAND, **changes))
+
+
+def test_contexts_need_surfaces_or_durations() -> None:
+    config = RankingConfig.model_validate({"past": {"contexts": True}})
+    columns = {name: c for name, c in KUAIRAND.interactions.columns.items() if name != "surface"}
+    alike = only(KUAIRAND, interactions={**KUAIRAND.interactions.model_dump(), "columns": columns})
+    check_log(config, alike)
+    tasks = [{"name": "click", "label": "click", "kind": "binary"}]
+    check_log(config, only(KUAIRAND, tasks=tasks))
+    with pytest.raises(ConfigError, match="maps no surface and no task has a duration_feature"):
+        check_log(config, only(alike, tasks=tasks))

@@ -9,7 +9,7 @@ import tensorflow as tf
 from schema.errors import ConfigError, DataError
 from tests.trainer import ranking_world as world
 from trainer import baselines, features, metrics
-from trainer.body_config import ExpertsConfig, InteractionConfig
+from trainer.body_config import ExpertsConfig, InteractionConfig, PastConfig
 from trainer.calibration_config import CalibrationConfig
 from trainer.config import RankingConfig
 from trainer.label_statistics import LabelStatistics, label_statistics
@@ -236,6 +236,27 @@ def test_candidates_of_one_query_get_the_logits_of_rows_of_their_own() -> None:
     for name, logits in together.items():
         np.testing.assert_allclose(logits, one_by_one[name], rtol=1e-4, atol=1e-5)
         assert len(np.unique(np.round(logits, 4))) == 12
+
+
+def test_candidates_compared_by_context_get_the_logits_of_rows_of_their_own() -> None:
+    *others, watch = SPEC.model_dump(mode="json")["tasks"]
+    spec = world.spec(tasks=[*others, watch | {"method": "ordinal", "duration_feature": "length"}])
+    rows, shown = world.rows(12, seed=2), world.rows(200, seed=3)
+    statistics = label_statistics([shown], spec.tasks, world.VOCABULARY_SIZES["surface"], "surface_id")
+    settings = CONFIG.model_copy(update={"past": PastConfig(contexts=True)})
+    tf.keras.utils.set_random_seed(1)
+    model = RankingModel(spec, world.VOCABULARY_SIZES, statistics, world.attributes(spec), settings)
+    model(rows)
+    for weight in model.trainable_weights:
+        weight.assign_add(tf.random.normal(weight.shape, stddev=0.3))
+    queries = {name: column[::4] for name, column in rows.items()}
+    together = model.logits(model.encode_query(queries), rows, num_candidates=4)
+    one_by_one = model({**rows, **{name: np.repeat(queries[name], 4, axis=0) for name in QUERY_NAMES}})
+    for name, logits in together.items():
+        np.testing.assert_allclose(logits, one_by_one[name], rtol=1e-4, atol=1e-4)
+    # Another length of a candidate is another group of impressions.
+    longer = {**rows, "length_bucket": np.full_like(rows["length_bucket"], 32)}
+    assert not np.allclose(model(longer)["click"], model(rows)["click"])
 
 
 @pytest.mark.parametrize("step", [0, 3], ids=["the same item", "another item of its creator"])
