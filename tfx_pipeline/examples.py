@@ -29,8 +29,9 @@ class ExampleSettings:
       train_end_unix_s: moment as of which user states and catalogue are taken.
       max_positives_per_user: a user's latest positives of the train split that retrieval learns from, so that
         a few heavy users do not dominate the loss (Covington et al. 2016, section 3.4).
-      history_until_unix_s: moment that histories, searches and impressions end with, for events after it;
-        None lets them reach up to each event, as a live system would know them.
+      history_until_unix_s: moment that histories, searches and impressions end with, for events after it,
+        and as of which impressions are dated: an event sees them as old as they were then. None lets them
+        reach up to each event, as a live system would know them.
     """
 
     train_end_unix_s: int
@@ -218,7 +219,10 @@ def _impressions(events: pl.DataFrame, log: pl.DataFrame, spec: DatasetSpec) -> 
     start, end = _window(_key(events, _KNOWN_UNTIL), _key(log), events["_user"].to_numpy() << TIME_BITS)
     start = np.maximum(start, end - spec.max_impressions)
     columns = log.select(column.alias(name) for name, column in _impression_columns(spec).items())
-    return [_gather_lists(columns[name], start, end).alias(name) for name in columns.columns]
+    lists = {name: _gather_lists(columns[name], start, end) for name in columns.columns}
+    # Otherwise everybody would seem to have been away since, which no training example has seen.
+    lists[features.IMPRESSION_TIMES] += events[features.EVENT_TIME] - events[_KNOWN_UNTIL]
+    return [values.alias(name) for name, values in lists.items()]
 
 
 def _history(

@@ -249,7 +249,10 @@ def test_what_is_known_of_a_user_can_end_before_the_events(until: int) -> None:
         assert row["event_time_unix_s"] == at["event_time_unix_s"]
         assert row["history_item_ids"] == history_oracle(events, known)
         assert row["search_tokens"] == search_oracle(events, known)
-        assert impressions_of(row) == impressions_oracle(events, at["user_id"], known["event_time_unix_s"])
+        seen = impressions_oracle(events, at["user_id"], known["event_time_unix_s"])
+        since = at["event_time_unix_s"] - known["event_time_unix_s"]
+        # As long before the event as they were before the moment.
+        assert impressions_of(row) == [(item, time + since, *outcome) for item, time, *outcome in seen]
     assert any(row["history_item_ids"] for row in built) == (until > 0)
 
 
