@@ -1,6 +1,7 @@
 """The user's latest impressions as the ranker reads them: what was shown, and what became of it.
 
-The same code runs in training and in the exported model; a request brings the impressions along.
+A request brings the impressions along. For its many candidates the exported model adds them up in another
+order: `trainer.request_outcomes`.
 
 Letters: U = requests, N = candidates per request, L = impressions, V = item ids, T = values of a key per
 item, S = task labels.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -161,6 +162,7 @@ class PastOutcomes(tf.keras.layers.Layer):
         self._positive: int | None = None
         if config.churn:
             self._positive = spec.task_labels.index(spec.positive)
+            self._item_key = spec.counters.keys.index(ft.ITEM_ID)
         self.duration = context_duration(spec.tasks) if config.contexts else None
         by_label = {task.label: statistics[task.name] for task in reversed(spec.tasks)}
         of_labels = [by_label[label] for label in spec.task_labels]
@@ -186,24 +188,57 @@ class PastOutcomes(tf.keras.layers.Layer):
         Returns:
           float32 [U, N, D].
         """
+        by_key = [_shares(values, impressions.keys[key]) for key, values in candidates.items()]
+        of_keys = _added_up(impressions, self.summands(impressions), tf.stack(by_key, axis=-2))
+        return self.describe(impressions, surface, of_keys, label_means)
+
+    def summands(self, impressions: Impressions) -> tf.Tensor:
+        """What is summed over the impressions that share a key with a candidate.
+
+        Returns:
+          float32 [U, L, C]: 1 and the labels in each window, and of all time; with churn, whether the
+          impression was passed over.
+        """
+        values = _values(self._compared(impressions))
+        windows = self._key_windows_days
+        lately = [tf.cast(impressions.age_days < days, tf.float32)[..., tf.newaxis] for days in windows]
+        # A window is a column more of one product, not a group more of all candidates.
+        columns = [*(values * mask for mask in lately), values]
+        if self._positive is not None:
+            columns.append(_passed_over(impressions, self._positive)[..., tf.newaxis])
+        return tf.concat(columns, axis=-1)
+
+    def describe(
+        self,
+        impressions: Impressions,
+        surface: tf.Tensor | None,
+        of_keys: tf.Tensor,
+        label_means: tf.Tensor,
+    ) -> tf.Tensor:
+        """As `call`, where the impressions that share a key with a candidate are added up.
+
+        Args:
+          impressions: of U users.
+          surface: see `call`.
+          of_keys: float32 [U, N, K, C + 1], by key: the sums of `summands`, and the recency of the latest
+            impression, 1 less its age, which is 0 where there is none.
+          label_means: see `call`.
+        """
         shown = impressions.is_shown
         of_user = [shown & (impressions.age_days < days) for days in self._windows_days] + [shown]
         if surface is not None and impressions.surface is not None:
             same = tf.equal(impressions.surface, surface[:, tf.newaxis])
             of_user.append(shown & same & (impressions.surface >= ft.FIRST_VOCABULARY_ID))
-        by_key = {key: _shares(values, impressions.keys[key]) for key, values in candidates.items()}
-        # Those of the user, the same for all candidates, are added up once.
-        groups_of_user = tf.stack([group[:, tf.newaxis] for group in of_user], axis=-2)
-        groups_by_key = tf.stack(list(by_key.values()), axis=-2)
-        compared = self._compared(impressions)
+        # The same for all candidates, and added up once.
+        groups = tf.stack(of_user, axis=-2)[:, tf.newaxis]
+        values = _values(self._compared(impressions))
         tables = [
-            self._summary(compared, groups_of_user, label_means, ()),
-            self._summary(compared, groups_by_key, label_means, self._key_windows_days),
+            self._summary(_added_up(impressions, values, groups), label_means, 1),
+            self._summary(of_keys, label_means, len(self._key_windows_days) + 1),
         ]
         if self._positive is not None:
-            passed = _passed_over(impressions, self._positive)[..., tf.newaxis]
-            number = _times(tf.cast(by_key[ft.ITEM_ID], tf.float32)[:, :, tf.newaxis], passed)
-            tables.append(tf.math.log1p(number[..., 0]))
+            # Of the key that is the item itself, the last of the sums.
+            tables.append(tf.math.log1p(of_keys[:, :, self._item_key, -2:-1]))
         return tf.concat(tables, axis=-1)
 
     def _compared(self, impressions: Impressions) -> Impressions:
@@ -217,43 +252,28 @@ class PastOutcomes(tf.keras.layers.Layer):
         excess = self._excess.reshape([num_surfaces * num_durations, num_labels])
         return impressions._replace(labels=impressions.labels - tf.gather(excess, place))
 
-    def _summary(
-        self,
-        impressions: Impressions,
-        group: tf.Tensor,
-        label_means: tf.Tensor,
-        windows_days: Sequence[float],
-    ) -> tf.Tensor:
-        """Sums groups of impressions up.
+    def _summary(self, groups: tf.Tensor, label_means: tf.Tensor, num_spans: int) -> tf.Tensor:
+        """Describes groups of impressions that have been added up.
 
         Args:
-          impressions: of U users.
-          group: bool [U, N or 1, G, L].
+          groups: float32 [U, N or 1, G, C + 1], see `describe`.
           label_means: float32 [U, N, S].
-          windows_days: W windows besides all time.
+          num_spans: W, windows and all time.
 
         Returns:
-          float32 [U, N, G ((W + 1) (1 + S) + 1)], of each group: numbers, age of the latest, rates.
+          float32 [U, N, G (W (1 + S) + 1)], of each group: numbers, age of the latest, rates.
         """
         num_users, num_candidates = tf.unstack(tf.shape(label_means)[:2])
-        counted = tf.cast(group, tf.float32)
-        values = tf.concat([tf.ones_like(impressions.labels[..., :1]), impressions.labels], axis=-1)
-        lately = [tf.cast(impressions.age_days < days, tf.float32)[..., tf.newaxis] for days in windows_days]
-        # A window is a column more of one product, not a group more of all candidates.
-        counts = _times(counted, tf.concat([*(values * mask for mask in lately), values], axis=-1))
-        num_groups, num_spans = group.shape[2], len(lately) + 1
-        shape = [num_users, tf.shape(counts)[1], num_groups * num_spans, values.shape[2]]
-        counts = tf.reshape(counts, shape)
+        num_groups, num_labels = groups.shape[2], label_means.shape[2]
+        shape = [num_users, tf.shape(groups)[1], num_groups * num_spans, 1 + num_labels]
+        counts = tf.reshape(groups[..., : num_spans * (1 + num_labels)], shape)
         number, sums = counts[..., :1], counts[..., 1:]
         excess = sums - number * label_means[:, :, tf.newaxis]
         rates = excess / (number + _SMOOTHING) / self._scale
-        recency = counted * (1.0 - impressions.log_age[:, tf.newaxis, tf.newaxis])
-        # The largest of nothing at all, where nobody has impressions, is minus infinity.
-        latest = 1.0 - tf.maximum(tf.reduce_max(recency, axis=-1, keepdims=True), 0.0)
         number = tf.reshape(number, [num_users, shape[1], num_groups, num_spans])
-        known = tf.concat([tf.math.log1p(number), latest], axis=-1)
+        known = tf.concat([tf.math.log1p(number), 1.0 - groups[..., -1:]], axis=-1)
         known = tf.broadcast_to(known, [num_users, num_candidates, *known.shape[2:]])
-        rates = tf.reshape(rates, [num_users, num_candidates, num_groups, num_spans * sums.shape[-1]])
+        rates = tf.reshape(rates, [num_users, num_candidates, num_groups, num_spans * num_labels])
         table = tf.concat([known, rates], axis=-1)
         return tf.reshape(table, [num_users, num_candidates, table.shape[2] * table.shape[3]])
 
@@ -309,6 +329,23 @@ def _same(candidates: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
     # No candidate has the id -1.
     theirs = tf.where(theirs >= ft.FIRST_VOCABULARY_ID, theirs, -1)
     return tf.equal(mine[..., tf.newaxis], theirs[:, tf.newaxis, tf.newaxis])
+
+
+def _values(impressions: Impressions) -> tf.Tensor:
+    """1 and the labels, float32 [U, L, 1 + S]."""
+    return tf.concat([tf.ones_like(impressions.labels[..., :1]), impressions.labels], axis=-1)
+
+
+def _added_up(impressions: Impressions, summands: tf.Tensor, groups: tf.Tensor) -> tf.Tensor:
+    """Groups of impressions, bool [U, N, G, L], of summands [U, L, C], added up: float32 [U, N, G, C + 1].
+
+    The last column is the recency of the latest, see `PastOutcomes.describe`.
+    """
+    counted = tf.cast(groups, tf.float32)
+    recency = counted * (1.0 - impressions.log_age[:, tf.newaxis, tf.newaxis])
+    # The largest of nothing at all, where nobody has impressions, is minus infinity.
+    latest = tf.maximum(tf.reduce_max(recency, axis=-1, keepdims=True), 0.0)
+    return tf.concat([_times(counted, summands), latest], axis=-1)
 
 
 def _times(groups: tf.Tensor, values: tf.Tensor) -> tf.Tensor:

@@ -38,6 +38,7 @@ from trainer.interactions import interaction
 from trainer.label_statistics import LabelStatistics, bucket_name, duration_contexts
 from trainer.loss_balancing import LossBalancer
 from trainer.ranking_losses import labelled_loss, objective
+from trainer.request_outcomes import request_outcomes
 from trainer.score import declared_weights, final_score
 from trainer.watch_time import task_context
 
@@ -342,7 +343,7 @@ class RankingModel(tfrs.models.Model):
         duration = self.past_outcomes.duration
         if duration is not None:
             keys[duration] = duration_contexts(items.ids[bucket_name(duration)])[..., tf.newaxis]
-        past = self.past_outcomes(query.impressions, query.surface, keys, items.label_means)
+        past = request_outcomes(self.past_outcomes, query.impressions, query.surface, keys, items.label_means)
         attended = self.behaviour.match(
             items.key_embedding, query.events, query.is_event, query.event_features, training
         )

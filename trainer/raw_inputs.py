@@ -81,7 +81,13 @@ def transform_request(layer: Any, raw: Mapping[str, tf.Tensor], spec: DatasetSpe
     inputs = (*features.raw_query_inputs(spec), *impressions)
     # Else whoever reads the lists side by side may fail first, with an error that does not name them.
     with tf.control_dependencies(checks):
-        transformed = layer({r.name: _to_sparse(raw[r.name], r) for r in inputs})
+        is_shown = tf.not_equal(raw[features.IMPRESSION_ITEMS], "")
+    # What is padding in all requests of a batch need not be compared with the candidates.
+    places = tf.range(1, tf.shape(is_shown)[1] + 1)
+    # The largest of nothing at all is far below 0.
+    longest = tf.maximum(tf.reduce_max(tf.where(is_shown, places, 0)), 0)
+    raw = {**raw, **{r.name: raw[r.name][:, :longest] for r in impressions}}
+    transformed = layer({r.name: _to_sparse(raw[r.name], r) for r in inputs})
     query = [name for feature in features.feature_space(spec).query for name in feature.transformed_names]
     return {name: to_dense(transformed[name]) for name in (*query, *features.impression_names(spec))}
 

@@ -234,13 +234,13 @@ class Ordinal:
         return _rows(self._first_mean, context) + steps
 
     def _median(self, exceedance: tf.Tensor, context: TaskContext) -> tf.Tensor:
-        exceedance = tf.sort(exceedance, axis=1, direction="DESCENDING")
-        ends = tf.ones_like(exceedance[:, :1])
-        curve = tf.concat([ends, exceedance, tf.zeros_like(ends)], axis=1)
-        edges = tf.broadcast_to(_rows(self._edges, context), tf.shape(curve))
-        # The last edge that at least half of the watches exceed, and the one after it.
-        lower = tf.reduce_sum(tf.cast(curve >= 0.5, tf.int32), axis=1) - 1
-        high_rate, low_rate = (tf.gather(curve, lower + i, batch_dims=1) for i in (0, 1))
+        # Between the last edge that at least half of the watches exceed, and the one after it. The sorted P_k
+        # there are the smallest of at least a half and the largest below; the outer edges have 1 and 0.
+        is_high = exceedance >= 0.5
+        lower = tf.reduce_sum(tf.cast(is_high, tf.int32), axis=1)
+        high_rate = tf.reduce_min(tf.where(is_high, exceedance, 1.0), axis=1)
+        low_rate = tf.reduce_max(tf.where(is_high, 0.0, exceedance), axis=1)
+        edges = tf.broadcast_to(_rows(self._edges, context), [tf.shape(lower)[0], self.num_logits + 2])
         low, high = (tf.gather(edges, lower + i, batch_dims=1) for i in (0, 1))
         return low + (high_rate - 0.5) / (high_rate - low_rate) * (high - low)
 
