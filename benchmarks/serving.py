@@ -304,7 +304,7 @@ def _message(model: str, inputs: Mapping[str, np.ndarray]) -> bytes:
     request = predict_pb2.PredictRequest()
     request.model_spec.name = model
     for name, array in inputs.items():
-        encode_tensor(array, request.inputs[name])
+        request.inputs[name].ParseFromString(encode_tensor(array))
     return bytes(request.SerializeToString())
 
 

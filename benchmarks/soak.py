@@ -206,7 +206,7 @@ def main(
             message = predict_pb2.PredictRequest()
             message.model_spec.name = _MODEL
             for name, array in served_models.requests(1, served_models.MAX_K, HISTORY, items).items():
-                encode_tensor(array, message.inputs[name])
+                message.inputs[name].ParseFromString(encode_tensor(array))
             with ModelServerProcess(
                 {_MODEL: base_path}, poll_wait_s=1.0, flags=[f"--num_workers={workers}"]
             ) as server:

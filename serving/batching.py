@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 import numpy as np
@@ -27,16 +27,18 @@ from serving.status import RequestError, invalid_argument
 logger = logging.getLogger(__name__)
 
 Arrays: TypeAlias = Mapping[str, npt.NDArray[Any]]
+_Answer = TypeVar("_Answer")
 
 
 @dataclass
 class _Task:
-    """One request; `outputs` gets those that the filter names, or the error."""
+    """One request; `answer` gets what `encode` makes of the outputs that the filter names, or the error."""
 
     inputs: Arrays
-    output_filter: Sequence[str]
     num_rows: int
-    outputs: asyncio.Future[dict[str, npt.NDArray[Any]]]
+    encode: Callable[[Arrays], Any]
+    output_filter: Sequence[str]
+    answer: asyncio.Future[Any]
 
 
 @dataclass
@@ -76,13 +78,22 @@ class Batcher:
         self._ready: deque[_Batch] = deque()
 
     def submit(
-        self, servable: Servable, signature_name: str, inputs: Arrays, output_filter: Sequence[str] = ()
-    ) -> asyncio.Future[dict[str, npt.NDArray[Any]]]:
+        self,
+        servable: Servable,
+        signature_name: str,
+        inputs: Arrays,
+        encode: Callable[[Arrays], _Answer],
+        output_filter: Sequence[str] = (),
+    ) -> asyncio.Future[_Answer]:
         """Runs one request with others of its signature: the arguments and errors of Servable.predict.
 
+        Args:
+          encode: makes the answer of what Servable.predict returns, in the thread of the batch, where it does
+            not hold up the event loop.
+
         Returns:
-          A future of what Servable.predict returns, or raises; a request whose future was cancelled does not
-          run any more.
+          A future of the answer, or of what Servable.predict or `encode` raises; a request whose future was
+          cancelled does not run any more.
 
         Raises:
           RequestError: also INVALID_ARGUMENT for inputs without a common first dimension or with more rows
@@ -90,9 +101,10 @@ class Batcher:
             FAILED_PRECONDITION when an output of the signature does not have one row per row of input.
         """
         servable.check(signature_name, inputs, output_filter)
-        task = _Task(inputs, output_filter, self._num_rows(inputs), self._loop.create_future())
+        answer: asyncio.Future[_Answer] = self._loop.create_future()
+        task = _Task(inputs, self._num_rows(inputs), encode, output_filter, answer)
         self._enqueue(task, servable, signature_name or DEFAULT_SIGNATURE)
-        return task.outputs
+        return answer
 
     def _num_rows(self, inputs: Arrays) -> int:
         if not inputs:
@@ -166,7 +178,7 @@ class Batcher:
             self._num_waiting[batch.key[:2]] -= 1
             if not self._num_waiting[batch.key[:2]]:
                 del self._num_waiting[batch.key[:2]]
-            tasks = [task for task in batch.tasks if not task.outputs.cancelled()]
+            tasks = [task for task in batch.tasks if not task.answer.cancelled()]
             if tasks:
                 self._num_free -= 1
                 self._executor.submit(self._run_in_thread, batch, tasks)
@@ -177,18 +189,19 @@ class Batcher:
         except Exception as error:
             logger.exception("batch failed model=%s version=%d", batch.servable.name, batch.servable.version)
             results = [error] * len(tasks)
-        self._loop.call_soon_threadsafe(self._finish, tasks, results)
+        answers = [_encode(task, result) for task, result in zip(tasks, results, strict=True)]
+        self._loop.call_soon_threadsafe(self._finish, tasks, answers)
 
-    def _finish(self, tasks: list[_Task], results: Sequence[Arrays | Exception]) -> None:
+    def _finish(self, tasks: list[_Task], answers: list[Any]) -> None:
         self._num_free += 1
         self._start_batches()
-        for task, result in zip(tasks, results, strict=True):
-            if task.outputs.cancelled():
+        for task, answer in zip(tasks, answers, strict=True):
+            if task.answer.cancelled():
                 continue
-            if isinstance(result, Exception):
-                task.outputs.set_exception(result)
+            if isinstance(answer, Exception):
+                task.answer.set_exception(answer)
             else:
-                task.outputs.set_result({name: result[name] for name in task.output_filter or result})
+                task.answer.set_result(answer)
 
     def _run(self, batch: _Batch, tasks: list[_Task]) -> list[Arrays | Exception]:
         """Results in the order of the tasks.
@@ -219,6 +232,16 @@ class Batcher:
             {name: array[end - task.num_rows : end] for name, array in outputs.items()}
             for task, end in zip(tasks, ends, strict=True)
         ]
+
+
+def _encode(task: _Task, result: Arrays | Exception) -> Any:
+    """The answer to a request, or the error, which must not fail its neighbours."""
+    if isinstance(result, Exception):
+        return result
+    try:
+        return task.encode({name: result[name] for name in task.output_filter or result})
+    except Exception as error:
+        return error
 
 
 def _joined(parts: Sequence[Arrays], num_missing_rows: int) -> dict[str, npt.NDArray[Any]]:

@@ -106,10 +106,8 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
             inference.multi_inference, check_method_name=check_method_name
         )
 
-    async def Predict(
-        self, request: predict_pb2.PredictRequest, context: grpc.aio.ServicerContext
-    ) -> predict_pb2.PredictResponse:
-        """Runs a signature; the answer names the version and signature that gave it."""
+    async def Predict(self, request: predict_pb2.PredictRequest, context: grpc.aio.ServicerContext) -> bytes:
+        """Runs a signature; the answer, a serialized PredictResponse, names the version and signature."""
         return await self._infer(context, "Predict", request, request.model_spec, inference.predict)
 
     async def Classify(
@@ -261,22 +259,22 @@ def reload_config(
 
 
 def _method(
-    answer: Callable[[_Request, grpc.aio.ServicerContext], Awaitable[Message]], kind: type[_Request]
+    answer: Callable[[_Request, grpc.aio.ServicerContext], Awaitable[Message | bytes]], kind: type[_Request]
 ) -> tuple[str, grpc.RpcMethodHandler]:
     """Name and handler of a method, as generated code registers it, but for bytes that are no such message.
 
     gRPC would answer these with UNKNOWN, and log a stack trace for each.
     """
 
-    async def call(data: bytes, context: grpc.aio.ServicerContext) -> Message:
+    async def call(data: bytes, context: grpc.aio.ServicerContext) -> Message | bytes:
         try:
             request = kind.FromString(data)
         except DecodeError as error:
             await _abort(context, invalid_argument(f"the message is not a {kind.__name__}: {error}"))
         return await answer(request, context)
 
-    def encode(message: Message) -> bytes:
-        return message.SerializeToString()
+    def encode(message: Message | bytes) -> bytes:
+        return message if isinstance(message, bytes) else message.SerializeToString()
 
     return answer.__name__, grpc.unary_unary_rpc_method_handler(call, response_serializer=encode)
 

@@ -6,9 +6,11 @@ Each reads and checks its request and returns a Call, which then runs alone or i
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 import numpy as np
@@ -23,7 +25,7 @@ from tensorflow_serving.apis import (
     regression_pb2,
 )
 
-from serving import metrics
+from serving import metrics, wire
 from serving.batching import Batcher
 from serving.servable import DEFAULT_SIGNATURE, Servable
 from serving.status import failed_precondition, invalid_argument, unimplemented
@@ -72,10 +74,17 @@ class Call(Generic[_Answer]):
     async def run_batched(self, batcher: Batcher) -> _Answer:
         """Answers together with requests that arrive at the same time; raises what Batcher.submit raises."""
         started = time.perf_counter()
-        waiting: list[asyncio.Future[dict[str, npt.NDArray[Any]]]] = []
+        if len(self.signature_names) == 1:
+            answer = await batcher.submit(
+                self.servable, self.signature_names[0], self.inputs, lambda outputs: self.encode([outputs]),
+                self.output_filter,
+            )  # fmt: skip
+            metrics.record_run(self.servable.name, self.api, time.perf_counter() - started)
+            return answer
+        waiting: list[asyncio.Future[_Outputs]] = []
         try:
             for name in self.signature_names:
-                waiting.append(batcher.submit(self.servable, name, self.inputs, self.output_filter))
+                waiting.append(batcher.submit(self.servable, name, self.inputs, lambda outputs: outputs))
             outputs = await asyncio.gather(*waiting)
         finally:
             # Where one is refused, nobody waits for the others; those that are done stay as they are.
@@ -114,24 +123,31 @@ def _num_bytes(arrays: _Outputs) -> int:
     return sum(array.nbytes for array in arrays.values())
 
 
-def predict(servable: Servable, request: predict_pb2.PredictRequest) -> Call[predict_pb2.PredictResponse]:
-    """Reads a Predict request; its answer names the version and signature that gave it.
+def predict(servable: Servable, request: predict_pb2.PredictRequest) -> Call[bytes]:
+    """Reads a Predict request; its answer is a serialized PredictResponse.
 
     Raises:
       RequestError: see `decode_tensor`.
     """
+    signature_name = request.model_spec.signature_name
 
-    def encode(outputs: Sequence[_Outputs]) -> predict_pb2.PredictResponse:
-        response = predict_pb2.PredictResponse()
-        _fill_model_spec(response.model_spec, servable, request.model_spec)
-        for name, array in outputs[0].items():
-            encode_tensor(array, response.outputs[name])
-        return response
+    def encode(outputs: Sequence[_Outputs]) -> bytes:
+        model_spec = _encode_model_spec(servable.name, servable.version, signature_name)
+        return b"".join([model_spec, *starmap(_encode_output, outputs[0].items())])
 
     inputs = {name: decode_tensor(name, proto) for name, proto in request.inputs.items()}
-    return Call(
-        servable, "Predict", [request.model_spec.signature_name], inputs, encode, request.output_filter
-    )
+    return Call(servable, "Predict", [signature_name], inputs, encode, request.output_filter)
+
+
+def _encode_output(name: str, array: npt.NDArray[Any]) -> bytes:
+    """One entry of the map `PredictResponse.outputs`, field 1: a message of key, 1, and value, 2."""
+    return wire.field(1, wire.field(1, name.encode()) + wire.field(2, encode_tensor(array)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _encode_model_spec(name: str, version: int, signature_name: str) -> bytes:
+    """`PredictResponse.model_spec`, field 2."""
+    return wire.field(2, _model_spec(name, version, signature_name).SerializeToString())
 
 
 def classify(
@@ -339,6 +355,11 @@ def _fill_regressions(result: regression_pb2.RegressionResult, outputs: _Outputs
 
 
 def _fill_model_spec(spec: model_pb2.ModelSpec, servable: Servable, requested: model_pb2.ModelSpec) -> None:
-    spec.name = servable.name
-    spec.version.value = servable.version
-    spec.signature_name = requested.signature_name or DEFAULT_SIGNATURE
+    spec.CopyFrom(_model_spec(servable.name, servable.version, requested.signature_name))
+
+
+def _model_spec(name: str, version: int, signature_name: str) -> model_pb2.ModelSpec:
+    """What an answer says of the version and signature that gave it."""
+    spec = model_pb2.ModelSpec(name=name, signature_name=signature_name or DEFAULT_SIGNATURE)
+    spec.version.value = version
+    return spec

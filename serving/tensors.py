@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -10,6 +12,7 @@ import numpy.typing as npt
 import tensorflow as tf
 from tensorflow.core.framework import tensor_pb2, types_pb2
 
+from serving import wire
 from serving.status import invalid_argument
 
 # A tensor proto may declare a large shape and hold one value; the shape alone must not exhaust the memory.
@@ -28,6 +31,7 @@ _VALUE_FIELDS: Final[dict[int, tuple[np.dtype[Any], str]]] = {
     types_pb2.DT_BOOL: (np.dtype(np.bool_), "bool_val"),
     types_pb2.DT_STRING: (np.dtype(object), "string_val"),
 }
+_NUMBERS: Final = {field.name: field.number for field in tensor_pb2.TensorProto.DESCRIPTOR.fields}
 _DATA_TYPES: Final = {dtype: data_type for data_type, (dtype, _) in _VALUE_FIELDS.items()}
 
 
@@ -42,8 +46,9 @@ def decode_tensor(name: str, proto: tensor_pb2.TensorProto) -> npt.NDArray[Any]:
       RequestError: INVALID_ARGUMENT when the proto contradicts itself, declares more than 2**27 elements,
         more than 2**20 by repeating one value, or more than 32 dimensions.
     """
-    shape = [dim.size for dim in proto.tensor_shape.dim]
-    if proto.tensor_shape.unknown_rank or any(size < 0 for size in shape):
+    declared = proto.tensor_shape
+    shape = [dim.size for dim in declared.dim]
+    if declared.unknown_rank or min(shape, default=0) < 0:
         raise invalid_argument(f"input {name!r}: a tensor needs a known shape, got {shape}")
     if len(shape) > _MAX_RANK:
         raise invalid_argument(
@@ -51,7 +56,7 @@ def decode_tensor(name: str, proto: tensor_pb2.TensorProto) -> npt.NDArray[Any]:
         )
     num_elements = math.prod(shape)
     # Without the zeros as well: NumPy refuses [0, 2**60], too.
-    if math.prod(filter(None, shape)) > _MAX_TENSOR_ELEMENTS:
+    if (num_elements or math.prod(filter(None, shape))) > _MAX_TENSOR_ELEMENTS:
         raise invalid_argument(f"input {name!r}: shape {shape} has more than {_MAX_TENSOR_ELEMENTS} elements")
     # tf.make_ndarray knows every type and the protos that repeat their last value, and takes five times as
     # long: a request of a recommender has a dozen tensors with one value per element.
@@ -70,13 +75,39 @@ def decode_tensor(name: str, proto: tensor_pb2.TensorProto) -> npt.NDArray[Any]:
         raise invalid_argument(f"input {name!r}: tensor cannot be decoded: {error}") from error
 
 
-def encode_tensor(array: npt.NDArray[Any], proto: tensor_pb2.TensorProto) -> None:
-    """Fills an empty proto, with the values in the typed field, as TensorFlow Serving does."""
+def encode_tensor(array: npt.NDArray[Any]) -> bytes:
+    """Returns a serialized TensorProto, with the values in the typed field, as TensorFlow Serving has them.
+
+    Strings and floats, which are what models answer with, are written here: filling a proto with a hundred
+    strings and scores and serializing it takes three times as long.
+    """
     data_type = _DATA_TYPES.get(array.dtype)
     if data_type is None:
-        proto.CopyFrom(tf.make_tensor_proto(array))
-        return
-    proto.dtype = data_type
-    for size in array.shape:
+        return bytes(tf.make_tensor_proto(array).SerializeToString())
+    header, field = _header(data_type, array.shape), _VALUE_FIELDS[data_type][1]
+    if array.dtype == object:
+        return header + _encode_strings(array.ravel().tolist())
+    if array.dtype.kind == "f":
+        return header + wire.field(_NUMBERS[field], array.tobytes())
+    return header + bytes(tensor_pb2.TensorProto(**{field: array.ravel().tolist()}).SerializeToString())
+
+
+@functools.lru_cache(maxsize=1024)
+def _header(data_type: int, shape: tuple[int, ...]) -> bytes:
+    """Type and shape of a TensorProto."""
+    proto = tensor_pb2.TensorProto(dtype=data_type)
+    for size in shape:
         proto.tensor_shape.dim.add(size=size)
-    getattr(proto, _VALUE_FIELDS[data_type][1]).extend(array.ravel().tolist())
+    return bytes(proto.SerializeToString())
+
+
+def _encode_strings(values: Sequence[bytes]) -> bytes:
+    parts = [b""] * (2 * len(values))
+    parts[::2] = map(_string_prefix, map(len, values))
+    parts[1::2] = values
+    return b"".join(parts)
+
+
+@functools.lru_cache(maxsize=1024)
+def _string_prefix(size: int) -> bytes:
+    return wire.prefix(_NUMBERS["string_val"], size)

@@ -76,10 +76,10 @@ class World:
             lambda seconds, callback: self.timers.append((seconds, callback)),
         )
 
-    async def ask(self, *rows, signature="", model=None, output_filter=("y",), dtype=np.int64):
+    async def ask(self, *rows, signature="", model=None, encode=dict, output_filter=("y",), dtype=np.int64):
         async def submit():
             inputs = {"x": np.array(rows, dtype)}
-            return await self.batcher.submit(model or self.model, signature, inputs, output_filter)
+            return await self.batcher.submit(model or self.model, signature, inputs, encode, output_filter)
 
         task = asyncio.ensure_future(submit())
         await asyncio.sleep(0)  # lets the request reach its batch
@@ -218,6 +218,20 @@ async def test_one_bad_request_fails_alone():
 
 
 @in_loop
+async def test_a_request_whose_answer_cannot_be_written_fails_alone():
+    def refuse(outputs):
+        raise invalid_argument("no such text")
+
+    world = World(max_batch_size=8)
+    asked = [await world.ask(1), await world.ask(2, encode=refuse), await world.ask(3)]
+    world.time_is_over()
+    await world.run_all()
+    with pytest.raises(RequestError, match="no such text"):
+        await asked.pop(1)
+    assert [await answer(task) for task in asked] == [[2], [6]]
+
+
+@in_loop
 async def test_a_request_is_refused_when_too_many_batches_wait_and_taken_again_later():
     world = World(max_batch_size=1, max_enqueued_batches=2)
     running, *waiting = [await world.ask(value) for value in (1, 2, 3)]
@@ -302,7 +316,7 @@ def test_inputs_that_cannot_be_batched_are_refused(inputs, complaint):
         world = World(max_batch_size=8)
         world.model.check = lambda *_: None
         with pytest.raises(RequestError, match=complaint) as caught:
-            await world.batcher.submit(world.model, "", inputs)
+            await world.batcher.submit(world.model, "", inputs, dict)
         assert caught.value.code == grpc.StatusCode.INVALID_ARGUMENT
 
     run()
@@ -312,7 +326,7 @@ def test_inputs_that_cannot_be_batched_are_refused(inputs, complaint):
 async def test_a_request_that_does_not_fit_the_signature_never_reaches_a_batch():
     world = World()
     with pytest.raises(RequestError, match="do not match"):
-        await world.batcher.submit(world.model, "", {"z": np.zeros(1)})
+        await world.batcher.submit(world.model, "", {"z": np.zeros(1)}, dict)
     assert not world.timers
 
 

@@ -18,6 +18,8 @@ ARRAYS = {
     "bool": np.array([True, False]),
     "float16": np.array([0.5, 65504], np.float16),
     "string": np.array([[b"a\x00", b""]], object),
+    "long strings": np.array([b"a" * size for size in (127, 128, 2**14 - 1, 2**14)], object),
+    "every other row": np.arange(6, dtype=np.float32).reshape(3, 2)[::2],
     "scalar": np.array(7, np.int64),
     "scalar string": np.array(b"end\x00", object),
     "empty": np.zeros((0, 3), np.float32),
@@ -26,8 +28,7 @@ ARRAYS = {
 
 @pytest.mark.parametrize("array", ARRAYS.values(), ids=ARRAYS)
 def test_an_array_survives_both_ways_and_as_tensor_content(array):
-    encoded = tensor_pb2.TensorProto()
-    encode_tensor(array, encoded)
+    encoded = tensor_pb2.TensorProto.FromString(encode_tensor(array))
     for proto in (encoded, tf.make_tensor_proto(array)):
         decoded = decode_tensor("x", proto)
         assert decoded.dtype == array.dtype
