@@ -54,6 +54,7 @@ def add_services(
     batcher: Batcher | None = None,
     reload: Reload | None = None,
     check_method_name: bool = False,
+    stopping: asyncio.Event | None = None,
 ) -> None:
     """Registers both services. Methods not defined here, such as PredictStreamed, answer UNIMPLEMENTED.
 
@@ -66,25 +67,29 @@ def add_services(
       batcher: runs requests together; None runs each alone.
       reload: has a config loaded; by default by `models` alone.
       check_method_name: see `inference.classify`.
+      stopping: once set, calls that come are refused with UNAVAILABLE.
     """
+    stopping = stopping or asyncio.Event()
     prediction = PredictionService(models, executor, batcher, check_method_name)
     model = ModelService(models, loader, reload)
     for service, methods in (
         (
             "tensorflow.serving.PredictionService",
             [
-                _method(prediction.Predict, predict_pb2.PredictRequest),
-                _method(prediction.Classify, classification_pb2.ClassificationRequest),
-                _method(prediction.Regress, regression_pb2.RegressionRequest),
-                _method(prediction.MultiInference, inference_pb2.MultiInferenceRequest),
-                _method(prediction.GetModelMetadata, get_model_metadata_pb2.GetModelMetadataRequest),
+                _method(prediction.Predict, predict_pb2.PredictRequest, stopping),
+                _method(prediction.Classify, classification_pb2.ClassificationRequest, stopping),
+                _method(prediction.Regress, regression_pb2.RegressionRequest, stopping),
+                _method(prediction.MultiInference, inference_pb2.MultiInferenceRequest, stopping),
+                _method(
+                    prediction.GetModelMetadata, get_model_metadata_pb2.GetModelMetadataRequest, stopping
+                ),
             ],
         ),
         (
             "tensorflow.serving.ModelService",
             [
-                _method(model.GetModelStatus, get_model_status_pb2.GetModelStatusRequest),
-                _method(model.HandleReloadConfigRequest, model_management_pb2.ReloadConfigRequest),
+                _method(model.GetModelStatus, get_model_status_pb2.GetModelStatusRequest, stopping),
+                _method(model.HandleReloadConfigRequest, model_management_pb2.ReloadConfigRequest, stopping),
             ],
         ),
     ):
@@ -259,7 +264,9 @@ def reload_config(
 
 
 def _method(
-    answer: Callable[[_Request, grpc.aio.ServicerContext], Awaitable[Message | bytes]], kind: type[_Request]
+    answer: Callable[[_Request, grpc.aio.ServicerContext], Awaitable[Message | bytes]],
+    kind: type[_Request],
+    stopping: asyncio.Event,
 ) -> tuple[str, grpc.RpcMethodHandler]:
     """Name and handler of a method, as generated code registers it, but for bytes that are no such message.
 
@@ -267,6 +274,8 @@ def _method(
     """
 
     async def call(data: bytes, context: grpc.aio.ServicerContext) -> Message | bytes:
+        if stopping.is_set():
+            await _abort(context, RequestError(grpc.StatusCode.UNAVAILABLE, "the server is stopping"))
         try:
             request = kind.FromString(data)
         except DecodeError as error:

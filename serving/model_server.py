@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _DRAIN_S: Final = 25.0  # below the 30 s after which process managers kill
+_REFUSE_S: Final = 0.5  # in which calls that come are told that the server is stopping
 # Requests that are read, wait for a thread or run, per API and worker. More would only wait longer, and hold
 # memory meanwhile.
 _MAX_CONCURRENT_REQUESTS: Final = 1000
@@ -182,6 +183,8 @@ async def _serve(flags: argparse.Namespace, link: WorkerLink | None = None) -> i
         await stop.wait()
         logger.info("stopping: no new requests, waiting up to %.0f s for those in flight", _DRAIN_S)
         models.close()
+        # gRPC cancels a call that comes while it closes, which clients do not retry, as they do UNAVAILABLE.
+        await asyncio.sleep(_REFUSE_S)
         drained = [grpc_server.stop(_DRAIN_S)]
         if rest is not None:
             drained.append(rest.cleanup())
@@ -231,6 +234,7 @@ def _add_services(
         batcher=batcher,
         reload=reload_everywhere if link is not None else None,
         check_method_name=flags.enable_signature_method_name_check,
+        stopping=stop,
     )
 
 
