@@ -264,7 +264,7 @@ class PastOutcomes(tf.keras.layers.Layer):
           float32 [U, N, G (W (1 + S) + 1)], of each group: numbers, age of the latest, rates.
         """
         num_users, num_candidates = tf.unstack(tf.shape(label_means)[:2])
-        num_groups, num_labels = groups.shape[2], label_means.shape[2]
+        num_groups, num_labels = groups.shape[2], self._scale.shape[0]
         shape = [num_users, tf.shape(groups)[1], num_groups * num_spans, 1 + num_labels]
         counts = tf.reshape(groups[..., : num_spans * (1 + num_labels)], shape)
         number, sums = counts[..., :1], counts[..., 1:]

@@ -280,6 +280,17 @@ def test_what_became_of_earlier_impressions_of_the_same_is_learnt(step: int) -> 
     assert metrics.auc(fresh["click"], outputs_of(model, fresh)["click"]) > 0.95
 
 
+def test_impressions_of_training_rows_are_not_grouped() -> None:
+    rows = world.rows(8, seed=1)
+    model = untrained(rows)
+    specs = {name: tf.TensorSpec([None, *column.shape[1:]], column.dtype) for name, column in rows.items()}
+    # Parsed examples have lists of any length.
+    specs[features.LABEL_MEANS] = tf.TensorSpec([None, None], tf.float32)
+    graph = tf.function(model, autograph=False).get_concrete_function(specs).graph
+    # Which would sort them anew for every row.
+    assert not [op for op in graph.get_operations() if op.type == "LowerBound"]
+
+
 def test_counters_are_learnt() -> None:
     rows, held_out = world.rows(3000, seed=1), world.rows(1000, seed=2)
     for data in (rows, held_out):
