@@ -416,8 +416,8 @@ class RecommenderClient:
     ) -> _Answer:
         """Asks with the weights of the request, as further inputs.
 
-        Weights stand in columns, whose order a version pushed since the last call may have changed: where the
-        scores are not what the weights make of the predictions, the order is looked up once more.
+        Weights stand in columns. A version pushed since the last call may have others, or in another order:
+        it is looked up again where the server refuses them, or the scores do not follow from them.
         """
         if not request.score_weights:
             return ask({})
@@ -425,9 +425,14 @@ class RecommenderClient:
             tasks = self._tasks_of(model, signature, request.deadline)
             weights = {**tasks, **request.score_weights}
             if not is_cached or weights.keys() == tasks.keys():
-                answer = ask({SCORE_WEIGHTS: weight_columns(tasks, request.score_weights)})
-                if follows_weights(items(answer), weights):
-                    return answer
+                try:
+                    answer = ask({SCORE_WEIGHTS: weight_columns(tasks, request.score_weights)})
+                except BadRequestError:  # of a version with more or fewer tasks, maybe
+                    if not is_cached:
+                        raise
+                else:
+                    if follows_weights(items(answer), weights):
+                        return answer
             self._tasks.pop(model, None)  # another thread may have been faster
         raise ServingError(
             f"{self._source(model)} gives scores that are not the sum of its predictions by the weights "

@@ -455,7 +455,9 @@ class WeighingFunnel(StubTransport):
     def predict(self, model, inputs, specs, timeout_s, signature="serving_default"):
         self.num_predictions += 1
         if signature == "score_tasks":
-            return Prediction({"tasks": list(self.tasks), "weights": [1.0, 1.0]}, 1)
+            return Prediction({"tasks": list(self.tasks), "weights": [1.0] * len(self.tasks)}, 1)
+        if len(inputs["score_weights"][0]) != len(self.tasks):
+            raise BadRequestError("score_weights must have a column for each task")
         weights = [1.0 if math.isnan(weight) else weight for weight in inputs["score_weights"][0]]
         score = sum(w * self.predictions[task] for w, task in zip(weights, self.tasks, strict=True))
         lists = {"item_ids": [["x"]], "reason_item_ids": [[""]], "item_is_known": [[1]], "score": [[score]]}
@@ -478,6 +480,9 @@ def test_weights_follow_their_tasks_when_a_newer_model_has_them_in_another_order
     assert score() == 110 and stub.num_predictions == 6
     stub.tasks, stub.predictions = ("b", "c"), {"b": 10.0, "c": 1.0}
     assert client.recommend({}, k=1, score_weights={"c": 7.0}).items[0].score == 17
+    stub.tasks, stub.predictions = ("b", "c", "d"), {"b": 10.0, "c": 1.0, "d": 0.5}
+    assert client.recommend({}, k=1, score_weights={"c": 7.0}).items[0].score == 17.5
+    stub.tasks, stub.predictions = ("b", "c"), {"b": 10.0, "c": 1.0}
     with pytest.raises(BadRequestError, match="name 'a', which is no task; the model weighs: b, c"):
         score()
 
