@@ -82,11 +82,14 @@ def transform_request(layer: Any, raw: Mapping[str, tf.Tensor], spec: DatasetSpe
     # Else whoever reads the lists side by side may fail first, with an error that does not name them.
     with tf.control_dependencies(checks):
         is_shown = tf.not_equal(raw[features.IMPRESSION_ITEMS], "")
-    # What is padding in all requests of a batch need not be compared with the candidates.
-    places = tf.range(1, tf.shape(is_shown)[1] + 1)
-    # The largest of nothing at all is far below 0.
-    longest = tf.maximum(tf.reduce_max(tf.where(is_shown, places, 0)), 0)
-    raw = {**raw, **{r.name: raw[r.name][:, :longest] for r in impressions}}
+    # What is padding or too long ago to count in all requests of a batch is not compared with candidates.
+    later = tf.cumsum(tf.cast(is_shown, tf.int32), axis=1, reverse=True)
+    counts = is_shown & (later <= spec.max_impressions)
+    places = tf.range(tf.shape(counts)[1])
+    # Where nothing counts the least and the largest of nothing leave nothing.
+    end = tf.maximum(tf.reduce_max(tf.where(counts, places + 1, 0)), 0)
+    start = tf.minimum(tf.reduce_min(tf.where(counts, places, end)), end)
+    raw = {**raw, **{r.name: raw[r.name][:, start:end] for r in impressions}}
     transformed = layer({r.name: _to_sparse(raw[r.name], r) for r in inputs})
     query = [name for feature in features.feature_space(spec).query for name in feature.transformed_names]
     return {name: to_dense(transformed[name]) for name in (*query, *features.impression_names(spec))}
