@@ -154,3 +154,14 @@ def means_of(seed: int, num_users: int = 5, num_candidates: int = 4) -> Array:
 
 
 SURFACE = np.array([2, 3, 0, 1, 2])
+
+
+def with_durations() -> tuple[DatasetSpec, ItemAttributes]:
+    """The declaration and the items with a duration, by which contexts and impressions are told apart."""
+    raw = SPEC.model_dump(mode="json")
+    raw["items"]["features"] += [{"name": "duration_s", "kind": "continuous"}]
+    raw["tasks"][0] |= {"method": "ordinal", "duration_feature": "duration_s"}
+    spec = DatasetSpec.model_validate(raw)
+    buckets = np.array([4, 1, 5, 0, 8, 3, 3])
+    columns = {**CATALOGUE.transformed, "duration_s_bucket": buckets}
+    return spec, ItemAttributes(Catalogue(CATALOGUE.item_ids, columns, None), NUM_ITEM_IDS, spec)

@@ -8,12 +8,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from schema.contract import DatasetSpec
 from tests.trainer.impression_world import (
     ATTRIBUTES,
-    CATALOGUE,
     DAY_S,
-    NUM_ITEM_IDS,
     PAST,
     SPEC,
     STATISTICS,
@@ -24,10 +21,10 @@ from tests.trainer.impression_world import (
     means_of,
     oracle,
     transformed,
+    with_durations,
 )
 from trainer.body_config import PastConfig
-from trainer.catalogue import Catalogue
-from trainer.impressions import Impressions, ItemAttributes, PastOutcomes, read_impressions
+from trainer.impressions import Impressions, PastOutcomes, read_impressions
 from trainer.label_statistics import LabelStatistics
 
 
@@ -214,17 +211,6 @@ def test_a_label_that_is_always_the_same_does_not_blow_up() -> None:
     tensors = {key: tf.constant(values) for key, values in candidates(1).items()}
     found = PastOutcomes(SPEC, constant, PAST)(impressions, tf.constant(SURFACE), tensors, tf.ones([5, 4, 2]))
     assert np.all(np.isfinite(found))
-
-
-def with_durations() -> tuple[DatasetSpec, ItemAttributes]:
-    """The declaration and the items with a duration, by which contexts and impressions are told apart."""
-    raw = SPEC.model_dump(mode="json")
-    raw["items"]["features"] += [{"name": "duration_s", "kind": "continuous"}]
-    raw["tasks"][0] |= {"method": "ordinal", "duration_feature": "duration_s"}
-    spec = DatasetSpec.model_validate(raw)
-    buckets = np.array([4, 1, 5, 0, 8, 3, 3])
-    columns = {**CATALOGUE.transformed, "duration_s_bucket": buckets}
-    return spec, ItemAttributes(Catalogue(CATALOGUE.item_ids, columns, None), NUM_ITEM_IDS, spec)
 
 
 def test_labels_are_compared_with_those_usual_on_the_surface_for_the_duration() -> None:

@@ -17,9 +17,11 @@ from tests.trainer.impression_world import (
     means_of,
     oracle,
     transformed,
+    with_durations,
 )
 from trainer.body_config import PastConfig
 from trainer.impressions import PastOutcomes, read_impressions
+from trainer.label_statistics import LabelStatistics
 from trainer.request_outcomes import request_outcomes
 
 
@@ -55,6 +57,26 @@ def test_outcomes_equal_those_of_a_loop_over_the_impressions(config: PastConfig,
     expected = oracle(columns, SURFACE[:4], keys, means, config)
     found = outcomes(columns, SURFACE[:4], keys, means, config=config)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_impressions_are_compared_by_context_in_the_order_of_a_request_too() -> None:
+    spec, items = with_durations()
+    excess = np.random.default_rng(4).normal(size=(2, 4, 10))
+    statistics = {
+        "click": LabelStatistics(9, 0.5, 0.5, 0.0, 1.0, context_excess=excess[0]),
+        "watch": LabelStatistics(9, 10.0, 20.0, 0.0, 99.0, context_excess=excess[1]),
+    }
+    layer = PastOutcomes(spec, statistics, PastConfig(contexts=True))
+    columns = {name: tf.constant(column) for name, column in transformed(1, num_users=5, length=30).items()}
+    durations = np.random.default_rng(5).integers(0, 4, (5, 20, 1))
+    keys = {**candidates(1, 5, 20), "duration_s": durations}
+    given = ({key: tf.constant(values) for key, values in keys.items()}, tf.constant(means_of(1, 5, 20)))
+
+    def run() -> tf.Tensor:
+        return request_outcomes(layer, read_impressions(columns, items, spec), tf.constant(SURFACE), *given)
+
+    # Run eagerly it is the layer itself.
+    np.testing.assert_allclose(tf.function(run, autograph=False)(), run(), rtol=1e-4, atol=1e-5)
 
 
 def test_outcomes_of_a_dataset_without_surfaces_have_a_group_less() -> None:
