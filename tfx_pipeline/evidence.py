@@ -11,6 +11,7 @@ from pathlib import Path
 from tensorflow_metadata.proto.v0 import anomalies_pb2
 
 from schema.contract import TaskSpec
+from schema.errors import DataError
 from serving.loadtest import TOTAL
 from serving.slo import Slo
 from tfx_pipeline.components.infra_validator import LOAD_FILE, REASON_FILE
@@ -109,10 +110,18 @@ def _index_recall(model: Path) -> dict[str, float | None] | None:
 
 
 def read_load(path: Path) -> Load | None:
-    """Reads what `slo_gate.check_slo` wrote; None where no load was put on the models."""
+    """Reads what `slo_gate.check_slo` wrote; None where no load was put on the models.
+
+    Raises:
+      DataError: an older version wrote it.
+    """
     if not path.is_file():
         return None
     facts = json.loads(path.read_text(encoding="utf-8"))
+    if "misses" not in facts:
+        raise DataError(
+            f"{path} was written by an older version; 'funnel run' with the same settings renews it"
+        )
     total = facts["result"]["latency_ms"].get(TOTAL)
     return Load(total and total["p99"], facts["misses"])
 

@@ -254,6 +254,11 @@ def restore_preranker(checkpoint: Checkpoint, config: PrerankerConfig, model: Ra
         )
     for path, variable in variables.items():
         variable.assign(weights[path])
+    if _PRERANKER_SCORES not in checkpoint.arrays:
+        raise CheckpointError(
+            "the checkpoint is of an older version, which kept no scores to check the pre-ranker by; train "
+            "anew with this code ('funnel run'), or use the code that exported it."
+        )
     scores = _pair_scores(model, student, checkpoint.probe())
     checkpoint.check_answers(
         {_PRERANKER_SCORES: scores}, {_PRERANKER_SCORES: checkpoint.arrays[_PRERANKER_SCORES]}
