@@ -109,6 +109,6 @@ def test_a_server_whose_ssl_config_is_not_there_does_not_start(base_paths, capsy
 
 def test_a_damaged_certificate_is_named_as_what_may_be_wrong(base_paths, tmp_path, capsys):
     config = config_file(tmp_path, server_key=PEM, server_cert=PEM)
-    flags = ["--port=auto", f"--model_base_path={base_paths['echo']}", f"--ssl_config_file={config}"]
-    assert main(flags) == 1
+    ports = ["--port=auto", "--rest_api_port=auto"]
+    assert main([*ports, f"--model_base_path={base_paths['echo']}", f"--ssl_config_file={config}"]) == 1
     assert "--ssl_config_file are damaged or do not belong together" in capsys.readouterr().err
