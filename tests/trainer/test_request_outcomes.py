@@ -112,5 +112,5 @@ def test_a_request_without_candidates_gets_no_outcomes() -> None:
 
 def test_no_candidate_is_compared_with_every_impression() -> None:
     given = transformed(1), SURFACE, candidates(1), means_of(1)
-    # Of the four of the layer one is left: the surfaces, which are the user's.
+    # Left are the product of the user's own groups and that of the tags, of which an item has several.
     assert len([op for op in graph(PAST, *given).graph.get_operations() if op.type == "BatchMatMulV2"]) == 2
