@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import tensorflow as tf
 
 from schema.contract import DatasetSpec
 from trainer.body_config import PastConfig
 from trainer.catalogue import Catalogue
-from trainer.impressions import ItemAttributes
+from trainer.impressions import ItemAttributes, PastOutcomes, read_impressions
 from trainer.label_statistics import LabelStatistics
 
 DAY_S = 86_400
@@ -165,3 +166,20 @@ def with_durations() -> tuple[DatasetSpec, ItemAttributes]:
     buckets = np.array([4, 1, 5, 0, 8, 3, 3])
     columns = {**CATALOGUE.transformed, "duration_s_bucket": buckets}
     return spec, ItemAttributes(Catalogue(CATALOGUE.item_ids, columns, None), NUM_ITEM_IDS, spec)
+
+
+def outcomes(
+    columns: dict[str, Array],
+    surface: Array | None,
+    keys: dict[str, Array],
+    means: Array,
+    config: PastConfig = PAST,
+) -> Array:
+    """What the layer itself says of every candidate."""
+    impressions = read_impressions({n: tf.constant(c) for n, c in columns.items()}, attributes(), SPEC)
+    layer = PastOutcomes(SPEC, STATISTICS, config)
+    given = None if surface is None else tf.constant(surface)
+    tensors = {key: tf.constant(values) for key, values in keys.items()}
+    result: Array = layer(impressions, given, tensors, tf.constant(means)).numpy()
+    assert not layer.weights
+    return result

@@ -15,33 +15,17 @@ from tests.trainer.impression_world import (
     SPEC,
     STATISTICS,
     SURFACE,
-    Array,
     attributes,
     candidates,
     means_of,
     oracle,
+    outcomes,
     transformed,
     with_durations,
 )
 from trainer.body_config import PastConfig
 from trainer.impressions import Impressions, PastOutcomes, read_impressions
 from trainer.label_statistics import LabelStatistics
-
-
-def outcomes(
-    columns: dict[str, Array],
-    surface: Array | None,
-    keys: dict[str, Array],
-    means: Array,
-    config: PastConfig = PAST,
-) -> Array:
-    impressions = read_impressions({n: tf.constant(c) for n, c in columns.items()}, attributes(), SPEC)
-    layer = PastOutcomes(SPEC, STATISTICS, config)
-    given = None if surface is None else tf.constant(surface)
-    tensors = {key: tf.constant(values) for key, values in keys.items()}
-    result: Array = layer(impressions, given, tensors, tf.constant(means)).numpy()
-    assert not layer.weights
-    return result
 
 
 @pytest.mark.parametrize("key", ["creator_id", "tags"])
@@ -153,14 +137,6 @@ def test_a_rate_far_above_the_usual_one_is_drawn_towards_it() -> None:
     np.testing.assert_allclose(clicked, [0.8, 0.8, 0.8, 0, 0.8 / 3 / 0.5, 0, 0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("length", [0, 6], ids=["no lists", "padding only"])
-def test_a_user_without_impressions_is_all_zeros_and_long_ago(length: int) -> None:
-    columns = {name: np.zeros((5, length), column.dtype) for name, column in transformed(1).items()}
-    found = outcomes(columns, SURFACE, candidates(1), means_of(1)).reshape(5, 4, 7, 4)
-    assert np.all(found[..., 1] == 1)
-    assert not found[..., [0, 2, 3]].any()
-
-
 @pytest.mark.parametrize("key", ["item_id", "creator_id", "tags"])
 @pytest.mark.parametrize("value", [0, 1], ids=["none", "unknown"])
 def test_what_two_items_do_not_have_or_nobody_knows_is_nothing_in_common(key: str, value: int) -> None:
@@ -175,18 +151,6 @@ def test_what_two_items_do_not_have_or_nobody_knows_is_nothing_in_common(key: st
     found = PastOutcomes(SPEC, STATISTICS, PAST)(impressions, tf.constant([value]), keys, tf.zeros([1, 1, 2]))
     numbers = found.numpy().reshape(7, 4)[:, 0]
     np.testing.assert_allclose(np.expm1(numbers), [1, 1, 1, 0, 0, 0, 0], rtol=1e-6)
-
-
-def test_padding_and_its_place_do_not_matter() -> None:
-    columns, keys, means = transformed(2), candidates(2), means_of(2)
-    expected = outcomes(columns, SURFACE, keys, means)
-    rng = np.random.default_rng(0)
-    order = rng.permutation(9)
-    wider = {name: np.pad(column[:, order], ((0, 0), (2, 3))) for name, column in columns.items()}
-    # Whatever else stands where there is no item.
-    wider["impression_click"][wider["impression_item_ids_ids"] == 0] = 1.0
-    wider["impression_surfaces_ids"][wider["impression_item_ids_ids"] == 0] = 2
-    np.testing.assert_allclose(outcomes(wider, SURFACE, keys, means), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_candidates_of_one_user_are_judged_as_rows_of_their_own() -> None:

@@ -1,11 +1,13 @@
 """Outcomes of many candidates of a request against a loop, in a graph that does not know any sizes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.trainer import impression_world
 from tests.trainer.impression_world import (
     PAST,
     SPEC,
@@ -87,20 +89,26 @@ def test_outcomes_of_a_dataset_without_surfaces_have_a_group_less() -> None:
     np.testing.assert_allclose(outcomes(columns, None, keys, means), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_padding_and_its_place_do_not_matter() -> None:
+@pytest.mark.parametrize("outcomes_of", [impression_world.outcomes, outcomes], ids=["layer", "request"])
+def test_padding_and_its_place_do_not_matter(outcomes_of: Callable[..., Array]) -> None:
     columns, keys, means = transformed(2), candidates(2), means_of(2)
     order = np.random.default_rng(0).permutation(9)
     wider = {name: np.pad(column[:, order], ((0, 0), (2, 3))) for name, column in columns.items()}
     # Whatever else stands where there is no item.
     wider["impression_click"][wider["impression_item_ids_ids"] == 0] = 1.0
-    expected = oracle(columns, SURFACE, keys, means)
-    np.testing.assert_allclose(outcomes(wider, SURFACE, keys, means), expected, rtol=1e-4, atol=1e-5)
+    wider["impression_surfaces_ids"][wider["impression_item_ids_ids"] == 0] = 2
+    found = outcomes_of(wider, SURFACE, keys, means)
+    np.testing.assert_allclose(found, outcomes_of(columns, SURFACE, keys, means), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found, oracle(columns, SURFACE, keys, means), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("length", [0, 6], ids=["no lists", "padding only"])
-def test_a_user_without_impressions_is_all_zeros_and_long_ago(length: int) -> None:
+@pytest.mark.parametrize("outcomes_of", [impression_world.outcomes, outcomes], ids=["layer", "request"])
+def test_a_user_without_impressions_is_all_zeros_and_long_ago(
+    outcomes_of: Callable[..., Array], length: int
+) -> None:
     columns = {name: np.zeros((5, length), column.dtype) for name, column in transformed(1).items()}
-    found = outcomes(columns, SURFACE, candidates(1), means_of(1)).reshape(5, 4, 7, 4)
+    found = outcomes_of(columns, SURFACE, candidates(1), means_of(1)).reshape(5, 4, 7, 4)
     assert np.all(found[..., 1] == 1)
     assert not found[..., [0, 2, 3]].any()
 
