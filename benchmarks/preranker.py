@@ -59,6 +59,7 @@ from trainer.label_statistics import LabelStatistics, label_statistics
 from trainer.preprocessing import preprocessing_fn, vocabulary_sizes
 from trainer.preranker import (
     PreRanker,
+    PreRanking,
     ServedPreRanker,
     catalogue_features,
     describe_items,
@@ -144,7 +145,8 @@ def distilled(run_dir: Path, folder: Path, num_users: int, config: PrerankerConf
         "log": found.log,
         "held_out": found.survival,
     }
-    _save(served, ServedPreRanker(found.student, served, layer, spec, moment), folder)
+    preranking = PreRanking(found.student, moment, config.num_kept)
+    _save(served, ServedPreRanker(preranking, served, layer, spec), folder)
     popularity = item_popularity(items, spec)[:-1]
     return Exported(folder, catalogue.item_ids, popularity, requests, facts)
 
@@ -216,7 +218,8 @@ def made_up(folder: Path, spec: DatasetSpec, config: PrerankerConfig) -> Exporte
     # A pre-ranker that was fitted to nothing reads nothing.
     student.query_inputs.fit(tf.random.normal([100, queries.shape[1]]))
     student.item_inputs.fit(described)
-    pre_ranker = ServedPreRanker(student, served, layer, spec, _TRAIN_END_UNIX_S)
+    preranking = PreRanking(student, _TRAIN_END_UNIX_S, config.num_kept)
+    pre_ranker = ServedPreRanker(preranking, served, layer, spec)
     _save(served, pre_ranker, folder / "model")
     return Exported(folder / "model", item_ids, item_popularity(items, spec)[:-1], requests, {})
 

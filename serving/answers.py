@@ -131,10 +131,11 @@ def parse_ranking(answer: Prediction, item_ids: Sequence[str], source: str) -> l
     ]
 
 
-def parse_pre_ranking(answer: Prediction, source: str) -> list[str]:
-    """Reads the item ids that a pre-ranker keeps of one query's candidates; see parse_retrieval."""
+def parse_pre_ranking(answer: Prediction, source: str) -> tuple[list[str], int]:
+    """Reads which items a pre-ranker prefers, and how many the ranker should get; see parse_retrieval."""
     # "" pads a short list, and is what the candidates begin with.
-    return [item_id for item_id in _row(answer, "item_ids", source) if item_id]
+    item_ids = [item_id for item_id in _row(answer, "item_ids", source) if item_id]
+    return item_ids, int(_row(answer, "num_kept", source))
 
 
 def parse_tasks(answer: Prediction, source: str) -> dict[str, float]:

@@ -82,6 +82,8 @@ __all__ = [
 _LOGGER = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
 _READY_POLL_S: Final = 0.1
+# A newer version may have gained a pre-ranker: no request fails by that.
+_KNOWN_FOR_S: Final = 60.0
 # Parts of which bundles tell a hash, as in trainer.fingerprint. The trainer is not imported here: it insists
 # on being imported before TensorFlow, which a user of the client need not know.
 _PARTS: Final = ("transform", "catalogue", "towers", "index", "ranker")
@@ -103,6 +105,23 @@ class _Request:
     deadline: float
 
 
+@dataclass
+class _Known:
+    """What a model was found to be; its newest version may be another since.
+
+    Attributes:
+      signatures: see `Transport.signatures`.
+      until: time.monotonic() from which it is looked up again.
+      tasks: the declared weight of each, in the order of their columns; None until somebody asked.
+      num_kept: candidates that its pre-ranker leaves to the ranker; None until it told.
+    """
+
+    signatures: Signatures
+    until: float
+    tasks: Mapping[str, float] | None = None
+    num_kept: int | None = None
+
+
 @dataclass(frozen=True)
 class OneCall:
     """One model retrieves and ranks."""
@@ -119,15 +138,14 @@ class OneCall:
 class TwoCalls:
     """One model retrieves, another ranks; of many candidates its pre-ranker, if it has one, keeps the best.
 
+    A third call keeps them, where retrieval found more than the model says that its ranker should score.
+
     Attributes:
       retrieval, ranking: names of the models.
-      num_kept: candidates that are ranked at most where there is a pre-ranker; k of them where k is more. A
-        third call cuts them where retrieval found more.
     """
 
     retrieval: str = "retrieval"
     ranking: str = "ranking"
-    num_kept: int = 500
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -188,8 +206,7 @@ class RecommenderClient:
         self._layouts = tuple(layouts)
         self._retrier = Retrier(retry or RetryPolicy())
         self._transport: Transport = open_transport(target, version_label)
-        self._signatures: dict[str, Signatures] = {}
-        self._tasks: dict[str, Mapping[str, float]] = {}
+        self._known: dict[str, _Known] = {}
         self._mismatches: dict[tuple[tuple[str, int | None], ...], str] = {}
         self._found: dict[tuple[Layout, ...], Any] = {}
 
@@ -270,12 +287,12 @@ class RecommenderClient:
         deadline = self._deadline()
 
         def ask(layout: TwoCalls) -> list[str]:
-            if not self._has_preranker(layout, deadline):
+            if PRE_RANK_SIGNATURE not in self._known_of(layout.ranking, deadline).signatures:
                 raise BadRequestError(
                     f"model {layout.ranking!r} has no pre-ranker; set ranking.preranker before it is trained"
                 )
             check_names(query, self._input_specs(layout.ranking, deadline))
-            return self._pre_rank(layout.ranking, query, item_ids, k, deadline) if item_ids else []
+            return self._pre_rank(layout.ranking, query, item_ids, k, deadline)[0] if item_ids else []
 
         return self._with_layout(self._layouts_of_two(), ask, deadline)
 
@@ -356,10 +373,14 @@ class RecommenderClient:
         ranked: list[RankedItem] = []
         mismatch = ""
         item_ids = [candidate.item_id for candidate in retrieval.candidates]
-        num_kept = max(layout.num_kept, request.k)
-        if len(item_ids) > num_kept and self._has_preranker(layout, deadline):
+        ranker = self._known_of(layout.ranking, deadline)
+        num_kept = max(ranker.num_kept or 0, request.k)
+        if PRE_RANK_SIGNATURE in ranker.signatures and len(item_ids) > num_kept:
             started = time.perf_counter()
-            kept = set(self._pre_rank(layout.ranking, request.query, item_ids, num_kept, deadline))
+            # How many are kept it tells in its answer: before the first one, all are asked for.
+            wanted = len(item_ids) if ranker.num_kept is None else num_kept
+            best, ranker.num_kept = self._pre_rank(layout.ranking, request.query, item_ids, wanted, deadline)
+            kept = set(best[: max(ranker.num_kept, request.k)])
             # In the order in which retrieval found them, which decides between equal scores.
             item_ids = [item_id for item_id in item_ids if item_id in kept]
             seconds["pre_rank"] = time.perf_counter() - started
@@ -389,7 +410,7 @@ class RecommenderClient:
 
     def _pre_rank(
         self, model: str, query: Mapping[str, Any], item_ids: Sequence[str], k: int, deadline: float
-    ) -> list[str]:
+    ) -> tuple[list[str], int]:
         extra = {CANDIDATES: list(item_ids), K: k}
         answer = self._predict(model, query, extra, deadline, PRE_RANK_SIGNATURE)
         return parse_pre_ranking(answer, self._source(model))
@@ -417,23 +438,25 @@ class RecommenderClient:
         """Asks with the weights of the request, as further inputs.
 
         Weights stand in columns. A version pushed since the last call may have others, or in another order:
-        it is looked up again where the server refuses them, or the scores do not follow from them.
+        it is looked up again where they name no task or are refused, or the scores do not follow from them.
         """
         if not request.score_weights:
             return ask({})
-        for is_cached in (model in self._tasks, False):
-            tasks = self._tasks_of(model, signature, request.deadline)
+        known = self._known_of(model, request.deadline)
+        for is_old in (known.tasks is not None, False):
+            if not is_old:
+                known.tasks = self._tasks_of(model, known.signatures, signature, request.deadline)
+            tasks = known.tasks or {}
             weights = {**tasks, **request.score_weights}
-            if not is_cached or weights.keys() == tasks.keys():
+            if not is_old or weights.keys() == tasks.keys():
                 try:
                     answer = ask({SCORE_WEIGHTS: weight_columns(tasks, request.score_weights)})
-                except BadRequestError:  # of a version with more or fewer tasks, maybe
-                    if not is_cached:
+                except BadRequestError:  # a weight in the column of another task, maybe
+                    if not is_old:
                         raise
                 else:
                     if follows_weights(items(answer), weights):
                         return answer
-            self._tasks.pop(model, None)  # another thread may have been faster
         raise ServingError(
             f"{self._source(model)} gives scores that are not the sum of its predictions by the weights "
             "asked for; check the model"
@@ -447,23 +470,12 @@ class RecommenderClient:
         deadline: float,
         signature: str = DEFAULT_SIGNATURE,
     ) -> Prediction:
-        def ask(specs: Mapping[str, InputSpec]) -> Prediction:
-            inputs = batch_of_one(specs, query, extra)
-            return self._retrier.call(
-                lambda: self._transport.predict(model, inputs, specs, self._remaining(deadline), signature),
-                deadline,
-            )
-
         specs = self._input_specs(model, deadline, signature)
-        try:
-            return ask(specs)
-        except BadRequestError:
-            # A version pushed since the last call may take other features: look once more before giving up.
-            self._signatures.pop(model, None)  # another thread may have been faster
-            newer = self._input_specs(model, deadline, signature)
-            if newer == specs:
-                raise
-            return ask(newer)
+        inputs = batch_of_one(specs, query, extra)
+        return self._retrier.call(
+            lambda: self._transport.predict(model, inputs, specs, self._remaining(deadline), signature),
+            deadline,
+        )
 
     def _mismatch(self, versions: Mapping[str, int | None], deadline: float) -> str:
         """Names the parts in which versions of models differ; asked once per combination of versions."""
@@ -484,69 +496,83 @@ class RecommenderClient:
 
     def _fingerprints(self, model: str, version: int | None, deadline: float) -> Sequence[str]:
         """Hashes of _PARTS; none from a model that was exported before there were fingerprints."""
-        if FINGERPRINT_SIGNATURE not in self._signatures_of(model, deadline):
+        if FINGERPRINT_SIGNATURE not in self._known_of(model, deadline).signatures:
             return ()
         return self._retrier.call(
             lambda: self._transport.fingerprints(model, version, _PARTS, self._remaining(deadline)), deadline
         )
 
-    def _has_preranker(self, layout: TwoCalls, deadline: float) -> bool:
-        return PRE_RANK_SIGNATURE in self._signatures_of(layout.ranking, deadline)
-
-    def _tasks_of(self, model: str, signature: str, deadline: float) -> Mapping[str, float]:
+    def _tasks_of(
+        self, model: str, signatures: Signatures, signature: str, deadline: float
+    ) -> Mapping[str, float]:
         """The declared weight of each task, in the order of the columns of a signature's `score_weights`."""
-        tasks = self._tasks.get(model)
-        if tasks is None:
-            signatures = self._signatures_of(model, deadline)
-            if TASKS_SIGNATURE not in signatures:
-                raise BadRequestError(
-                    f"{self._source(model)} does not tell which tasks it weighs, since an older version of "
-                    "Funnel exported it; leave score_weights out, or push a model of this version"
-                )
-            columns = {"columns": list(range(signatures[signature][SCORE_WEIGHTS].width or 0))}
-            answer = self._retrier.call(
-                lambda: self._transport.predict(
-                    model, columns, signatures[TASKS_SIGNATURE], self._remaining(deadline), TASKS_SIGNATURE
-                ),
-                deadline,
+        if TASKS_SIGNATURE not in signatures:
+            raise BadRequestError(
+                f"{self._source(model)} does not tell which tasks it weighs, since an older version of "
+                "Funnel exported it; leave score_weights out, or push a model of this version"
             )
-            tasks = self._tasks[model] = parse_tasks(answer, self._source(model))
-        return tasks
+        columns = {"columns": list(range(signatures[signature][SCORE_WEIGHTS].width or 0))}
+        answer = self._retrier.call(
+            lambda: self._transport.predict(
+                model, columns, signatures[TASKS_SIGNATURE], self._remaining(deadline), TASKS_SIGNATURE
+            ),
+            deadline,
+        )
+        return parse_tasks(answer, self._source(model))
 
     def _input_specs(
         self, model: str, deadline: float, signature: str = DEFAULT_SIGNATURE
     ) -> Mapping[str, InputSpec]:
-        signatures = self._signatures_of(model, deadline)
+        signatures = self._known_of(model, deadline).signatures
         if signature not in signatures:
             raise BadRequestError(f"{self._source(model)} has no signature {signature!r} any more")
         return signatures[signature]
 
-    def _signatures_of(self, model: str, deadline: float) -> Signatures:
-        signatures = self._signatures.get(model)
-        if signatures is None:
-            signatures = self._signatures[model] = self._retrier.call(
+    def _known_of(self, model: str, deadline: float) -> _Known:
+        known = self._known.get(model)
+        if known is None or known.until <= time.monotonic():
+            signatures = self._retrier.call(
                 lambda: self._transport.signatures(model, self._remaining(deadline)), deadline
             )
-        return signatures
+            known = self._known[model] = _Known(signatures, time.monotonic() + _KNOWN_FOR_S)
+        return known
 
     def _with_layout(
         self, layouts: tuple[_Layout, ...], ask: Callable[[_Layout], _Answer], deadline: float
     ) -> _Answer:
         """Asks in the layout that the server was found to serve, and looks again when its models are gone."""
         if len(layouts) == 1:
-            return ask(layouts[0])
+            return self._ask(layouts[0], ask, deadline)
         layout = self._found.get(layouts)
         if layout is None:
             layout = self._found[layouts] = self._retrier.call(
                 lambda: self._discover(layouts, deadline), deadline
             )
         try:
-            return ask(layout)
+            return self._ask(layout, ask, deadline)
         except ModelNotFoundError:
             newer = self._found[layouts] = self._discover(layouts, deadline)
             if newer == layout:
                 raise
-            return ask(newer)
+            return self._ask(newer, ask, deadline)
+
+    def _ask(self, layout: _Layout, ask: Callable[[_Layout], _Answer], deadline: float) -> _Answer:
+        """Asks, and once more where a request is refused and its models are not what they were known to be.
+
+        A version pushed since may take other features, or have lost its pre-ranker.
+        """
+        before = dict(self._known)
+        try:
+            return ask(layout)
+        except BadRequestError:
+            # Another thread may have looked again since: what it found is not what was refused.
+            used = {**self._known, **before}
+            used = {model: used[model] for model in layout.models if model in used}
+            for model in used:
+                self._known.pop(model, None)
+            if all(self._known_of(model, deadline).signatures == used[model].signatures for model in used):
+                raise
+            return ask(layout)
 
     def _discover(self, layouts: tuple[_Layout, ...], deadline: float) -> _Layout:
         """Returns the first of the layouts whose models all have an available version."""

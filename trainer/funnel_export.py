@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import tensorflow as tf
 
@@ -20,7 +20,7 @@ from trainer import raw_inputs
 from trainer.bundle import ServedModel, Signature, Tensors
 from trainer.catalogue import Catalogue
 from trainer.index import NO_ROW, CandidateIndex, Found
-from trainer.preranker import CataloguePreRanker, PreRanker
+from trainer.preranker import CataloguePreRanker, PreRanking
 from trainer.ranking import SCORE, EncodedQuery, RankingModel
 from trainer.ranking_export import IS_KNOWN, SCORE_TASKS, CatalogueRanker, score_tasks
 from trainer.retrieval import RetrievalModel
@@ -30,20 +30,6 @@ from trainer.user_lookup import UserLookup
 
 NUM_CANDIDATES = "num_candidates"
 SERVING_USER = "serving_user"
-
-
-class PreRanking(NamedTuple):
-    """A pre-ranker inside the funnel.
-
-    Attributes:
-      student: distilled from the ranker.
-      event_time_unix_s: the moment that the age of items is as of, see `CataloguePreRanker`.
-      num_kept: see `PrerankerConfig`.
-    """
-
-    student: PreRanker
-    event_time_unix_s: int
-    num_kept: int
 
 
 class ServedFunnel(ServedModel):
@@ -88,8 +74,7 @@ class ServedFunnel(ServedModel):
         self.preranker: CataloguePreRanker | None = None
         self.num_kept = max_k
         if preranking is not None:
-            student, moment = preranking.student, preranking.event_time_unix_s
-            self.preranker = CataloguePreRanker(student, self.ranker, layer, spec, moment)
+            self.preranker = CataloguePreRanker(preranking, self.ranker, layer, spec)
             self.num_kept = min(max_k, preranking.num_kept)
         self.users = users
 

@@ -11,7 +11,7 @@ F = widths of what is known of a request and of an item; D = width of the vector
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -197,32 +197,41 @@ def _network(input_width: int, hidden_layers: Sequence[int], output_width: int) 
     return network
 
 
+class PreRanking(NamedTuple):
+    """What cuts the candidates before the ranker.
+
+    Attributes:
+      student: distilled from the ranker.
+      event_time_unix_s: the moment that the age of items is as of, see `catalogue_features`.
+      num_kept: see `PrerankerConfig`.
+    """
+
+    student: PreRanker
+    event_time_unix_s: int
+    num_kept: int
+
+
 class CataloguePreRanker(tf.Module):
     """The pre-ranker over the items of a catalogue, which it knows by their rows."""
 
     def __init__(
-        self,
-        student: PreRanker,
-        ranker: CatalogueRanker,
-        layer: Any,
-        spec: DatasetSpec,
-        event_time_unix_s: int,
+        self, preranking: PreRanking, ranker: CatalogueRanker, layer: Any, spec: DatasetSpec
     ) -> None:
         """Computes the vectors of the catalogue.
 
         Args:
-          student: distilled from the ranker.
+          preranking: the pre-ranker.
           ranker: over the catalogue.
           layer: `trainer.transform_graph.TransformGraph`.
           spec: the declaration of the dataset.
-          event_time_unix_s: the moment that the age of items is as of, see `catalogue_features`.
         """
         super().__init__()
+        student = preranking.student
         self.ranker = ranker
         # A closure keeps the Keras model out of the object graph that is saved; its weights are in it.
         self._student: Callable[[], PreRanker] = lambda: student
         self.weights = student.weights
-        items = catalogue_features(ranker, layer, spec, event_time_unix_s)
+        items = catalogue_features(ranker, layer, spec, preranking.event_time_unix_s)
         vectors = student.precompute(describe_items(ranker.model, items))
         self.item_vectors = tf.Variable(vectors, trainable=False, name="preranker_item_vectors")
 
@@ -236,14 +245,13 @@ class CataloguePreRanker(tf.Module):
 class ServedPreRanker(tf.Module):
     """The signature of the pre-ranker inside the exported ranker, and the variables that it reads."""
 
-    def __init__(
-        self, student: PreRanker, served: ServedRanker, layer: Any, spec: DatasetSpec, event_time_unix_s: int
-    ) -> None:
+    def __init__(self, preranking: PreRanking, served: ServedRanker, layer: Any, spec: DatasetSpec) -> None:
         """Computes the vectors of the catalogue; arguments as of `CataloguePreRanker`."""
         super().__init__()
+        self._num_kept = preranking.num_kept
         self._spec = spec
         self._layer: Callable[[], Any] = lambda: layer
-        self.preranker = CataloguePreRanker(student, served.ranker, layer, spec, event_time_unix_s)
+        self.preranker = CataloguePreRanker(preranking, served.ranker, layer, spec)
         self.ranker = served.ranker
         self.rows = served.rows
 
@@ -260,7 +268,8 @@ class ServedPreRanker(tf.Module):
 
         Returns:
           `item_ids` string, `scores` float32 and `item_is_known` int64 (0 or 1), [B, min(max k, N)]: the best
-          first; "", 0 and 0 where a request asked for less or has less.
+          first; "", 0 and 0 where a request asked for less or has less. `num_kept` int64 [B]: how many
+          the ranker should score, whatever k is.
 
         Raises:
           InvalidArgumentError: a k is below 1.
@@ -279,6 +288,7 @@ class ServedPreRanker(tf.Module):
             "item_ids": tf.where(chosen, tf.gather(candidate_item_ids, places, batch_dims=1), ""),
             "scores": tf.where(chosen, best, 0.0),
             IS_KNOWN: tf.where(chosen, is_known, 0),
+            "num_kept": tf.fill(tf.shape(k), tf.constant(self._num_kept, tf.int64)),
         }
 
     def signature(self) -> Signature:

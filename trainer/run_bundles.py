@@ -13,10 +13,11 @@ from trainer.bundle import appearing_whole, save_bundle
 from trainer.checkpoint import read_checkpoint
 from trainer.config import RankingConfig, RetrievalConfig
 from trainer.fingerprint import CATALOGUE, Fingerprint, check_together, hash_catalogue
-from trainer.funnel_export import PreRanking, ServedFunnel
+from trainer.funnel_export import ServedFunnel
 from trainer.index import CandidateIndex
 from trainer.index_build import exact_facts
 from trainer.input_pipeline import load_catalogue
+from trainer.preranker import PreRanking
 from trainer.retrieval_export import ServedRetrieval, export, read_index
 from trainer.run_ranking import restore as restore_ranker
 from trainer.run_ranking import restore_preranker

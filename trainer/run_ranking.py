@@ -50,6 +50,7 @@ from trainer.log_requirements import check_log
 from trainer.preprocessing import vocabulary_sizes
 from trainer.preranker import (
     PreRanker,
+    PreRanking,
     ServedPreRanker,
     catalogue_features,
     describe_items,
@@ -125,7 +126,8 @@ def run_fn(fn_args: Any) -> None:
         distilled = distil(model, requests, items, spec, config.preranker)
         facts = {"log": [_finite(record) for record in distilled.log], "survival": distilled.survival}
         _write_json(facts, run_dir / PRERANKER_LOG)
-        served.preranker = ServedPreRanker(distilled.student, served, layer, spec, moment)
+        preranking = PreRanking(distilled.student, moment, config.preranker.num_kept)
+        served.preranker = ServedPreRanker(preranking, served, layer, spec)
         arrays = {
             _PRERANKER + path: variable.numpy()
             for path, variable in distilled.student.get_weight_paths().items()
@@ -169,14 +171,16 @@ def refresh(model_dir: Path, catalogue: Sequence[str], user_states: Sequence[str
     config = checkpoint.read_config(RankingConfig)
     model = restore(checkpoint)
     # Both models are checked over the items that they were trained with.
-    student = None if config.preranker is None else restore_preranker(checkpoint, config.preranker, model)
+    preranking = None
+    if config.preranker is not None:
+        student = restore_preranker(checkpoint, config.preranker, model)
+        preranking = PreRanking(student, checkpoint.settings["train_end_unix_s"], config.preranker.num_kept)
     items = load_catalogue(catalogue, transform_output, spec)
     model.attributes = _attributes(items, transform_output, spec)
     layer = TransformGraph(transform_output)
     served = ServedRanker(model, layer, items, spec)
-    if student is not None:
-        moment = checkpoint.settings["train_end_unix_s"]
-        served.preranker = ServedPreRanker(student, served, layer, spec, moment)
+    if preranking is not None:
+        served.preranker = ServedPreRanker(preranking, served, layer, spec)
     _export(served, transform_output, items, spec, user_states, target)
     checkpoint.copy_to(target, catalogue)
 

@@ -80,7 +80,8 @@ _WEIGHTS = tf.TensorSpec([None, len(TASKS)], tf.float32, name="score_weights")
 class Ranking(tf.Module):
     """click = item number / 10, watch_time = age (0 when missing), score = their sum.
 
-    The weights of the two tasks in the score are 1 where they are NaN. The pre-ranker prefers small numbers.
+    The weights of the two tasks in the score are 1 where they are NaN. The pre-ranker prefers small numbers
+    and would leave the ranker three.
     """
 
     @tf.function(input_signature=[*QUERY, _text(2, "candidate_item_ids"), _WEIGHTS])
@@ -105,7 +106,11 @@ class Ranking(tf.Module):
         best, places = tf.math.top_k(scores, longest)
         is_kept = (best > -9.0) & (tf.range(longest) < k[:, None])
         ids = tf.gather(candidate_item_ids, places, batch_dims=1)
-        return {"item_ids": tf.where(is_kept, ids, ""), "scores": tf.where(is_kept, best, 0.0)}
+        return {
+            "item_ids": tf.where(is_kept, ids, ""),
+            "scores": tf.where(is_kept, best, 0.0),
+            "num_kept": tf.fill(tf.shape(k), tf.constant(3, tf.int64)),
+        }
 
     @tf.function(input_signature=[*QUERY, _text(2, "candidate_item_ids")])
     def serve(self, user_id, age, event_time_unix_s, history_item_ids, candidate_item_ids):

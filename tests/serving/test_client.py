@@ -162,7 +162,7 @@ def test_retrieve_and_rank_can_be_called_alone(client):
     assert client.rank(QUERY, []) == []
 
 
-PRE_RANKING = TwoCalls(ranking="pre_ranking", num_kept=3)
+PRE_RANKING = TwoCalls(ranking="pre_ranking")
 
 
 def test_of_many_candidates_the_pre_ranker_keeps_those_that_are_ranked(target):
@@ -171,7 +171,7 @@ def test_of_many_candidates_the_pre_ranker_keeps_those_that_are_ranked(target):
         # Of items 1 to 7 the pre-ranker keeps 1 2 3, of which the ranker prefers the last.
         assert [item.item_id for item in answer.items] == ["item3", "item2"]
         assert set(answer.stage_seconds) == {"retrieve", "pre_rank", "rank"}
-        # No more candidates than are kept: nothing to cut.
+        # No more candidates than it said it keeps: nothing to cut.
         few = client.recommend(QUERY, k=2, num_candidates=3)
         assert set(few.stage_seconds) == {"retrieve", "rank"}
         # As many as are asked for are kept at least.
@@ -423,6 +423,117 @@ def test_a_swapped_model_with_another_feature_is_asked_for_its_features_again(mo
     assert math.isnan(stub.inputs["age"][0])
 
 
+class PreRanking(StubTransport):
+    """The ranker of five candidates may have a pre-ranker, which prefers what comes last in the alphabet."""
+
+    def __init__(self, num_kept):
+        super().__init__()
+        self.num_kept = num_kept
+        self.asked = []
+
+    def signatures(self, model, timeout_s):
+        specs = {"user_id": InputSpec("string", "DT_STRING", 1)}
+        if model == "retrieval":
+            return {"serving_default": specs}
+        specs["candidate_item_ids"] = InputSpec("string", "DT_STRING", 2)
+        k = InputSpec("integer", "DT_INT32", 1)
+        return {"serving_default": specs, **({"pre_rank": {**specs, "k": k}} if self.num_kept else {})}
+
+    def predict(self, model, inputs, specs, timeout_s, signature="serving_default"):
+        if model == "retrieval":
+            lists = {"item_ids": [list("abcde")], "scores": [[5.0, 4.0, 3.0, 2.0, 1.0]]}
+            user = {"user_is_known": [0], "history_length": [0], "exact_fallback": [0]}
+            return Prediction({**lists, "reason_item_ids": [[""] * 5], **user}, 1)
+        if signature not in self.signatures(model, timeout_s):
+            raise BadRequestError(f"Serving signature {signature} not found")
+        ids = inputs["candidate_item_ids"][0]
+        self.asked.append(signature)
+        if signature == "pre_rank":
+            best = sorted(filter(None, ids), reverse=True)[: inputs["k"][0]]
+            return Prediction({"item_ids": [best], "num_kept": [self.num_kept]}, 1)
+        scores = {"score": [[0.0] + [1.0] * (len(ids) - 1)], "item_is_known": [[1] * len(ids)]}
+        self.ranked = "".join(ids)
+        return Prediction(scores, 1)
+
+
+@pytest.fixture
+def pre_ranking(monkeypatch):
+    """Calls a client and returns which candidates were ranked; and the server that it calls."""
+    stub = PreRanking(num_kept=3)
+    monkeypatch.setattr(client_module, "open_transport", lambda *args: stub)
+    client = RecommenderClient("stub", layouts=(TwoCalls(),))
+
+    def ranked(k=1):
+        assert len(client.recommend({"user_id": "u"}, k=k).items) == k
+        return stub.ranked
+
+    return client, stub, ranked
+
+
+def test_the_model_tells_how_many_candidates_its_ranker_gets(pre_ranking):
+    _, stub, ranked = pre_ranking
+    assert ranked() == "cde", "in the order of retrieval"
+    assert ranked() == "cde"
+    assert ranked(k=4) == "bcde", "what is asked for is kept at least"
+    stub.num_kept = 2  # of a newer version
+    assert ranked() == "de"
+    stub.num_kept = 4
+    assert (ranked(), ranked()) == ("de", "bcde")
+    assert ranked(k=5) == "abcde" and stub.asked[-2:] != ["pre_rank", "serving_default"]
+
+
+def test_candidates_are_all_ranked_once_a_newer_version_has_no_pre_ranker(pre_ranking):
+    client, stub, ranked = pre_ranking
+    assert ranked() == "cde"
+    stub.num_kept = 0
+    assert (ranked(), ranked()) == ("abcde", "abcde")
+    with pytest.raises(BadRequestError, match="has no pre-ranker"):
+        client.pre_rank({"user_id": "u"}, ["a"], k=1)
+
+
+def test_a_pre_ranker_that_a_newer_version_gains_is_found_within_a_minute(pre_ranking, monkeypatch):
+    client, stub, ranked = pre_ranking
+    stub.num_kept = 0
+    assert ranked() == "abcde"
+    stub.num_kept = 3
+    assert ranked() == "abcde", "no request fails by it, so nobody looks"
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 61)
+    assert ranked() == "cde"
+    stub.num_kept = 0
+    assert ranked() == "abcde"
+    stub.num_kept = 3
+    assert client.pre_rank({"user_id": "u"}, ["a", "b"], k=1) == ["b"]
+
+
+def test_a_feature_that_a_newer_version_gains_can_be_given_at_once(monkeypatch):
+    stub = StubTransport()
+    monkeypatch.setattr(client_module, "open_transport", lambda *args: stub)
+    client = RecommenderClient("stub")
+    with pytest.raises(BadRequestError, match="unknown query feature 'age'"):
+        client.retrieve({"user_id": "u", "age": 3.0}, k=1)
+    stub.num_predictions = 1
+    client.retrieve({"user_id": "u", "age": 3.0}, k=1)
+    assert stub.inputs["age"] == [3.0]
+
+
+def test_a_request_that_is_refused_for_good_is_sent_once(monkeypatch):
+    stub = StubTransport()
+    monkeypatch.setattr(client_module, "open_transport", lambda *args: stub)
+    client = RecommenderClient("stub")
+    client.rank({"user_id": "u"}, ["a"])
+    refused = []
+
+    def refuse(*args):
+        refused.append(args)
+        raise BadRequestError("k above the exported maximum")
+
+    stub.predict = refuse
+    with pytest.raises(BadRequestError, match="k above"):
+        client.rank({"user_id": "u"}, ["a"])
+    assert len(refused) == 1
+
+
 def test_a_score_that_is_not_a_number_is_an_error_not_an_order(monkeypatch):
     monkeypatch.setattr(client_module, "open_transport", lambda *args: StubTransport(score=math.nan))
     with pytest.raises(ServingError, match="one number per candidate"):
@@ -448,7 +559,7 @@ class WeighingFunnel(StubTransport):
     predictions: Mapping[str, float] = {"a": 1.0, "b": 10.0}
 
     def signatures(self, model, timeout_s):
-        weights = InputSpec("float", "DT_FLOAT", 2, width=2)
+        weights = InputSpec("float", "DT_FLOAT", 2, width=len(self.tasks))
         columns = {"columns": InputSpec("integer", "DT_INT32", 1)}
         return {"serving_default": {"score_weights": weights}, "score_tasks": columns}
 
@@ -459,6 +570,8 @@ class WeighingFunnel(StubTransport):
         if len(inputs["score_weights"][0]) != len(self.tasks):
             raise BadRequestError("score_weights must have a column for each task")
         weights = [1.0 if math.isnan(weight) else weight for weight in inputs["score_weights"][0]]
+        if any(w < 0 for w, task in zip(weights, self.tasks, strict=True) if task != "dislike"):
+            raise BadRequestError("score_weights must be >= 0")
         score = sum(w * self.predictions[task] for w, task in zip(weights, self.tasks, strict=True))
         lists = {"item_ids": [["x"]], "reason_item_ids": [[""]], "item_is_known": [[1]], "score": [[score]]}
         tasks = {task: [[value]] for task, value in self.predictions.items()}
@@ -485,6 +598,17 @@ def test_weights_follow_their_tasks_when_a_newer_model_has_them_in_another_order
     stub.tasks, stub.predictions = ("b", "c"), {"b": 10.0, "c": 1.0}
     with pytest.raises(BadRequestError, match="name 'a', which is no task; the model weighs: b, c"):
         score()
+
+
+def test_a_weight_that_a_newer_model_would_take_for_another_task_follows_its_own(monkeypatch):
+    stub = WeighingFunnel()
+    stub.tasks, stub.predictions = ("like", "dislike"), {"like": 10.0, "dislike": 1.0}
+    monkeypatch.setattr(client_module, "open_transport", lambda *args: stub)
+    client = RecommenderClient("stub", layouts=(OneCall(),))
+    for stub.tasks in (("like", "dislike"), ("dislike", "like")):
+        assert client.recommend({}, k=1, score_weights={"dislike": -3.0}).items[0].score == 7
+    with pytest.raises(BadRequestError, match="must be >= 0"):
+        client.recommend({}, k=1, score_weights={"like": -3.0})
 
 
 def test_a_score_that_the_weights_do_not_make_is_an_error(monkeypatch):

@@ -13,8 +13,15 @@ from tests.trainer import funnel_world, ranking_world
 from tests.trainer.ranking_requests import NOW, SPEC, raw_query
 from trainer.bundle import save_bundle
 from trainer.fingerprint import Fingerprint
-from trainer.funnel_export import PreRanking, ServedFunnel
-from trainer.preranker import PreRanker, ServedPreRanker, catalogue_features, describe_items, describe_query
+from trainer.funnel_export import ServedFunnel
+from trainer.preranker import (
+    PreRanker,
+    PreRanking,
+    ServedPreRanker,
+    catalogue_features,
+    describe_items,
+    describe_query,
+)
 from trainer.preranker_config import PrerankerConfig
 
 TASKS = ("click", "stars", "watch")
@@ -247,6 +254,7 @@ def preranked(world: funnel_world.Funnel) -> tuple[ServedFunnel, ServedPreRanker
     student = PreRanker(queries.shape[1], described.shape[1], PrerankerConfig())
     student.query_inputs.fit(queries)
     student.item_inputs.fit(described)
+    preranking = PreRanking(student, NOW, num_kept=4)
     funnel = ServedFunnel(
         world.retrieval_model,
         world.funnel_exact.index.index,
@@ -256,9 +264,9 @@ def preranked(world: funnel_world.Funnel) -> tuple[ServedFunnel, ServedPreRanker
         world.funnel_exact.users,
         SPEC,
         funnel_world.MAX_K,
-        PreRanking(student, NOW, num_kept=4),
+        preranking,
     )
-    return funnel, ServedPreRanker(student, world.ranker, world.layer, SPEC, NOW)
+    return funnel, ServedPreRanker(preranking, world.ranker, world.layer, SPEC)
 
 
 def test_the_ranker_scores_what_the_pre_ranker_keeps_of_what_retrieval_finds(

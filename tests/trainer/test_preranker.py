@@ -11,6 +11,7 @@ from tests.trainer import preranker_world as world
 from trainer import features as ft
 from trainer.preranker import (
     PreRanker,
+    PreRanking,
     ServedPreRanker,
     Standardisation,
     catalogue_features,
@@ -172,7 +173,8 @@ def served(made: world.World, tmp_path_factory: pytest.TempPathFactory) -> Any:
     model = PreRanker(queries.shape[1], described.shape[1], CONFIG)
     model.query_inputs.fit(queries)
     model.item_inputs.fit(described)
-    module = ServedPreRanker(model, made.served, made.layer, world.SPEC, world.NOW)
+    preranking = PreRanking(model, world.NOW, num_kept=7)
+    module = ServedPreRanker(preranking, made.served, made.layer, world.SPEC)
     path = tmp_path_factory.mktemp("preranker")
     tf.saved_model.save(module, str(path), signatures={"pre_rank": module.signature().traced()})
     return Served(model, described, path)
@@ -195,6 +197,7 @@ class Served:
             "item_ids": [[i.decode() for i in row] for row in answer["item_ids"].numpy()],
             "scores": answer["scores"].numpy(),
             "item_is_known": answer["item_is_known"].numpy(),
+            "num_kept": answer["num_kept"].numpy(),
         }
 
     def expected(self, made: world.World, raw: dict[str, tf.Tensor]) -> np.ndarray:
@@ -216,6 +219,11 @@ def test_served_order_and_scores_are_those_of_the_model(made: world.World, serve
         assert ids == [world.ITEMS[i] for i in order]
         np.testing.assert_allclose(scores, row[order], rtol=1e-4, atol=1e-5)
     assert np.all(answer["item_is_known"] == 1)
+
+
+def test_every_answer_tells_how_many_candidates_the_ranker_should_score(served: Served) -> None:
+    answer = served.ask(world.requests(["u3", "u8"]), [["i4", "i2"]] * 2, [1, 30])
+    assert (answer["num_kept"].tolist(), answer["num_kept"].dtype) == ([7, 7], np.int64)
 
 
 def test_signature_has_the_inputs_of_the_ranker_and_k(served: Served) -> None:

@@ -72,7 +72,9 @@ CONFIG = RankingConfig(
     behaviour=BehaviourConfig(kind="din", attention_layers=(8,)),
     position=PositionConfig(kind="additive", max_position=3),
     balancing=BalancingConfig(method="uncertainty"),
-    preranker=PrerankerConfig(vector_width=8, tower_width=8, hidden_layers=(8,), num_candidates=8),
+    preranker=PrerankerConfig(
+        num_kept=9, vector_width=8, tower_width=8, hidden_layers=(8,), num_candidates=8
+    ),
     batch_size=64,
     learning_rate=0.01,
     max_epochs=2,
@@ -268,12 +270,14 @@ def test_the_pre_ranker_travels_with_the_ranker_and_its_checkpoint(trained: Trai
     answer = pre_ranked(trained.model_dir, QUERIES, ITEMS, 5)
     assert answer["item_ids"].shape == (len(QUERIES), 5)
     assert np.all(np.diff(answer["scores"]) <= 0)
+    assert np.all(answer["num_kept"] == 9)
     assert trained.preranker["survival"][SURVIVAL] == 1.0  # all 12 items are fewer than what is kept
     assert trained.preranker["log"][0]["epoch"] == 1
     refresh(trained.model_dir, [trained.catalogue], [trained.users], tmp_path / "again")
     again = pre_ranked(tmp_path / "again", QUERIES, ITEMS, 5)
     np.testing.assert_array_equal(again["item_ids"], answer["item_ids"])
     np.testing.assert_allclose(again["scores"], answer["scores"], rtol=1e-5, atol=1e-6)
+    assert np.all(again["num_kept"] == 9)
 
 
 def test_the_checkpoint_gives_back_the_ranker_with_its_calibration(trained: Trained, tmp_path: Path) -> None:
