@@ -388,8 +388,9 @@ class CandidateIndex(tf.Module):
         for values in restriction.allowed_values:
             is_restricted |= ~tf.reduce_all(values)
         rows, scores, wanted = tf.cond(is_restricted, restricted, unrestricted)
-        found = tf.math.count_nonzero(rows != NO_ROW, axis=1, dtype=tf.int32)
-        is_short = found < wanted
+        # What is missing stands last, so one look at the last result wanted will do.
+        last = tf.gather(rows, tf.maximum(wanted - 1, 0), batch_dims=1)
+        is_short = (wanted > 0) & (last == NO_ROW)
 
         def fill() -> tuple[tf.Tensor, tf.Tensor]:
             short = tf.cast(tf.where(is_short), tf.int32)
