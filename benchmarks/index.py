@@ -303,9 +303,16 @@ def build_faiss(world: World, target: float, folder: Path) -> Settings:
     def found(effort: tuple[int, int]) -> np.ndarray:
         return index.search(world.sample_queries, NEIGHBOURS, params=_faiss_effort(*effort))[1]
 
+    def cpu_s(effort: tuple[int, int]) -> float:
+        started = time.process_time()
+        found(effort)
+        return time.process_time() - started
+
     ladder = [max(1, round(num_leaves * share)) for share in _IVF_SHARES]
-    efforts = [(nprobe, k_factor) for k_factor in _K_FACTORS for nprobe in ladder]
-    nprobe, k_factor = _tuned(found, efforts, world, target)
+    # The fewest leaves by each number of candidates, and of these what costs least.
+    tuned = [_tuned(found, [(nprobe, k) for nprobe in ladder], world, target) for k in _K_FACTORS]
+    enough = [effort for effort in tuned if recall(found(effort), world.sample_exact) >= target]
+    nprobe, k_factor = min(enough or tuned, key=cpu_s)
     faiss.write_index(index, str(folder))
     return {"recipe": recipe, "nprobe": nprobe, "k_factor": k_factor}
 
