@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--bundle", default=FUNNEL, help="funnel or funnel_exact")
     args = parser.parse_args(argv)
 
+    # As the model server does.
+    tf.config.threading.set_intra_op_parallelism_threads(1)
     run, paths = read_run(args.run_dir), RunPaths(args.run_dir)
     pushed = {name: serving_folder(run, paths, name) for name in (RETRIEVAL, RANKING)}
     folders = {name: args.work_dir / str(args.items) / name / "1" for name in _BUNDLES}

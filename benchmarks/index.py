@@ -463,6 +463,8 @@ def build(items: int, width: int, min_recall: float, seed: int, decay: float, fo
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="also write the figures here")
 def measure(folder: Path, json_file: Path | None) -> None:
     """Measures all indexes of a folder and prints the table."""
+    # As the model server does.
+    tf.config.threading.set_intra_op_parallelism_threads(1)
     world, built = _read_world(folder), read_built(folder)
     contenders = [
         Contender(contender, search, built[name])

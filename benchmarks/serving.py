@@ -36,6 +36,7 @@ import grpc
 import httpx
 import numpy as np
 import psutil
+import tensorflow as tf
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
 from benchmarks import echo, served_models
@@ -347,6 +348,8 @@ def main(
             raise click.ClickException(f"{tool} is not installed; it is in Debian's package {package}")
     if quick:
         items, width, seconds = 2_000, 32, 1
+    # As the model server does.
+    tf.config.threading.set_intra_op_parallelism_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = models or Path(temporary)
         retrieval, plain = folder / f"retrieval-{items}x{width}", folder / f"plain-{items // 2}x{width // 4}"

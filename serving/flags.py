@@ -207,7 +207,7 @@ def _add_requests(parser: argparse.ArgumentParser) -> None:
             f"--tensorflow_{name}_parallelism",
             type=_not_negative,
             default=0,
-            help="threads of TensorFlow; 0: as many as it takes by itself",
+            help="threads that a call may take; 0: only its own",
         )
 
 

@@ -286,9 +286,7 @@ def _load_models(
     # not stay, so they are loaded after this.
     gc.collect()
     gc.freeze()
-    # Workers share the cores; left to itself each would take all of them.
-    cores = (os.cpu_count() or 1) // flags.num_workers if flags.num_workers > 1 else 0
-    if num_threads := flags.tensorflow_intra_op_parallelism or flags.tensorflow_session_parallelism or cores:
+    if num_threads := flags.tensorflow_intra_op_parallelism or flags.tensorflow_session_parallelism:
         tf.config.threading.set_intra_op_parallelism_threads(num_threads)
     if num_threads := flags.tensorflow_inter_op_parallelism or flags.tensorflow_session_parallelism:
         tf.config.threading.set_inter_op_parallelism_threads(num_threads)
