@@ -100,7 +100,8 @@ def batch_score(
     """
     spec = run.config.dataset
     folder = model_dir if model_dir is not None else serving_folder(run, paths, RANKING)
-    knowledge = read_knowledge(run, rows, online_history)
+    max_positives = run.config.examples.max_positives_per_user
+    knowledge = read_knowledge(Path(run.tables_dir), spec, max_positives, rows, online_history)
     ranker = load_ranker(folder, spec)
     table = rows.table
     predictions = predict_rows(table, knowledge, spec, ranker, on_progress)
@@ -157,19 +158,29 @@ def predict_rows(
     return {name: np.concatenate(values) for name, values in parts.items()}
 
 
-def read_knowledge(run: RunResult, rows: InteractionRows, online_history: bool) -> Knowledge:
+def read_knowledge(
+    tables_dir: Path,
+    spec: DatasetSpec,
+    max_positives_per_user: int,
+    rows: InteractionRows,
+    online_history: bool,
+) -> Knowledge:
     """What the rows may know: the train split of the run's tables, and with `online_history` the rows too.
 
     As in training, exact repetitions count once and rows of items outside the catalogue leave no trace. A row
     of the train split that the file holds as well is known once. The run's other splits are not known.
 
+    Args:
+      tables_dir, spec: contract tables of the run, and their declaration.
+      max_positives_per_user: of the run, see ExampleSettings.
+      rows: what is to be scored.
+      online_history: see `batch_score`.
+
     Raises:
       DataError: the tables are gone or too old, or `online_history` without a label that is counted.
     """
-    spec = run.config.dataset
     if online_history:
         _check_outcomes(rows, spec)
-    tables_dir = Path(run.tables_dir)
     train_end = read_summary(tables_dir).train_end_unix_s
     items = pl.read_parquet(tables_dir / ITEMS)
     if ITEM_COUNTS not in items.columns:
@@ -197,7 +208,7 @@ def read_knowledge(run: RunResult, rows: InteractionRows, online_history: bool) 
         items,
         train_end,
         not online_history,
-        run.config.examples.max_positives_per_user,
+        max_positives_per_user,
     )
 
 

@@ -15,14 +15,12 @@ import numpy as np
 import polars as pl
 
 from schema.contract import DatasetSpec
-from schema.errors import ConfigError, DataError
+from schema.errors import ConfigError, DataError, PoorSupportError
 from schema.tables import INTERACTIONS, InteractionRows
 from tfx_pipeline.batch_score import SCORE, load_ranker, predict_rows, read_knowledge
-from tfx_pipeline.config import RANKING, RunPaths
-from tfx_pipeline.recommend import serving_folder
-from tfx_pipeline.run_result import RunResult
 from trainer.features import EVENT_TIME, EXPLORATION, ITEM_ID, POSITION, PROPENSITY, SURFACE, USER_ID
-from trainer.off_policy import LoggedActions, OffPolicyEstimate, evaluate_policy, greedy_probabilities
+from trainer.off_policy import LoggedActions, PolicyFacts, evaluate_policy, greedy_probabilities
+from trainer.ranking_comparison import why_not_numbers
 
 POPULARITY = "popularity"
 SCREEN = "screen"
@@ -32,40 +30,41 @@ _ROUNDING = 1e-3
 
 
 def evaluate_ranker(
-    run: RunResult,
-    paths: RunPaths,
+    tables_dir: Path,
+    spec: DatasetSpec,
+    ranker_dir: Path,
     *,
+    max_positives_per_user: int,
     reward: str,
-    epsilon: float,
-    model_dir: Path | None,
-    on_progress: Callable[[int], None],
-) -> dict[str, OffPolicyEstimate]:
+    epsilon: float = 0.0,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> PolicyFacts:
     """Estimates the reward per impression if the ranker, or one of its tasks alone, had picked the item.
 
     Args:
-      run: a finished run.
-      paths: its folders.
+      tables_dir, spec: contract tables of the run, and their declaration.
+      ranker_dir: SavedModel of the ranker.
+      max_positives_per_user: of the run, see ExampleSettings.
       reward: a label of the dataset.
       epsilon: share of the picks that are uniformly random, see `greedy_probabilities`.
-      model_dir: a ranker's SavedModel; None for the newest pushed one.
       on_progress: called with the number of rows scored after each batch.
 
     Returns:
       Estimates by what picks: `score`, each task, and POPULARITY, the items with most positives in training.
+      Refused is what the log has too few screens for, and a task that predicts no numbers.
 
     Raises:
       ConfigError: the dataset has no such label.
       DataError: the log has no exploration rows with positions in the test split, or their screens are not
         uniformly random.
-      PoorSupportError: they are too few.
       ServingError: no such model.
     """
-    spec = run.config.dataset
     if reward not in spec.labels:
         raise ConfigError(f"dataset {spec.name} has no label {reward!r}; it has {', '.join(spec.labels)}.")
-    screens = exploration_screens(Path(run.tables_dir), spec, reward)
-    ranker = load_ranker(model_dir or serving_folder(run, paths, RANKING), spec)
-    knowledge = read_knowledge(run, InteractionRows(screens, ()), online_history=False)
+    screens = exploration_screens(tables_dir, spec, reward)
+    ranker = load_ranker(ranker_dir, spec)
+    rows = InteractionRows(screens, ())
+    knowledge = read_knowledge(tables_dir, spec, max_positives_per_user, rows, online_history=False)
     predictions = predict_rows(screens, knowledge, spec, ranker, on_progress)
     positives = knowledge.log.filter(pl.col(spec.positive).fill_null(0) > 0)[ITEM_ID].value_counts(
         name="positives"
@@ -79,14 +78,17 @@ def evaluate_ranker(
     screen = screens[SCREEN].to_numpy()
     rewards, users = screens[reward].cast(pl.Float64).to_numpy(), screens[USER_ID].to_numpy()
     logging = 1.0 / np.bincount(screen)[screen]
-    return {
-        name: evaluate_policy(
-            LoggedActions(
-                rewards, greedy_probabilities(values.astype(np.float64), screen, epsilon), logging, users
-            )
-        )
-        for name, values in scores.items()
-    }
+    estimates, refused = {}, {}
+    for name, values in scores.items():
+        if why := why_not_numbers(scores, [name]):
+            refused[name] = why
+            continue
+        target = greedy_probabilities(values.astype(np.float64), screen, epsilon)
+        try:
+            estimates[name] = evaluate_policy(LoggedActions(rewards, target, logging, users))
+        except PoorSupportError as error:
+            refused[name] = str(error)
+    return PolicyFacts(reward, epsilon, estimates, refused)
 
 
 def exploration_screens(tables_dir: Path, spec: DatasetSpec, reward: str) -> pl.DataFrame:

@@ -33,6 +33,7 @@ from tfx_pipeline.components.infra_validator import ServingValidator
 from tfx_pipeline.components.leakage_linter import LeakageLinter
 from tfx_pipeline.components.model_comparison import ModelComparison, settings_json
 from tfx_pipeline.components.model_validator import ModelValidator
+from tfx_pipeline.components.off_policy import OffPolicy
 from tfx_pipeline.components.pusher import AtomicPusher
 from tfx_pipeline.components.report_writer import ReportWriter
 from tfx_pipeline.components.trainer import ModelTrainer
@@ -225,7 +226,14 @@ def create_pipeline(
         depth=config.retrieval.max_k,
         code_version=locations.code_version,
     )
-    nodes.append(waterfall)
+    off_policy = OffPolicy(
+        ranking_model=trainers[RANKING].outputs["model"],
+        tables_dir=locations.tables_dir,
+        dataset=dataset,
+        max_positives_per_user=config.examples.max_positives_per_user,
+        code_version=locations.code_version,
+    )
+    nodes += [waterfall, off_policy]
     gates = config.model_dump_json(include={"dataset", "gates", "validation", "slo"})
     validators, pushers = {}, {}
     for model in MODELS:
@@ -265,6 +273,7 @@ def create_pipeline(
             drift=drift.outputs["drift_facts"],
             leakage=linter.outputs["leakage"],
             waterfall=waterfall.outputs["waterfall"],
+            off_policy=off_policy.outputs["policies"],
             retrieval_model=trainers[RETRIEVAL].outputs["model"],
             ranking_model=trainers[RANKING].outputs["model"],
             retrieval_run=trainers[RETRIEVAL].outputs["model_run"],

@@ -18,16 +18,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from schema.errors import ConfigError, DataError, PoorSupportError, ShapeError
+from trainer.facts_file import read_facts, write_facts
 from trainer.jackknife import jackknife_differences, jackknife_intervals
 from trainer.metrics import FloatArray, IntArray
 from trainer.uncertainty import Interval, PairedDifference, UserSums, ratio_of_sums
 
 IPS, SNIPS, DOUBLY_ROBUST = "ips", "snips", "doubly_robust"
+OFF_POLICY_FILE = "off_policy.json"
 
 # Where a few rows or users decide, they tell too little about those that were not logged.
 MIN_EFFECTIVE_SAMPLES = 50
@@ -123,6 +127,25 @@ class OffPolicyEstimate:
     support: Support
 
 
+@dataclasses.dataclass(frozen=True)
+class PolicyFacts:
+    """What was found out about several policies on one log.
+
+    Attributes:
+      reward: name of the label that they earn.
+      epsilon: share of their picks that are uniformly random.
+      estimates: policy -> its value.
+      refused: policy -> why the log cannot tell its value.
+      absent: why no policy was evaluated at all; "" where one was.
+    """
+
+    reward: str
+    epsilon: float
+    estimates: Mapping[str, OffPolicyEstimate]
+    refused: Mapping[str, str]
+    absent: str = ""
+
+
 def evaluate_policy(
     logged: LoggedActions, *, clip: float | None = None, confidence: float = 0.95
 ) -> OffPolicyEstimate:
@@ -170,6 +193,20 @@ def evaluate_policy(
         logged=found["logged"],
         support=support,
     )
+
+
+def write_policies(facts: PolicyFacts, folder: Path) -> None:
+    """Writes off_policy.json."""
+    write_facts(facts, folder / OFF_POLICY_FILE)
+
+
+def read_policies(folder: Path) -> PolicyFacts:
+    """Reads off_policy.json.
+
+    Raises:
+      DataError: there is none, or it has another form.
+    """
+    return read_facts(PolicyFacts, folder / OFF_POLICY_FILE)
 
 
 def effective_sample_size(weights: npt.ArrayLike) -> float:

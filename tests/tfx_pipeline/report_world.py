@@ -13,7 +13,8 @@ from tfx_pipeline.leakage import findings
 from tfx_pipeline.report.collect import ModelSources, ReportSources
 from tfx_pipeline.report.facts import Latency, LoadFacts, LoadTest
 from tfx_pipeline.run_result import ComponentTiming
-from trainer import comparison, waterfall
+from trainer import comparison, off_policy, waterfall
+from trainer.uncertainty import Interval, PairedDifference
 
 EVIL = '<script>alert(1)</script> & "Sons"'
 CONFIG = {
@@ -223,6 +224,23 @@ def waterfall_facts():
     )
 
 
+def off_policy_facts():
+    """The ranker's score picks surely better than chance, popularity perhaps; like is refused."""
+
+    def estimate(value, effective_samples):
+        gain = value - 0.25
+        return off_policy.OffPolicyEstimate(
+            values={off_policy.IPS: Interval(value, value - 0.1, value + 0.1, 0.95, 82)},
+            gains={off_policy.IPS: PairedDifference(gain, gain - 0.1, gain + 0.1, 0.95, 0.04, 82)},
+            logged=Interval(0.25, 0.2, 0.3, 0.95, 82),
+            support=off_policy.Support(1535, 82, effective_samples, 0.05, 1.0, 0.02, 12.0, 0),
+        )
+
+    estimates = {"score": estimate(0.4, 75.4), "popularity": estimate(0.3125, 61.0)}
+    why = "the log cannot tell what the target policy is worth: 1,535 rows weigh as much as 31.0"
+    return off_policy.PolicyFacts("click", 0.0, estimates, {"like": why})
+
+
 def predictions_table():
     """1,000 impressions of a calibrated click model, and one whose watch time is not a number."""
     p = np.linspace(0.05, 0.95, 1000)
@@ -381,6 +399,7 @@ def make_sources(tmp_path):
     write_json(tmp_path / "load.json", {"slo": {}, "result": load | {"warnings": ["the client was busy"]}})
     findings.write_report(LEAKAGE, tmp_path / "leakage.json")
     waterfall.write_waterfall(waterfall_facts(), tmp_path / "waterfall")
+    off_policy.write_policies(off_policy_facts(), tmp_path / "off_policy")
     for name, found in (("retrieval", retrieval_comparison()), ("ranking", ranking_comparison())):
         comparison.write_comparison(found, tmp_path / f"{name}_comparison")
         gates.write_validation(VALIDATIONS[name], tmp_path / f"{name}_blessing")
@@ -392,6 +411,7 @@ def make_sources(tmp_path):
         drift_path=tmp_path / "drift.json",
         leakage_path=tmp_path / "leakage.json",
         waterfall_uri=tmp_path / "waterfall",
+        off_policy_uri=tmp_path / "off_policy",
         infra_blessed=True,
         infra_reason="",
         recommendations_path=write_json(tmp_path / "recommendations.json", answers),

@@ -21,10 +21,26 @@ from tfx_bsl.coders import example_coder
 
 from schema.contract import DatasetSpec
 from schema.errors import DataError, ServingError
-from schema.tables import INTERACTIONS, ITEMS, SUMMARY, USERS, prepare_tables, read_interactions, read_summary
+from schema.tables import (
+    INTERACTIONS,
+    ITEMS,
+    SUMMARY,
+    USERS,
+    InteractionRows,
+    prepare_tables,
+    read_interactions,
+    read_summary,
+)
 from tests.tfx_pipeline import taste_world
 from tfx_pipeline import batch_score as module
-from tfx_pipeline.batch_score import Scored, batch_score, load_ranker, read_knowledge, serialized_examples
+from tfx_pipeline.batch_score import (
+    Knowledge,
+    Scored,
+    batch_score,
+    load_ranker,
+    read_knowledge,
+    serialized_examples,
+)
 from tfx_pipeline.cli import main
 from tfx_pipeline.config import MODELS, RunPaths, load_run_config
 from tfx_pipeline.examples import ExampleSettings, example_batch, interaction_columns, interaction_inputs
@@ -187,10 +203,16 @@ def score(tiny: RunResult, ranker_dir: Path, tmp_path: Path) -> Scorer:
     return Scorer(tiny, ranker_dir, tmp_path)
 
 
+def knowledge_of(run: RunResult, rows: InteractionRows, online: bool) -> Knowledge:
+    config = run.config
+    max_positives = config.examples.max_positives_per_user
+    return read_knowledge(Path(run.tables_dir), config.dataset, max_positives, rows, online)
+
+
 def encoded(run: RunResult, path: Path, online: bool) -> list[bytes]:
     spec = run.config.dataset
     rows = read_interactions(spec, path)
-    batches = serialized_examples(rows.table, read_knowledge(run, rows, online), spec)
+    batches = serialized_examples(rows.table, knowledge_of(run, rows, online), spec)
     return [in_order(example) for batch in batches for example in batch]
 
 
@@ -341,7 +363,7 @@ def test_without_online_history_labels_change_nothing(score: Scorer, changes: Ro
 def test_what_is_frozen_ignores_a_log_that_goes_on(score: Scorer, tmp_path: Path) -> None:
     rows = [row(hour=200, clicked=1, query="birds"), row(hour=210)]
     read = read_interactions(SPEC, written(tmp_path, rows))
-    knowledge = dataclasses.replace(read_knowledge(score.run, read, online_history=True), is_frozen=True)
+    knowledge = dataclasses.replace(knowledge_of(score.run, read, online=True), is_frozen=True)
     (examples,) = serialized_examples(read.table, knowledge, SPEC)
     assert [parsed(example) for example in examples] == score.features(rows)
 

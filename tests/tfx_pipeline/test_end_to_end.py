@@ -25,10 +25,12 @@ from tfx_pipeline.config import BUNDLES, MODELS, RunPaths
 from tfx_pipeline.gates import Verdict, read_validation
 from tfx_pipeline.outcome import read_artifact_uris
 from tfx_pipeline.recommend import titles, user_state
+from tfx_pipeline.report.facts import read_facts
 from tfx_pipeline.run_result import RunResult, read_run
 from tfx_pipeline.user_states import padded, query_arrays, ranking_arrays
 from trainer import metrics
 from trainer.comparison import PREDICTIONS_FILE, read_comparison
+from trainer.off_policy import read_policies
 from trainer.waterfall import read_waterfall
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
@@ -104,6 +106,13 @@ def test_the_waterfall_of_the_run_and_that_of_the_command_are_the_same(fresh: Ru
     found = read_waterfall(Path(read_artifact_uris(paths.metadata)["FunnelWaterfall", "waterfall"]))
     assert f"{found.whole.num_positives:,} positives of {found.num_users:,} of" in result.output
     assert f"{found.whole.shown / found.whole.num_positives:.1%}" in result.output
+
+
+def test_a_log_without_random_screens_costs_the_off_policy_section_alone(fresh: Run, paths: RunPaths) -> None:
+    found = read_policies(Path(read_artifact_uris(paths.metadata)["OffPolicy", "policies"]))
+    assert "does not map exploration and position" in found.absent
+    facts = read_facts(paths.report / "metrics.json")
+    assert facts.missing["off_policy"] == found.absent
 
 
 def test_every_gate_of_a_fresh_run_is_told_with_its_verdict_and_reason(fresh: Run, paths: RunPaths) -> None:

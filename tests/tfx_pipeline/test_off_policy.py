@@ -7,12 +7,14 @@ import numpy as np
 import polars as pl
 import pytest
 from click.testing import CliRunner
+from tfx.types import standard_artifacts
 
 from schema.contract import load_dataset_spec
 from schema.errors import ConfigError, DataError
-from tfx_pipeline import off_policy
+from tfx_pipeline import off_policy, recommend
 from tfx_pipeline.cli import main
-from trainer.off_policy import IPS
+from tfx_pipeline.components.off_policy import OffPolicy, OffPolicyFacts
+from trainer.off_policy import IPS, read_policies
 
 SPEC = load_dataset_spec("simulated")
 NUM_USERS = 60
@@ -89,14 +91,16 @@ def test_a_log_without_exploration_or_positions_is_refused(tmp_path):
         off_policy.exploration_screens(tmp_path, load_dataset_spec("movielens-1m"), "click")
 
 
+def rows_of(num_users):
+    """A screen of two rows for each user."""
+    rows = [impression(f"u{user}", 1, 100 + user) for user in range(num_users)]
+    return rows + [impression(f"u{user}", 2, 200 + user, click=float(user % 2)) for user in range(num_users)]
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A run whose ranker likes the second row of each screen of two; every second of these is clicked."""
-    rows = []
-    for user in range(NUM_USERS):
-        rows.append(impression(f"u{user}", 1, 100 + user))
-        rows.append(impression(f"u{user}", 2, 200 + user, click=float(user % 2)))
-    write(tmp_path, rows)
+    write(tmp_path, rows_of(NUM_USERS))
     log = pl.DataFrame({"item_id": [f"v{i}" for i in range(7)], "click": [1.0] * 7})
 
     def predict(table, knowledge, spec, ranker, on_progress):
@@ -106,34 +110,52 @@ def run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(off_policy, "predict_rows", predict)
     monkeypatch.setattr(off_policy, "load_ranker", lambda folder, spec: None)
-    monkeypatch.setattr(off_policy, "serving_folder", lambda run, paths, kind: tmp_path)
-    monkeypatch.setattr(
-        off_policy, "read_knowledge", lambda run, rows, online_history: types.SimpleNamespace(log=log)
-    )
-    config = types.SimpleNamespace(dataset=SPEC)
+    monkeypatch.setattr(recommend, "serving_folder", lambda run, paths, kind: tmp_path)
+    monkeypatch.setattr(off_policy, "read_knowledge", lambda *args, **given: types.SimpleNamespace(log=log))
+    examples = types.SimpleNamespace(max_positives_per_user=10)
+    config = types.SimpleNamespace(dataset=SPEC, examples=examples)
     result = types.SimpleNamespace(config=config, tables_dir=str(tmp_path))
     monkeypatch.setattr("tfx_pipeline.run_result.read_run", lambda output_dir: result)
-    return result
+    return tmp_path
 
 
 def evaluate(run, **change):
-    settings = {"reward": "click", "epsilon": 0.0, "model_dir": None, "on_progress": lambda done: None}
-    return off_policy.evaluate_ranker(run, None, **settings | change)
+    settings = {"max_positives_per_user": 10, "reward": "click"} | change
+    return off_policy.evaluate_ranker(run, SPEC, run, **settings)
 
 
 def test_value_of_the_first_choice_worked_by_hand(run):
     found = evaluate(run)
-    assert list(found) == ["score", "click", "like", "watch_time", "popularity"]
+    assert list(found.estimates) == ["score", "click", "like", "watch_time", "popularity"]
+    assert (found.refused, found.absent) == ({}, "")
     # Half of the second rows were clicked, no first row, and a constant task picks either with half.
-    values = {name: estimate.values[IPS].value for name, estimate in found.items()}
+    values = {name: estimate.values[IPS].value for name, estimate in found.estimates.items()}
     assert values == pytest.approx(
         {"score": 0.5, "click": 0.5, "like": 0.0, "watch_time": 0.25, "popularity": 0.25}
     )
-    assert found["score"].logged.value == pytest.approx(0.25)
-    assert found["score"].gains[IPS].value == pytest.approx(0.25)
-    assert found["score"].support.effective_samples == pytest.approx(NUM_USERS)
+    of_score = found.estimates["score"]
+    assert of_score.logged.value == pytest.approx(0.25)
+    assert of_score.gains[IPS].value == pytest.approx(0.25)
+    assert of_score.support.effective_samples == pytest.approx(NUM_USERS)
     # A tenth of the picks are random: .9 * .5 + .1 * .25.
-    assert evaluate(run, epsilon=0.1)["score"].values[IPS].value == pytest.approx(0.475)
+    assert evaluate(run, epsilon=0.1).estimates["score"].values[IPS].value == pytest.approx(0.475)
+
+
+def test_a_policy_with_poor_support_or_without_numbers_is_refused_and_the_others_are_not(run, monkeypatch):
+    # A choice between two rows of 40 users weighs as much as 40 rows, a random pick as much as all 80.
+    write(run, rows_of(40))
+    predict = off_policy.predict_rows
+
+    def with_gaps(table, *args):
+        found = predict(table, *args)
+        return found | {"like": np.where(np.arange(len(table)) < 3, np.nan, found["like"])}
+
+    monkeypatch.setattr(off_policy, "predict_rows", with_gaps)
+    found = evaluate(run)
+    assert set(found.estimates) == {"watch_time", "popularity"}
+    assert set(found.refused) == {"score", "click", "like"}
+    assert "80 rows weigh as much as 40.0 of equal weight, fewer than 50" in found.refused["score"]
+    assert found.refused["like"] == "3 of 80 predictions of like are NaN or infinite"
 
 
 def test_unknown_reward_is_refused_with_the_labels(run):
@@ -148,4 +170,35 @@ def test_command_prints_every_policy_and_writes_json(run, tmp_path):
     for text in ("score", "popularity", "chance", "0.25", "120 impressions of 60 users"):
         assert text in result.output
     written = json.loads(out.read_text())
-    assert written["policies"]["score"]["values"]["ips"]["value"] == pytest.approx(0.5)
+    assert written["estimates"]["score"]["values"]["ips"]["value"] == pytest.approx(0.5)
+
+
+def test_command_fails_with_the_reason_where_every_policy_is_refused(run):
+    write(run, rows_of(20))
+    result = CliRunner().invoke(main, ["off-policy", "--output-dir", str(run)])
+    assert result.exit_code == 1
+    assert "40 rows weigh as much as 20.0 of equal weight, fewer than 50" in result.output
+
+
+@pytest.mark.parametrize("dataset", ["simulated", "movielens-1m"])
+def test_the_component_writes_what_it_found_or_why_there_is_nothing(run, dataset):
+    folder = run / "artifact"
+    model = standard_artifacts.Model()
+    model.uri = str(run)
+    policies = OffPolicyFacts()
+    policies.uri = str(folder)
+    properties = {
+        "tables_dir": str(run),
+        "dataset": load_dataset_spec(dataset).model_dump_json(),
+        "max_positives_per_user": 10,
+        "code_version": "1",
+    }
+    OffPolicy.EXECUTOR_SPEC.executor_class().Do(
+        {"ranking_model": [model]}, {"policies": [policies]}, properties
+    )
+    found = read_policies(folder)
+    if dataset == "simulated":
+        assert found == evaluate(run)
+    else:
+        assert found.estimates == {}
+        assert "dataset movielens-1m does not map exploration and position" in found.absent

@@ -15,6 +15,7 @@ from tfx_pipeline.report.collect import collect
 from tfx_pipeline.report.facts import Figure, read_facts
 from tfx_pipeline.report.render import SECTIONS as SECTION_TITLES
 from tfx_pipeline.report.render import write_report
+from trainer.off_policy import PolicyFacts, write_policies
 
 SECTIONS = tuple(section for section, _ in SECTION_TITLES)
 
@@ -320,6 +321,7 @@ def test_report_of_a_run_with_every_piece_missing_says_so_in_every_section(sourc
         "drift",
         "leakage",
         "waterfall",
+        "off_policy",
         "load",
     }
 
@@ -338,6 +340,7 @@ def test_report_of_a_run_with_every_piece_missing_says_so_in_every_section(sourc
             "recommendations.json", b"[]", "recommendations", "got no answers", id="no recommendations"
         ),
         pytest.param("waterfall/waterfall.json", b"{}", "waterfall", "not available", id="wrong shape"),
+        pytest.param("off_policy/off_policy.json", b"{}", "off-policy", "not available", id="no policies"),
         pytest.param("drift.json", b'{"found": 3}', "anomalies", "valid dictionary", id="no drift"),
         pytest.param("retrieval_blessing/gates.json", b"{", "gates", "not available", id="no gates"),
         pytest.param("ranking_run/training_log.json", b"[]", "training", "holds no epoch", id="no epoch"),
@@ -381,6 +384,31 @@ def test_plots_take_their_colours_from_the_page():
     assert "var(--series-1)" in svg and "var(--series-2)" in svg
     assert not re.search(r"#[0-9a-f]{6}\b", svg)
     assert "&lt;b&gt;$x$" in svg
+
+
+def test_off_policy_values_stand_against_the_logging_policy_with_their_support(whole, sources, tmp_path):
+    page, values, _ = whole
+    text = page.text("off-policy")
+    assert "1,535 impressions of 82 users" in text
+    assert "A random pick, which is the logging policy, has 0.2500 (0.2000 to 0.3000)." in text
+    assert "The largest weight is 12; clipping cut none." in text
+    assert "score 0.4000 (0.3000 to 0.5000) +0.1500 (+0.0500 to +0.2500) 0.0400 75" in text
+    assert "popularity 0.3125 (0.2125 to 0.4125) +0.0625 (−0.0375 to +0.1625) 0.0400 61" in text
+    assert "No estimate for like: the log cannot tell what the target policy is worth: 1,535 rows" in text
+    assert values["facts"]["off_policy"]["estimates"]["score"]["support"]["effective_samples"] == 75.4
+    write_report(collect(sources), tmp_path / "report")
+    card = (tmp_path / "report" / "model_card.md").read_text()
+    assert "| score | 0.4000 (0.3000 to 0.5000) | +0.1500 (+0.0500 to +0.2500) | 0.0400 | 75 |\n" in card
+    assert "No estimate for like: the log cannot tell" in card
+
+
+def test_a_log_without_propensities_says_in_one_line_why_there_is_no_off_policy_value(sources, tmp_path):
+    why = "dataset toy does not map exploration and position"
+    write_policies(PolicyFacts("click", 0.0, {}, {}, absent=why), tmp_path / "off_policy")
+    page, values, _ = report(sources, tmp_path / "report")
+    assert page.text("off-policy").endswith(f"first choice is not available: {why}")
+    assert values["facts"]["missing"]["off_policy"] == why
+    assert f"Not available: {why}\n" in (tmp_path / "report" / "model_card.md").read_text()
 
 
 def test_cost_scores_index_waterfall_and_drift_say_their_numbers(whole):
@@ -458,7 +486,7 @@ def test_model_card_tells_data_use_metrics_and_limits(sources, tmp_path):
     write_report(collect(sources), tmp_path / "report")
     card = (tmp_path / "report" / "model_card.md").read_text(encoding="utf-8")
     assert re.findall("^## (.*)$", card, flags=re.MULTILINE) == [
-        "Models", "Intended use", "Data", "Metrics", "Limits",
+        "Models", "Intended use", "Data", "Metrics", "Off-policy evaluation", "Limits",
     ]  # fmt: skip
     assert "| train | 1,234,567 | 500,000 | 2022-04-25 00:00 | 2022-05-04 23:59 |" in card
     assert "| Recall@100 | 0.2512 (0.2412 to 0.2612) | none | 0.2510 (recent popularity) |" in card

@@ -42,6 +42,7 @@ UPSTREAM: dict[str, set[str]] = {
     "ModelValidator.retrieval": {*_EVIDENCE, *(f"{kind}.retrieval" for kind in _JUDGES)},
     "ModelValidator.ranking": {*_EVIDENCE, *(f"{kind}.ranking" for kind in _JUDGES)},
     "FunnelWaterfall": {"Trainer.retrieval", "Trainer.ranking", "UserStateGen"},
+    "OffPolicy": {"Trainer.ranking"},
     "BundleBuilder": {"Trainer.retrieval", "Trainer.ranking", "UserStateGen"},
     "ServingValidator": {"Trainer.retrieval", "Trainer.ranking", "BundleBuilder", "UserStateGen"},
     "Pusher.retrieval": {"Trainer.retrieval", *_BLESSED},
@@ -84,9 +85,9 @@ def test_every_component_is_a_task_with_its_inputs(compiled: dict[str, Any]) -> 
         }
         for name, task in tasks.items()
     }
-    # The report reads from all that judge, and from the waterfall.
+    # The report reads from all that judge, and from what only the report tells.
     judges = {"StatisticsGen", "ExampleValidator", "DriftValidator", "ServingValidator", "FunnelWaterfall"}
-    judges.add("LeakageLinter")
+    judges |= {"LeakageLinter", "OffPolicy"}
     kinds = ("Trainer", "Comparison", "ModelValidator", "Pusher")
     judges |= {f"{kind}.{model}" for kind in kinds for model in ("retrieval", "ranking")}
     sources = {node for nodes in UPSTREAM.values() for node in nodes if node.endswith("blessing-resolver")}

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 
 import click
 from rich.markup import escape
 from rich.table import Table
 
+from schema.errors import PoorSupportError
 from tfx_pipeline.commands.common import CONSOLE, output_dir_option, say
-from tfx_pipeline.config import RunPaths
+from tfx_pipeline.config import RANKING, RunPaths
 
 
 @click.command("off-policy")
@@ -60,23 +59,28 @@ def off_policy(
     label = reward if reward is not None else run.config.dataset.positive
     with CONSOLE.status("loading TensorFlow …"):
         from tfx_pipeline.off_policy import evaluate_ranker
+        from tfx_pipeline.recommend import serving_folder
+        from trainer.facts_file import write_facts
         from trainer.off_policy import IPS
     with Progress(console=CONSOLE, transient=True) as progress:
         task = progress.add_task("rows", total=None)
         found = evaluate_ranker(
-            run,
-            RunPaths(output_dir),
+            Path(run.tables_dir),
+            run.config.dataset,
+            model_dir or serving_folder(run, RunPaths(output_dir), RANKING),
+            max_positives_per_user=run.config.examples.max_positives_per_user,
             reward=label,
             epsilon=epsilon,
-            model_dir=model_dir,
             on_progress=lambda done: progress.update(task, completed=done),
         )
-    estimates = list(found.values())
+    if not found.estimates:
+        raise PoorSupportError("; ".join(dict.fromkeys(found.refused.values())))
+    estimates = list(found.estimates.values())
     logged, support = estimates[0].logged, estimates[0].support
     table = Table(title=f"{label} per impression, {logged.confidence:.0%} intervals over users")
-    for name in ("picked by", "value", "interval", "against a random pick", "interval", "p"):
+    for name in ("picked by", "value", "interval", "against a random pick", "interval", "p", "effective"):
         table.add_column(name, justify="left" if name == "picked by" else "right")
-    for name, estimate in found.items():
+    for name, estimate in found.estimates.items():
         value, gain = estimate.values[IPS], estimate.gains[IPS]
         table.add_row(
             name,
@@ -84,17 +88,15 @@ def off_policy(
             f"{value.low:.4g} to {value.high:.4g}",
             f"{gain.value:+.4g}",
             f"{gain.low:+.4g} to {gain.high:+.4g}",
-            f"{gain.p_value:.3f}",
+            f"{gain.p_value:.2g}",
+            f"{estimate.support.effective_samples:,.0f}",
         )
     table.add_row("chance", f"{logged.value:.4g}", f"{logged.low:.4g} to {logged.high:.4g}")
+    table.caption = "effective: rows of equal weight that would tell as much"
     CONSOLE.print(table)
-    say(
-        f"  {support.num_rows:,} impressions of {support.num_users:,} users on uniformly random screens; for "
-        f"'score' they weigh as much as {support.effective_samples:,.0f} of equal weight"
-    )
+    for name, why in found.refused.items():
+        say(f"  {name}: {escape(why)}")
+    say(f"  {support.num_rows:,} impressions of {support.num_users:,} users on uniformly random screens")
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        policies = {name: dataclasses.asdict(estimate) for name, estimate in found.items()}
-        values = {"reward": label, "epsilon": epsilon, "policies": policies}
-        json_file.write_text(json.dumps(values, indent=1), encoding="utf-8")
+        write_facts(found, json_file)
         say(f"  → {escape(str(json_file))}")

@@ -21,6 +21,7 @@ from tfx_pipeline.components.funnel_waterfall import WaterfallFacts
 from tfx_pipeline.components.infra_validator import LOAD_FILE, REASON_FILE, RECOMMENDATIONS_FILE
 from tfx_pipeline.components.leakage_linter import LeakageFindings
 from tfx_pipeline.components.model_comparison import ModelComparisonFacts
+from tfx_pipeline.components.off_policy import OffPolicyFacts
 from tfx_pipeline.config import MODELS, RANKING, RETRIEVAL
 from tfx_pipeline.drift import DRIFT_FILE
 from tfx_pipeline.leakage.findings import LEAKAGE_FILE
@@ -48,6 +49,7 @@ def ReportWriter(
     drift: InputArtifact[Drift],
     leakage: InputArtifact[LeakageFindings],
     waterfall: InputArtifact[WaterfallFacts],
+    off_policy: InputArtifact[OffPolicyFacts],
     retrieval_blessing: InputArtifact[ModelBlessing],
     ranking_blessing: InputArtifact[ModelBlessing],
     infra_blessing: InputArtifact[InfraBlessing],
@@ -73,6 +75,7 @@ def ReportWriter(
             drift_path=Path(drift.uri) / DRIFT_FILE,
             leakage_path=Path(leakage.uri) / LEAKAGE_FILE,
             waterfall_uri=waterfall.uri,
+            off_policy_uri=off_policy.uri,
             infra_blessed=infra_blessing.get_int_custom_property("blessed") == 1,
             infra_reason=(infra / REASON_FILE).read_text(encoding="utf-8"),
             recommendations_path=infra / RECOMMENDATIONS_FILE,

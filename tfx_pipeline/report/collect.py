@@ -42,6 +42,7 @@ from tfx_pipeline.report.facts import (
 from trainer.comparison import CANDIDATE, LAST_BLESSED, PREDICTIONS_FILE, Comparison, read_comparison
 from trainer.index_facts import IndexFacts
 from trainer.metrics import reliability_table
+from trainer.off_policy import PolicyFacts, read_policies
 from trainer.waterfall import read_waterfall
 
 _TRAINING_LOG = "training_log.json"
@@ -98,6 +99,7 @@ class ReportSources:
       drift_path: JSON of DriftValidator.
       leakage_path: JSON of LeakageLinter; absent where it is switched off.
       waterfall_uri: of FunnelWaterfall.
+      off_policy_uri: of OffPolicy.
       infra_blessed, infra_reason: the verdict of infra validation, and why when it is negative.
       recommendations_path: JSON list of example answers, see `ExampleAnswer`; item ids instead of titles.
       load_path: JSON of the load during infra validation; there is none without an objective (`slo`).
@@ -112,6 +114,7 @@ class ReportSources:
     drift_path: _PathLike
     leakage_path: _PathLike
     waterfall_uri: _PathLike
+    off_policy_uri: _PathLike
     infra_blessed: bool
     infra_reason: str
     recommendations_path: _PathLike
@@ -154,8 +157,16 @@ def collect(sources: ReportSources) -> RunFacts:
         drift=reader.read("drift", partial(_parse_file, DriftFacts, Path(sources.drift_path)), None),
         leakage=reader.read("leakage", partial(read_report, Path(sources.leakage_path)), None),
         waterfall=reader.read("waterfall", partial(read_waterfall, Path(sources.waterfall_uri)), None),
+        off_policy=reader.read("off_policy", partial(_read_policies, Path(sources.off_policy_uri)), None),
         load=reader.read("load", partial(_read_load, Path(sources.load_path), config), None),
     )
+
+
+def _read_policies(folder: Path) -> PolicyFacts:
+    found = read_policies(folder)
+    if found.absent:
+        raise DataError(found.absent)
+    return found
 
 
 class _LoadFile(pydantic.BaseModel):

@@ -22,6 +22,7 @@ from tfx_pipeline.run_result import ComponentTiming
 from trainer import features
 from trainer.comparison import LAST_BLESSED
 from trainer.index_facts import IndexFacts
+from trainer.off_policy import PolicyFacts
 from trainer.waterfall import Waterfall
 
 COLD_USERS = f"{features.USER_TYPE} = {features.COLD}"
@@ -295,6 +296,7 @@ class RunFacts:
       drift: how far the data moved.
       leakage: whether the data say what nobody could have known at the time.
       waterfall: where the funnel lost what people went on to choose.
+      off_policy: what the ranker's first choice would have earned where the log shows random screens.
       load: what the models held during infra validation.
       load_test: what a running server held, once somebody tested it.
       seeds: model -> metric key -> its value for each of some seeds, once somebody trained with them.
@@ -323,6 +325,7 @@ class RunFacts:
     drift: DriftFacts | None = None
     leakage: LeakageReport | None = None
     waterfall: Waterfall | None = None
+    off_policy: PolicyFacts | None = None
     load: LoadFacts | None = None
     load_test: LoadTest | None = None
     seeds: Mapping[str, Mapping[str, tuple[float | None, ...]]] = dataclasses.field(default_factory=dict)

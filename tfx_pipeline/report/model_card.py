@@ -26,6 +26,7 @@ def render_card(facts: RunFacts) -> str:
         reason=reason_sentence(verdicts, facts),
         dataset=views.dataset_name(facts),
         metrics={name: _metric_rows(name, facts) for name in MODELS},
+        policies=_policy_rows(facts),
         limits=_limits(facts),
     )
 
@@ -47,6 +48,15 @@ def _metric_rows(name: str, facts: RunFacts) -> list[tuple[str, str, str, str]]:
             )
         )
     return rows
+
+
+def _policy_rows(facts: RunFacts) -> list[tuple[str, ...]]:
+    """The cells of the table of off-policy values; none where there is none."""
+    table = views.off_policy_table(facts.off_policy) if facts.off_policy else None
+    return [
+        (row.label, *(" ".join(filter(None, (cell.text, cell.interval))) for cell in row.cells))
+        for row in (table.rows if table else ())
+    ]
 
 
 def _best_baseline(key: str, model: ModelFacts) -> str:

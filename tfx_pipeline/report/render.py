@@ -36,6 +36,7 @@ SECTIONS = (
     ("index", "Index"),
     ("load", "Load"),
     ("waterfall", "Waterfall"),
+    ("off-policy", "Off-policy"),
     ("recommendations", "Recommendations"),
     ("data", "Data"),
     ("anomalies", "Anomalies"),

@@ -30,6 +30,7 @@ from tfx_pipeline.report.facts import (
 from tfx_pipeline.report.verdicts import best_baseline, headline_key
 from trainer.comparison import LAST_BLESSED
 from trainer.index_facts import IndexFacts, SearchPoint
+from trainer.off_policy import IPS, PolicyFacts
 from trainer.score import formula
 from trainer.waterfall import SHOWN, Waterfall
 
@@ -404,6 +405,55 @@ def sources_table(waterfall: Waterfall) -> Table:
         rows.append(Row(formatting.words(source.name), "", cells))
     columns = ("Source", "Asked for", "Recall", "Found by it alone", "Found by others, too")
     return Table("Sources of candidates", columns, tuple(rows))
+
+
+def off_policy_sentences(found: PolicyFacts) -> list[str]:
+    """What was evaluated on which rows, and how far it can be trusted."""
+    if not found.estimates:
+        return ["The log tells too little about any of the policies; its logging policy was a random pick."]
+    estimates = list(found.estimates.values())
+    logged, supports = estimates[0].logged, [estimate.support for estimate in estimates]
+    value = " ".join(filter(None, (formatting.decimal(logged.value), _bounds(logged.low, logged.high))))
+    randomly = f" and {formatting.share(found.epsilon)} of the picks were random" if found.epsilon else ""
+    largest = formatting.number(max(support.max_weight for support in supports))
+    num_cut = max(support.num_clipped for support in supports)
+    return [
+        f"The mean {formatting.words(found.reward)} per impression if each policy had picked one item of a "
+        f"screen{randomly}, from screens that the log filled at random: {supports[0].num_rows:,} impressions "
+        f"of {supports[0].num_users:,} users. A random pick, which is the logging policy, has {value}.",
+        f"Intervals are {logged.confidence:.0%} over users. The effective sample size is the number of rows "
+        f"of equal weight that would tell as much. The largest weight is {largest}; clipping cut "
+        f"{f'up to {num_cut:,} weights' if num_cut else 'none'}. Every item of a screen was logged once, so "
+        "that IPS, SNIPS and doubly robust are the same number here.",
+    ]
+
+
+def off_policy_table(found: PolicyFacts) -> Table | None:
+    """What each policy would have earned, against the logging policy; None where all were refused."""
+    rows = []
+    for name, estimate in found.estimates.items():
+        value, gain, support = estimate.values[IPS], estimate.gains[IPS], estimate.support
+        is_unclear = gain.low <= 0 <= gain.high
+        cells = (
+            Cell(formatting.decimal(value.value), value=value.value, interval=_bounds(value.low, value.high)),
+            Cell(
+                formatting.difference(gain.value),
+                "" if is_unclear else "better" if gain.value > 0 else "worse",
+                value=gain.value,
+                interval=_bounds(gain.low, gain.high, signed=True),
+            ),
+            Cell(formatting.decimal(gain.p_value), value=gain.p_value),
+            Cell(formatting.number(round(support.effective_samples)), value=support.effective_samples),
+        )
+        rows.append(Row(formatting.words(name), "", cells))
+    if not rows:
+        return None
+    return Table(
+        f"What would have come of the first choice: {formatting.words(found.reward)} per impression",
+        ("Picked by", "Value", "minus a random pick", "p", "Effective sample size"),
+        tuple(rows),
+        name="off-policy",
+    )
 
 
 def drift_tables(drift: DriftFacts) -> list[Table]:
