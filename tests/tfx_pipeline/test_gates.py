@@ -279,7 +279,8 @@ SABOTAGES = [
     pytest.param(
         with_evidence("ranking", evaluator={AUC: 0.7}),
         "agreement",
-        "the Evaluator lacks ranking/click/ece, which the Evaluator is configured to compute",
+        "the run's evaluation lacks ranking/click/ece: if an older version of Funnel made it, 'funnel run' "
+        "with the same settings makes it again",
         id="evaluator-left-a-metric-out",
     ),
     pytest.param(
