@@ -32,6 +32,8 @@ class _Group(click.Group):
     """Turns errors into one readable message and the documented exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        if ctx.params["traceback"]:
+            return super().invoke(ctx)
         try:
             return super().invoke(ctx)
         except ConfigError as error:
@@ -45,7 +47,11 @@ class _Group(click.Group):
         except FileNotFoundError as error:
             # Polars tells the file in its text only.
             what = f"there is no {error.filename}" if error.filename else str(error)
-            _fail(f"{what}; what is gone of a run, 'funnel run' with the same settings makes again", code=1)
+            _fail(
+                f"{what}; what is gone of a run, 'funnel run' with the same settings makes again. If it was "
+                f"never there, this is a bug: 'funnel --traceback {ctx.invoked_subcommand} …' shows where",
+                code=1,
+            )
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -61,7 +67,8 @@ def _fail(message: str, code: int) -> NoReturn:
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="funnel")
-def main() -> None:
+@click.option("--traceback", is_flag=True, help="Show where an error comes from instead of one line.")
+def main(traceback: bool) -> None:
     """Train, judge, push and serve a two-stage recommender.
 
     \b

@@ -390,6 +390,12 @@ def test_a_run_of_which_a_piece_is_gone_says_which(run_dir: Path, monkeypatch: p
         result = funnel("waterfall", "--output-dir", run_dir)
         assert (result.exit_code, "Traceback" in result.output) == (1, False)
         assert "/run/interactions.parquet; what is gone of a run, 'funnel run'" in result.output
+        assert "'funnel --traceback waterfall …' shows where" in result.output
+        # A bug of our own that looks for a file in the wrong place keeps its traceback.
+        with pytest.raises(FileNotFoundError):
+            CliRunner().invoke(
+                main, ["--traceback", "waterfall", "--output-dir", str(run_dir)], catch_exceptions=False
+            )
 
 
 def _raise(error: BaseException) -> Callable[..., None]:
