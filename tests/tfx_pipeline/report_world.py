@@ -75,16 +75,16 @@ NOTES = {"popularity": "train positives of an item", "item_mean": "smoothed trai
 
 def metric(stage, key, value, rivals=None, change=0.0):
     """A result whose intervals are 0.01 to both sides; `change` is of the candidate alone."""
+    # A count of items has no interval.
+    has_interval = "distinct" not in key
     against = {}
     for rival, values in (rivals or {}).items():
         if key in values:
             difference = value + change - values[key]
-            against[rival] = comparison.Against(
-                values[key], difference, difference - 0.01, difference + 0.01, 0.25
-            )
+            sure = (difference - 0.01, difference + 0.01, 0.25) if has_interval else (None, None, None)
+            against[rival] = comparison.Against(values[key], difference, *sure)
     value = value + change
-    # A count of items has no interval.
-    low, high = (None, None) if "distinct" in key else (value - 0.01, value + 0.01)
+    low, high = (value - 0.01, value + 0.01) if has_interval else (None, None)
     count = 77 if "cold_item" in key else 1009
     return comparison.MetricResult(f"{stage}/{key}", count, value, low, high, "", against)
 

@@ -10,7 +10,7 @@ import re
 import pytest
 
 from tests.tfx_pipeline.report_world import EVIL, make_sources, with_everything
-from tfx_pipeline.report import formatting, plots, views
+from tfx_pipeline.report import charts, formatting, plots, views
 from tfx_pipeline.report.collect import collect
 from tfx_pipeline.report.facts import Figure, read_facts
 from tfx_pipeline.report.render import SECTIONS as SECTION_TITLES
@@ -384,6 +384,27 @@ def test_plots_take_their_colours_from_the_page():
     assert "var(--series-1)" in svg and "var(--series-2)" in svg
     assert not re.search(r"#[0-9a-f]{6}\b", svg)
     assert "&lt;b&gt;$x$" in svg
+
+
+def test_a_difference_is_coloured_only_where_its_interval_leaves_zero_out(sources):
+    facts = collect(sources)
+    notes = {
+        row.title: [(cell.note, cell.note_verdict) for cell in row.cells[2:]]
+        for row in views.metrics_table("retrieval", facts).rows
+    }
+    # Popularity, recent popularity: an interval above zero and one around it; distinct items have none.
+    assert notes["retrieval/recall_at_100"] == [("+0.0322", "better"), ("+0.0002", "")]
+    assert notes["retrieval/distinct_items_at_10"][0] == ("+276.0", "")
+
+
+def test_no_share_of_the_index_plot_is_above_one(sources):
+    drawn = []
+    facts = collect(sources)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "line_plot", lambda name, alt, panels: drawn.extend(panels))
+        charts.index_plot(facts.index)
+    # The lowest share is .91; all panels have the same axis.
+    assert [panel.y_limits for panel in drawn] == [pytest.approx((0.89, 1.01))] * 2
 
 
 def test_off_policy_values_stand_against_the_logging_policy_with_their_support(whole, sources, tmp_path):

@@ -115,6 +115,9 @@ def scores_plot(facts: RunFacts) -> Markup:
 def index_plot(index: IndexFacts) -> Markup:
     """Recall of the index against the time of a query, one panel per k; the index has points."""
     panels = []
+    shares = [share for p in index.points for share in (p.recall, *p.recall_by_slice.values())]
+    # No share is above 1; the panels can be compared.
+    limits = (min(0.9, *(share for share in shares if share is not None)) - 0.01, 1.01)
     for k, group in itertools.groupby(index.points, key=lambda point: point.k):
         points = sorted(group, key=lambda point: point.p50_ms)
         lines: dict[str, list[float | None]] = {"all items": [point.recall for point in points]}
@@ -124,7 +127,11 @@ def index_plot(index: IndexFacts) -> Markup:
         marks = {_mark(point): point.p50_ms for point in points if _mark(point)}
         x = [point.p50_ms for point in points]
         title = f"The first {k:,}: share found"
-        panels.append(plots.Panel(title, "ms per query (p50)", x, lines, marks=marks, is_scattered=True))
+        panels.append(
+            plots.Panel(
+                title, "ms per query (p50)", x, lines, marks=marks, is_scattered=True, y_limits=limits
+            )
+        )
     alt = (
         "Share of the exact results that the index finds against the time of a query, by how many items are "
         f"asked for; {_SEE_TABLE}"

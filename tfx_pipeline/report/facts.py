@@ -75,9 +75,9 @@ class Against:
     p_value: float | None
 
     @property
-    def is_unclear(self) -> bool:
-        """Whether the interval of the difference holds zero: then the difference may be chance."""
-        return self.low is not None and self.high is not None and self.low <= 0 <= self.high
+    def is_clear(self) -> bool:
+        """Whether the interval of the difference leaves zero out; without one it may be chance."""
+        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,6 +84,7 @@ class Panel:
       is_logarithmic: of the horizontal axis.
       is_histogram: draws steps instead of dots joined by lines.
       is_scattered: draws dots that no line joins.
+      y_limits: ends of the vertical axis; the values decide when None.
     """
 
     title: str
@@ -99,6 +100,7 @@ class Panel:
     is_logarithmic: bool = False
     is_histogram: bool = False
     is_scattered: bool = False
+    y_limits: tuple[float, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +176,8 @@ def _draw_panel(axis: Axes, panel: Panel) -> None:
     elif all(float(x).is_integer() for x in panel.x):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.margins(y=0.12)
+    if panel.y_limits is not None:
+        axis.set_ylim(panel.y_limits)
     if panel.diagonal:
         axis.axline((0, 0), slope=1, color=_INK, linewidth=0.9, linestyle=(0, (2, 2)), label="perfect")
     for (text, x), dashes in zip(panel.marks.items(), ((2, 2), (6, 2)), strict=False):

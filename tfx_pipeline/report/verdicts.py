@@ -140,7 +140,7 @@ def _compared(a: Against, rival: str) -> str:
     worsening = metric_keys.badness(a.key, a.difference or 0.0) - metric_keys.badness(a.key, 0.0)
     if a.low is None or a.high is None:
         words = "worse than" if worsening > 0 else "better than" if worsening < 0 else "equal to"
-    elif a.is_unclear:
+    elif not a.is_clear:
         words = "no clear difference from"
     else:
         words = "surely worse than" if worsening > 0 else "surely better than"
@@ -184,7 +184,7 @@ def _by_slice(model: ModelFacts, key: str, trusted: Sequence[str], rival: str, t
     if not moved:
         return ""
     clear = sorted(
-        (pair for pair in moved if pair[1].low is not None and not pair[1].is_unclear),
+        (pair for pair in moved if pair[1].is_clear),
         key=lambda pair: pair[0],
     )
     better = [a for worsening, a in clear if worsening < 0]

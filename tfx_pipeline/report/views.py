@@ -181,7 +181,7 @@ def _comparison(caption: str, keys: Iterable[str], name: str, slice_name: str, f
                     formatting.decimal(other.value),
                     _best(key, other.value, best),
                     text,
-                    "" if other.is_unclear else tone,
+                    tone if other.is_clear else "",
                     other.value,
                 )
             )
@@ -210,7 +210,7 @@ def paired_table(name: str, facts: RunFacts) -> Table | None:
         text, tone = change(a.key, a.difference, 0.0)
         cells = (
             Cell(formatting.rival(a.rival)),
-            Cell(text, "" if a.is_unclear else tone, value=a.difference),
+            Cell(text, tone if a.is_clear else "", value=a.difference),
             Cell(f"{low} to {high}"),
             Cell(formatting.decimal(a.p_value), value=a.p_value),
         )
@@ -282,7 +282,7 @@ def slices_table(name: str, facts: RunFacts) -> Table | None:
                     formatting.decimal(figure.value),
                     "",
                     note,
-                    "" if other is None or other.is_unclear else tone,
+                    tone if other and other.is_clear else "",
                     figure.value,
                     interval(figure),
                 )
@@ -316,7 +316,7 @@ def _difference_cell(a: Against | None) -> Cell:
         return Cell(_NOT_MEASURED)
     text, tone = change(a.key, a.difference, 0.0)
     return Cell(
-        text, "" if a.is_unclear else tone, value=a.difference, interval=_bounds(a.low, a.high, signed=True)
+        text, tone if a.is_clear else "", value=a.difference, interval=_bounds(a.low, a.high, signed=True)
     )
 
 
@@ -803,12 +803,12 @@ def movers_table(name: str, facts: RunFacts) -> Table | None:
     if not moved:
         return None
     rows = []
-    for _, a in sorted(moved, key=lambda pair: (pair[1].is_unclear, -pair[0]))[:_MOVERS_SHOWN]:
+    for _, a in sorted(moved, key=lambda pair: (not pair[1].is_clear, -pair[0]))[:_MOVERS_SHOWN]:
         text, tone = change(a.key, a.difference, 0.0)
         low, high = (formatting.difference(bound) for bound in (a.low, a.high))
         cells = (
             Cell(formatting.decimal(a.value)),
-            Cell(text, "" if a.is_unclear else tone),
+            Cell(text, tone if a.is_clear else ""),
             Cell(f"{low} to {high}"),
             Cell(_signed_share(a.difference / a.value) if a.difference and a.value else _NOT_MEASURED),
         )
