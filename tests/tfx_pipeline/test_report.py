@@ -424,12 +424,14 @@ def test_off_policy_values_stand_against_the_logging_policy_with_their_support(w
 
 
 def test_a_log_without_propensities_says_in_one_line_why_there_is_no_off_policy_value(sources, tmp_path):
-    why = "dataset toy does not map exploration and position"
+    why = "dataset toy does not map exploration and position."
     write_policies(PolicyFacts("click", 0.0, {}, {}, absent=why), tmp_path / "off_policy")
     page, values, _ = report(sources, tmp_path / "report")
     assert page.text("off-policy").endswith(f"first choice is not available: {why}")
     assert values["facts"]["missing"]["off_policy"] == why
-    assert f"Not available: {why}\n" in (tmp_path / "report" / "model_card.md").read_text()
+    card = (tmp_path / "report" / "model_card.md").read_text()
+    assert f"Not available: {why}\n" in card
+    assert f"- Not known (off policy): {why}\n" in card
 
 
 def test_cost_scores_index_waterfall_and_drift_say_their_numbers(whole):

@@ -96,5 +96,8 @@ def _limits(facts: RunFacts) -> list[str]:
     if anomalies:
         places = f"{anomalies} place{'s' if anomalies > 1 else ''}"
         limits.append(f"The data deviate from the schema in {places}; the report says where.")
-    limits += [f"Not known ({formatting.words(piece)}): {why}." for piece, why in facts.missing.items()]
+    limits += [
+        f"Not known ({formatting.words(piece)}): {why.removesuffix('.')}."
+        for piece, why in facts.missing.items()
+    ]
     return limits
