@@ -499,6 +499,13 @@ def test_an_index_of_an_older_export_has_no_times(sources, tmp_path):
     assert "Recall against the time of a query is not available" in page.text("index")
 
 
+def test_an_index_without_partitions_says_so(sources, tmp_path):
+    path = tmp_path / "model" / "Format-Serving" / "assets.extra" / "index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "settings": {"num_leaves": 0}}))
+    page, _, _ = report(sources, tmp_path / "report")
+    assert "none: every item is scored" in page.text("index")
+
+
 def test_facts_survive_a_way_through_json(sources, tmp_path):
     facts = with_everything(collect(sources))
     write_report(facts, tmp_path / "report")

@@ -699,12 +699,16 @@ def index_sentence(index: IndexFacts, facts: RunFacts) -> str:
 
 def index_facts(index: IndexFacts) -> list[tuple[str, str]]:
     """Label and value of every other fact of the index; ScaNN's settings keep the library's names."""
-    rows: list[tuple[str, float]] = [
-        ("Items indexed", index.num_items),
-        ("Width of a vector", index.vector_width),
-    ]
-    rows += [("Building and tuning, s", index.build_s), *index.settings.items()]
-    return [(label, formatting.number(value)) for label, value in rows]
+    numbers: dict[str, float] = {
+        "Items indexed": index.num_items,
+        "Width of a vector": index.vector_width,
+        "Building and tuning, s": index.build_s,
+        **index.settings,
+    }
+    facts = {label: formatting.number(value) for label, value in numbers.items()}
+    if index.settings.get("num_leaves") == 0:
+        facts["num_leaves"] = "none: every item is scored"
+    return list(facts.items())
 
 
 def chosen_points_table(index: IndexFacts) -> Table:
