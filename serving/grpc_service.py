@@ -33,6 +33,7 @@ from serving.inference import Call
 from serving.manager import ModelManager
 from serving.servable import Servable
 from serving.status import RequestError, invalid_argument, short_text
+from serving.thread_pool import ThreadPool
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ _Answer = TypeVar("_Answer")
 def add_services(
     server: grpc.aio.Server,
     models: ModelManager,
-    executor: Executor,
+    threads: ThreadPool,
     loader: Executor,
     *,
     batcher: Batcher | None = None,
@@ -61,7 +62,7 @@ def add_services(
     Args:
       server: not started yet.
       models: the loaded models.
-      executor: threads that run models. A call that still waits for one when its deadline passes, or when the
+      threads: run models. A call that still waits for one when its deadline passes, or when the
         client has gone, is dropped; one that runs goes on, for nobody.
       loader: the thread that loads configs, which takes seconds and must not keep requests waiting.
       batcher: runs requests together; None runs each alone.
@@ -70,7 +71,7 @@ def add_services(
       stopping: once set, calls that come are refused with UNAVAILABLE.
     """
     stopping = stopping or asyncio.Event()
-    prediction = PredictionService(models, executor, batcher, check_method_name)
+    prediction = PredictionService(models, threads, batcher, check_method_name)
     model = ModelService(models, loader, reload)
     for service, methods in (
         (
@@ -100,10 +101,10 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
     """Predict, Classify, Regress, MultiInference and GetModelMetadata."""
 
     def __init__(
-        self, models: ModelManager, executor: Executor, batcher: Batcher | None, check_method_name: bool
+        self, models: ModelManager, threads: ThreadPool, batcher: Batcher | None, check_method_name: bool
     ) -> None:
         self._models = models
-        self._executor = executor
+        self._threads = threads
         self._batcher = batcher
         self._classify = functools.partial(inference.classify, check_method_name=check_method_name)
         self._regress = functools.partial(inference.regress, check_method_name=check_method_name)
@@ -168,10 +169,7 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         read: Callable[[Servable, _Request], Call[_Answer]],
     ) -> _Answer:
         if self._batcher is None:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(
-                self._executor, lambda: read(self._models.servable(spec), request).run()
-            )
+            return await self._threads.submit(lambda: read(self._models.servable(spec), request).run())
         servable = self._models.servable(spec)
         call = await inference.small_inline(request.ByteSize(), read, servable, request)
         return await call.run_batched(self._batcher)

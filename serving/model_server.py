@@ -34,6 +34,7 @@ from serving.batching_config import BatchingParameters, read_batching_parameters
 from serving.config import ModelConfig, parse_model_config, read_model_config
 from serving.flags import OFF, parse_flags
 from serving.status import RequestError
+from serving.thread_pool import ThreadPool
 from serving.tls import read_server_credentials
 from serving.versions import check_has_version
 from serving.workers import Supervisor, WorkerLink, reserve_port, shared_metrics
@@ -229,7 +230,7 @@ def _add_services(
     add_services(
         server,
         models,
-        ThreadPoolExecutor(flags.grpc_max_threads, "grpc"),
+        ThreadPool(flags.grpc_max_threads, "grpc"),
         loader,
         batcher=batcher,
         reload=reload_everywhere if link is not None else None,
@@ -321,8 +322,8 @@ async def _start_rest(
         max_concurrent_requests=_MAX_CONCURRENT_REQUESTS,
         metrics_path=flags.monitoring_config_file and read_metrics_path(flags.monitoring_config_file),
     )
-    executor = ThreadPoolExecutor(flags.rest_api_num_threads, "rest")
-    runner = create_runner(models, executor, settings, shutdown_timeout_s=_DRAIN_S, batcher=batcher)
+    threads = ThreadPool(flags.rest_api_num_threads, "rest")
+    runner = create_runner(models, threads, settings, shutdown_timeout_s=_DRAIN_S, batcher=batcher)
     await runner.setup()
     await web.SockSite(runner, rest_socket).start()
     return runner

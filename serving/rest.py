@@ -8,7 +8,6 @@ import logging
 import time
 import zlib
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -41,6 +40,7 @@ from serving.json_examples import (
 from serving.manager import ModelManager
 from serving.servable import Servable
 from serving.status import RequestError, deadline_exceeded, invalid_argument
+from serving.thread_pool import ThreadPool
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class RestSettings:
 
 def create_runner(
     models: ModelManager,
-    executor: Executor,
+    threads: ThreadPool,
     settings: RestSettings,
     shutdown_timeout_s: float,
     batcher: Batcher | None = None,
@@ -104,12 +104,12 @@ def create_runner(
 
     Args:
       models: the loaded models.
-      executor: threads that decode, run and encode a request, so that a slow one does not hold up the others.
+      threads: decode, run and encode requests, so that a slow one does not hold up the others.
       settings: limits and options.
       shutdown_timeout_s: time for requests in flight to finish, once it is asked to stop.
       batcher: runs requests together; None runs each alone.
     """
-    handlers = _Handlers(models, executor, settings, batcher)
+    handlers = _Handlers(models, threads, settings, batcher)
     middlewares = [_errors_as_json]
     if settings.enable_cors:
         middlewares.insert(0, _with_cors_headers)
@@ -135,11 +135,11 @@ def create_runner(
 
 class _Handlers:
     def __init__(
-        self, models: ModelManager, executor: Executor, settings: RestSettings, batcher: Batcher | None
+        self, models: ModelManager, threads: ThreadPool, settings: RestSettings, batcher: Batcher | None
     ) -> None:
         self._models = models
         self._batcher = batcher
-        self._executor = executor
+        self._threads = threads
         self._settings = settings
         self._num_requests = 0
         self._methods = {"predict": _predict, "classify": self._classify, "regress": self._regress}
@@ -232,10 +232,7 @@ class _Handlers:
         spec: model_pb2.ModelSpec, body: bytes,
     ) -> bytes:  # fmt: skip
         if self._batcher is None:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(
-                self._executor, lambda: read(self._models.servable(spec), spec, body).run()
-            )
+            return await self._threads.submit(lambda: read(self._models.servable(spec), spec, body).run())
         servable = self._models.servable(spec)
         call = await inference.small_inline(len(body), read, servable, spec, body)
         return await call.run_batched(self._batcher)

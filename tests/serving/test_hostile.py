@@ -8,7 +8,6 @@ import struct
 import threading
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import grpc
@@ -25,6 +24,7 @@ from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 from serving.config import ModelConfig
 from serving.manager import ModelManager
 from serving.rest import RestSettings, create_runner
+from serving.thread_pool import ThreadPool
 
 FUZZ = settings(
     max_examples=60,
@@ -314,20 +314,24 @@ def limited(echo_versions):
     limits = RestSettings(
         max_concurrent_requests=3, max_body_bytes=10_000, body_timeout_s=0.3, idle_timeout_s=0.3
     )
-    with ThreadPoolExecutor() as pool:
-        loop = asyncio.new_event_loop()
-        runner = create_runner(manager, pool, limits, shutdown_timeout_s=1)
-        listener = socket.create_server(("127.0.0.1", 0))
-        loop.run_until_complete(runner.setup())
-        loop.run_until_complete(web.SockSite(runner, listener).start())
-        thread = threading.Thread(target=loop.run_forever)
-        thread.start()
-        yield listener.getsockname()
-        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.run_until_complete(end_other_tasks())
-        loop.close()
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    async def start():
+        runner = create_runner(manager, ThreadPool(4, "rest"), limits, shutdown_timeout_s=1)
+        await runner.setup()
+        await web.SockSite(runner, listener).start()
+        return runner
+
+    loop = asyncio.new_event_loop()
+    runner = loop.run_until_complete(start())
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield listener.getsockname()
+    asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.run_until_complete(end_other_tasks())
+    loop.close()
 
 
 async def end_other_tasks():
