@@ -261,7 +261,7 @@ class Bench:
         self.answer = response.SerializeToString()
         expected = self.servable.predict("", self.inputs)
         for name, proto in response.outputs.items():
-            _assert_close(decode_tensor(name, proto), expected[name])
+            _assert_close(decode_tensor(name, proto.SerializeToString()), expected[name])
 
     def _load(self, name: str, pid: int, generator: Any, *arguments: Any, target: str = "") -> None:
         cpu_s = -_cpu_s(pid)

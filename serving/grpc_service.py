@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
-from typing import Final, NoReturn, TypeAlias, TypeVar
+from typing import Final, NoReturn, Protocol, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -20,7 +20,6 @@ from tensorflow_serving.apis import (
     model_management_pb2,
     model_pb2,
     model_service_pb2_grpc,
-    predict_pb2,
     prediction_service_pb2_grpc,
     regression_pb2,
 )
@@ -31,6 +30,7 @@ from serving.batching import Batcher
 from serving.config import parse_model_config
 from serving.inference import Call
 from serving.manager import ModelManager
+from serving.predict_request import PredictRequest
 from serving.servable import Servable
 from serving.status import RequestError, invalid_argument, short_text
 from serving.thread_pool import ThreadPool
@@ -42,7 +42,16 @@ SIGNATURE_FIELD: Final = "signature_def"
 Reload: TypeAlias = Callable[
     [model_management_pb2.ReloadConfigRequest], Awaitable[model_management_pb2.ReloadConfigResponse]
 ]
-_Request = TypeVar("_Request", bound=Message)
+
+
+class _Sized(Protocol):
+    """A protobuf message, or PredictRequest."""
+
+    def ByteSize(self) -> int:
+        """Bytes that it takes, or about as many."""
+
+
+_Request = TypeVar("_Request", bound=_Sized)
 _Answer = TypeVar("_Answer")
 
 
@@ -77,20 +86,28 @@ def add_services(
         (
             "tensorflow.serving.PredictionService",
             [
-                _method(prediction.Predict, predict_pb2.PredictRequest, stopping),
-                _method(prediction.Classify, classification_pb2.ClassificationRequest, stopping),
-                _method(prediction.Regress, regression_pb2.RegressionRequest, stopping),
-                _method(prediction.MultiInference, inference_pb2.MultiInferenceRequest, stopping),
+                _method(prediction.Predict, PredictRequest.FromString, stopping),
+                _method(prediction.Classify, classification_pb2.ClassificationRequest.FromString, stopping),
+                _method(prediction.Regress, regression_pb2.RegressionRequest.FromString, stopping),
+                _method(prediction.MultiInference, inference_pb2.MultiInferenceRequest.FromString, stopping),
                 _method(
-                    prediction.GetModelMetadata, get_model_metadata_pb2.GetModelMetadataRequest, stopping
+                    prediction.GetModelMetadata,
+                    get_model_metadata_pb2.GetModelMetadataRequest.FromString,
+                    stopping,
                 ),
             ],
         ),
         (
             "tensorflow.serving.ModelService",
             [
-                _method(model.GetModelStatus, get_model_status_pb2.GetModelStatusRequest, stopping),
-                _method(model.HandleReloadConfigRequest, model_management_pb2.ReloadConfigRequest, stopping),
+                _method(
+                    model.GetModelStatus, get_model_status_pb2.GetModelStatusRequest.FromString, stopping
+                ),
+                _method(
+                    model.HandleReloadConfigRequest,
+                    model_management_pb2.ReloadConfigRequest.FromString,
+                    stopping,
+                ),
             ],
         ),
     ):
@@ -112,7 +129,7 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
             inference.multi_inference, check_method_name=check_method_name
         )
 
-    async def Predict(self, request: predict_pb2.PredictRequest, context: grpc.aio.ServicerContext) -> bytes:
+    async def Predict(self, request: PredictRequest, context: grpc.aio.ServicerContext) -> bytes:
         """Runs a signature; the answer, a serialized PredictResponse, names the version and signature."""
         return await self._infer(context, "Predict", request, request.model_spec, inference.predict)
 
@@ -263,7 +280,7 @@ def reload_config(
 
 def _method(
     answer: Callable[[_Request, grpc.aio.ServicerContext], Awaitable[Message | bytes]],
-    kind: type[_Request],
+    read: Callable[[bytes], _Request],
     stopping: asyncio.Event,
 ) -> tuple[str, grpc.RpcMethodHandler]:
     """Name and handler of a method, as generated code registers it, but for bytes that are no such message.
@@ -275,9 +292,11 @@ def _method(
         if stopping.is_set():
             await _abort(context, RequestError(grpc.StatusCode.UNAVAILABLE, "the server is stopping"))
         try:
-            request = kind.FromString(data)
+            request = read(data)
         except DecodeError as error:
-            await _abort(context, invalid_argument(f"the message is not a {kind.__name__}: {error}"))
+            await _abort(
+                context, invalid_argument(f"the message is not one that {answer.__name__} takes: {error}")
+            )
         return await answer(request, context)
 
     def encode(message: Message | bytes) -> bytes:

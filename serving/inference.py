@@ -21,12 +21,12 @@ from tensorflow_serving.apis import (
     inference_pb2,
     input_pb2,
     model_pb2,
-    predict_pb2,
     regression_pb2,
 )
 
 from serving import metrics, wire
 from serving.batching import Batcher
+from serving.predict_request import PredictRequest
 from serving.servable import DEFAULT_SIGNATURE, Servable
 from serving.status import failed_precondition, invalid_argument, unimplemented
 from serving.tensors import decode_tensor, encode_tensor
@@ -123,7 +123,7 @@ def _num_bytes(arrays: _Outputs) -> int:
     return sum(array.nbytes for array in arrays.values())
 
 
-def predict(servable: Servable, request: predict_pb2.PredictRequest) -> Call[bytes]:
+def predict(servable: Servable, request: PredictRequest) -> Call[bytes]:
     """Reads a Predict request; its answer is a serialized PredictResponse.
 
     Raises:
@@ -135,7 +135,7 @@ def predict(servable: Servable, request: predict_pb2.PredictRequest) -> Call[byt
         model_spec = _encode_model_spec(servable.name, servable.version, signature_name)
         return b"".join([model_spec, *starmap(_encode_output, outputs[0].items())])
 
-    inputs = {name: decode_tensor(name, proto) for name, proto in request.inputs.items()}
+    inputs = {name: decode_tensor(name, message) for name, message in request.inputs.items()}
     return Call(servable, "Predict", [signature_name], inputs, encode, request.output_filter)
 
 

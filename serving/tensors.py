@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
+from google.protobuf.message import DecodeError
 from tensorflow.core.framework import tensor_pb2, types_pb2
 
 from serving import wire
@@ -34,21 +36,72 @@ _VALUE_FIELDS: Final[dict[int, tuple[np.dtype[Any], str]]] = {
 _NUMBERS: Final = {field.name: field.number for field in tensor_pb2.TensorProto.DESCRIPTOR.fields}
 _DATA_TYPES: Final = {dtype: data_type for data_type, (dtype, _) in _VALUE_FIELDS.items()}
 
+_DTYPE: Final = wire.tag(_NUMBERS["dtype"], wire.VARINT)
+_SHAPE: Final = wire.tag(_NUMBERS["tensor_shape"], wire.LENGTH_DELIMITED)
+_DIM: Final = wire.tag(2, wire.LENGTH_DELIMITED)
+_SIZE: Final = wire.tag(1, wire.VARINT)
+# By the type of a tensor, the field of its values that is read without protobuf.
+_PLAIN: Final = {
+    data_type: wire.tag(_NUMBERS[_VALUE_FIELDS[data_type][1]], wire.LENGTH_DELIMITED)
+    for data_type in (types_pb2.DT_STRING, types_pb2.DT_FLOAT, types_pb2.DT_INT32, types_pb2.DT_INT64)
+}
+# Of more, protobuf is faster.
+_MAX_PLAIN_BYTES: Final = 1500
+_MAX_PLAIN_INTEGERS_BYTES: Final = 40
 
-def decode_tensor(name: str, proto: tensor_pb2.TensorProto) -> npt.NDArray[Any]:
+
+def decode_tensor(name: str, message: bytes) -> npt.NDArray[Any]:
     """Decodes one request tensor.
 
     Args:
       name: of the input, for the error text.
-      proto: values in a typed field (`float_val`, ...; one value may stand for all) or in `tensor_content`.
+      message: a TensorProto, with its values in a typed field (`float_val`, ...; one value may stand for all)
+        or in `tensor_content`.
 
     Raises:
-      RequestError: INVALID_ARGUMENT when the proto contradicts itself, declares more than 2**27 elements,
-        more than 2**20 by repeating one value, or more than 32 dimensions.
+      RequestError: INVALID_ARGUMENT when the message is damaged or contradicts itself, declares more than
+        2**27 elements, more than 2**20 by repeating one value, or more than 32 dimensions.
     """
-    declared = proto.tensor_shape
-    shape = [dim.size for dim in declared.dim]
-    if declared.unknown_rank or min(shape, default=0) < 0:
+    if len(message) <= _MAX_PLAIN_BYTES:
+        with contextlib.suppress(ValueError):
+            return _read_plain(message)
+    try:
+        return _decode_proto(name, tensor_pb2.TensorProto.FromString(message))
+    except DecodeError as error:
+        raise invalid_argument(f"input {name!r} is not a TensorProto: {error}") from error
+
+
+def _read_plain(message: bytes) -> npt.NDArray[Any]:
+    """A tensor of strings, floats or a few integers, one by one; ValueError for what protobuf must read."""
+    fields = wire.fields(message)
+    data_type, shape = fields.pop(_DTYPE, [0])[-1], fields.pop(_SHAPE, [b""])
+    contents = fields.pop(_PLAIN.get(data_type, -1), [])
+    if fields or len(shape) > 1 or not contents:
+        raise ValueError("not a plain tensor")
+    if data_type == types_pb2.DT_STRING:
+        return np.fromiter(contents, object, len(contents)).reshape(_read_sizes(shape[0]))
+    content = b"".join(contents)
+    if data_type == types_pb2.DT_FLOAT:
+        return np.frombuffer(content, "<f4").astype(np.float32).reshape(_read_sizes(shape[0]))
+    if len(content) > _MAX_PLAIN_INTEGERS_BYTES:
+        raise ValueError("many integers")
+    numbers = np.array(wire.varints(content), np.uint64).astype(np.int64)
+    return numbers.astype(_VALUE_FIELDS[data_type][0]).reshape(_read_sizes(shape[0]))
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_sizes(message: bytes) -> tuple[int, ...]:
+    """The sizes of a TensorShapeProto, all above 0; ValueError for another one."""
+    fields = wire.fields(message)
+    sizes = [wire.fields(dim).get(_SIZE, [0])[-1] for dim in fields.pop(_DIM, [])]
+    if fields or any(not 0 < size <= _MAX_TENSOR_ELEMENTS for size in sizes):
+        raise ValueError("a shape without known sizes")
+    return tuple(sizes)
+
+
+def _num_elements(name: str, shape: Sequence[int]) -> int:
+    """Checks the shape that a tensor declares; see decode_tensor."""
+    if min(shape, default=0) < 0:
         raise invalid_argument(f"input {name!r}: a tensor needs a known shape, got {shape}")
     if len(shape) > _MAX_RANK:
         raise invalid_argument(
@@ -58,8 +111,16 @@ def decode_tensor(name: str, proto: tensor_pb2.TensorProto) -> npt.NDArray[Any]:
     # Without the zeros as well: NumPy refuses [0, 2**60], too.
     if (num_elements or math.prod(filter(None, shape))) > _MAX_TENSOR_ELEMENTS:
         raise invalid_argument(f"input {name!r}: shape {shape} has more than {_MAX_TENSOR_ELEMENTS} elements")
+    return num_elements
+
+
+def _decode_proto(name: str, proto: tensor_pb2.TensorProto) -> npt.NDArray[Any]:
+    if proto.tensor_shape.unknown_rank:
+        raise invalid_argument(f"input {name!r}: a tensor needs a known shape")
+    shape = [dim.size for dim in proto.tensor_shape.dim]
+    num_elements = _num_elements(name, shape)
     # tf.make_ndarray knows every type and the protos that repeat their last value, and takes five times as
-    # long: a request of a recommender has a dozen tensors with one value per element.
+    # long.
     if not proto.tensor_content:
         dtype, field = _VALUE_FIELDS.get(proto.dtype, (None, ""))
         if dtype is not None and len(values := getattr(proto, field)) == num_elements:

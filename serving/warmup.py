@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 from tensorflow_serving.apis import prediction_log_pb2
 
 from schema.errors import ServingError
+from serving.predict_request import PredictRequest
 
 if TYPE_CHECKING:
     from serving.servable import Servable
@@ -90,7 +91,8 @@ def _replay(servable: Servable, log: prediction_log_pb2.PredictionLog, path: Pat
 
     kind = log.WhichOneof("log_type")
     if kind == "predict_log":
-        inference.predict(servable, log.predict_log.request).run()
+        request = PredictRequest.FromString(log.predict_log.request.SerializeToString())
+        inference.predict(servable, request).run()
     elif kind == "classify_log":
         inference.classify(servable, log.classify_log.request, check_method_name=False).run()
     elif kind == "regress_log":

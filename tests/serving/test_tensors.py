@@ -1,10 +1,14 @@
 """Tensor protos to arrays and back, against TensorFlow's own conversions."""
 
+import random
+from collections import Counter
+
 import numpy as np
 import pytest
 import tensorflow as tf
-from tensorflow.core.framework import tensor_pb2
+from tensorflow.core.framework import tensor_pb2, types_pb2
 
+from serving import tensors
 from serving.status import RequestError
 from serving.tensors import decode_tensor, encode_tensor
 
@@ -30,7 +34,7 @@ ARRAYS = {
 def test_an_array_survives_both_ways_and_as_tensor_content(array):
     encoded = tensor_pb2.TensorProto.FromString(encode_tensor(array))
     for proto in (encoded, tf.make_tensor_proto(array)):
-        decoded = decode_tensor("x", proto)
+        decoded = decode_tensor("x", proto.SerializeToString())
         assert decoded.dtype == array.dtype
         np.testing.assert_array_equal(decoded, array)
     np.testing.assert_array_equal(tf.make_ndarray(encoded), array)
@@ -39,7 +43,7 @@ def test_an_array_survives_both_ways_and_as_tensor_content(array):
 def test_a_last_value_that_stands_for_the_rest_is_repeated():
     proto = tensor_pb2.TensorProto(dtype=tf.float32.as_datatype_enum, float_val=[1, 2])
     proto.tensor_shape.dim.add(size=4)
-    assert decode_tensor("x", proto).tolist() == [1, 2, 2, 2]
+    assert decode_tensor("x", proto.SerializeToString()).tolist() == [1, 2, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -50,5 +54,68 @@ def test_a_proto_that_contradicts_itself_or_claims_too_much_is_refused(dims, num
     for size in dims:
         proto.tensor_shape.dim.add(size=size)
     with pytest.raises(RequestError, match="'x'") as caught:
-        decode_tensor("x", proto)
+        decode_tensor("x", proto.SerializeToString())
+    assert caught.value.code.name == "INVALID_ARGUMENT"
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.array([[b"item1", b"", b"x" * 300]], object),
+        np.array([0.5, np.nan, -3e38], np.float32),
+        np.array([-1, 2**31 - 1], np.int32),
+        np.array(-(2**63), np.int64),
+    ],
+    ids=["strings", "floats", "int32", "scalar int64"],
+)
+def test_what_requests_are_made_of_is_read_without_protobuf(array, monkeypatch):
+    monkeypatch.setattr(tensors, "_decode_proto", None)
+    decoded = decode_tensor("x", encode_tensor(array))
+    assert (decoded.dtype, decoded.shape) == (array.dtype, array.shape)
+    np.testing.assert_array_equal(decoded, array)
+
+
+def _numbers_given_one_by_one():
+    proto = tensor_pb2.TensorProto(dtype=types_pb2.DT_INT32, int_val=[-1, 300, 7])
+    proto.tensor_shape.dim.add(size=3)
+    return proto
+
+
+SEEDS = [
+    encode_tensor(np.array([[b"item1", b"i2"], [b"", b"x" * 200]], object)),
+    encode_tensor(np.array([[0.5], [np.nan]], np.float32)),
+    _numbers_given_one_by_one().SerializeToString(),
+    encode_tensor(np.array([2**40, -5], np.int64)),
+    encode_tensor(np.array([True, False])),
+]
+
+
+# Of the bytes behind one protobuf warns, and drops them.
+@pytest.mark.filterwarnings("ignore:Unexpected end-group tag:RuntimeWarning")
+@pytest.mark.parametrize("seed", range(len(SEEDS)))
+def test_damaged_tensors_are_read_as_protobuf_reads_them_or_not_at_all(seed):
+    rng, message = random.Random(seed), SEEDS[seed]
+    outcomes = Counter()
+    for _ in range(2_000):
+        changed = bytearray(message)
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            place = rng.randrange(len(changed))
+            end = place + rng.randrange(3)
+            changed[place:end] = rng.choice((b"", rng.randbytes(1), rng.randbytes(1), changed[place:] * 2))
+        try:
+            plain = tensors._read_plain(bytes(changed))
+        except ValueError:
+            outcomes["left to protobuf"] += 1
+            continue
+        expected = tensors._decode_proto("x", tensor_pb2.TensorProto.FromString(bytes(changed)))
+        assert (plain.dtype, plain.shape) == (expected.dtype, expected.shape), bytes(changed)
+        np.testing.assert_array_equal(plain, expected, bytes(changed))
+        outcomes["read"] += 1
+    assert outcomes["left to protobuf"] > 100
+    assert outcomes["read"] > 100 or seed == 4, "of booleans protobuf reads all"
+
+
+def test_bytes_that_are_no_tensor_are_refused_by_name():
+    with pytest.raises(RequestError, match="input 'x' is not a TensorProto") as caught:
+        decode_tensor("x", b"\x42\xff")
     assert caught.value.code.name == "INVALID_ARGUMENT"
