@@ -90,7 +90,8 @@ def batch_score(
       out: Parquet file, written whole or not at all: user_id, item_id, event_time_unix_s, item_is_known and
         user_is_known (int64, 0 or 1), float32 per task and `score`, and `label_<name>` for each label that
         the file has. One row per row of `rows`, in their order.
-      online_history: whether a row also knows the rows with an earlier time; else the train split alone.
+      online_history: whether a row also knows the rows with an earlier time, and the eval split; else the
+        train split alone.
       model_dir: a ranker's SavedModel; None for the newest pushed one.
       on_progress: called with the number of rows done after each batch.
 
@@ -165,10 +166,11 @@ def read_knowledge(
     rows: InteractionRows,
     online_history: bool,
 ) -> Knowledge:
-    """What the rows may know: the train split of the run's tables, and with `online_history` the rows too.
+    """What the rows may know: the train split of the run's tables; with `online_history` the eval split too,
+    which a live system would know by then, and the rows themselves.
 
-    As in training, exact repetitions count once and rows of items outside the catalogue leave no trace. A row
-    of the train split that the file holds as well is known once. The run's other splits are not known.
+    As in training, exact repetitions count once and rows of items outside the catalogue leave no trace. An
+    event of the run that the file holds as well is known once. The run's test split is not known.
 
     Args:
       tables_dir, spec: contract tables of the run, and their declaration.
@@ -192,13 +194,15 @@ def read_knowledge(
     names = dict.fromkeys(
         (USER_ID, ITEM_ID, EVENT_TIME, "row_number", spec.positive, *spec.task_labels, *optional)
     )
-    train = pl.scan_parquet(tables_dir / INTERACTIONS).filter(pl.col("split") == "train")
-    log = train.select(*names).collect()
-    train_user_ids = log[USER_ID].unique()
+    splits = ("train", "eval") if online_history else ("train",)
+    events = pl.scan_parquet(tables_dir / INTERACTIONS).filter(pl.col("split").is_in(splits))
+    log = events.select(*names, "split").collect()
+    train_user_ids = log.filter(pl.col("split") == "train")[USER_ID].unique()
+    log = log.drop("split")
     if online_history:
         is_event = ~pl.col(IS_REPEATED) & pl.col(ITEM_ID).is_in(items[ITEM_ID].implode())
         seen = rows.table.filter(is_event).join(log, on=[USER_ID, ITEM_ID, EVENT_TIME], how="anti")
-        # Of equal times, those of training come first.
+        # Of equal times, those of the run come first.
         after = pl.col("row_number") + log["row_number"].max() + 1
         log = pl.concat([log, seen.with_columns(after).select(*names)])
     return Knowledge(

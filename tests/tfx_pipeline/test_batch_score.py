@@ -373,7 +373,7 @@ def test_an_example_of_the_train_split_is_that_of_training(score: Scorer, tmp_pa
     assert encoded(score.run, written(tmp_path, rows), online=False) == pipeline_examples(score.run, "train")
 
 
-# What a row knows besides with online history: earlier rows of the file.
+# What a row knows besides with online history: the eval split, and earlier rows of the file.
 
 
 def test_with_online_history_a_row_knows_the_earlier_rows_of_the_file(score: Scorer) -> None:
@@ -383,13 +383,23 @@ def test_with_online_history_a_row_knows_the_earlier_rows_of_the_file(score: Sco
         row("u2", hour=202, video="c", clicked=1, played_ms=4_000),
     ]
     last = score.features(rows, online=True)[0]
-    assert last["history_item_ids"] == ["a", "b", "b"]
-    assert last["impression_item_ids"] == ["a", "b", "c", "b"]
+    # The third is of the eval split, at hour 80; of the test split nothing.
+    assert last["history_item_ids"] == ["a", "b", "a", "b"]
+    assert last["impression_item_ids"] == ["a", "b", "c", "a", "b"]
     assert last["impression_surfaces"][-1] == "search"
     assert last["impression_watch_time_s"][-1] == 2
     assert last["search_tokens"] == ["cats", "sleeping", "birds"]
-    # Train has 5 impressions, 3 clicks and 16 s; c one impression, long ago; c alone has genre y.
-    assert last["item_counts"] == [7, 5, 22, *[1, 1, 4], *[2, 1, 4], *[1, 1, 4], *[2, 1, 4]]
+    # Train has 5 impressions, 3 clicks and 16 s, eval 2, 2 and 7; of c both have one impression, long ago,
+    # that of eval with a click and 3 s; c alone has genre y.
+    assert last["item_counts"] == [9, 7, 29, *[1, 1, 4], *[3, 2, 7], *[1, 1, 4], *[3, 2, 7]]
+
+
+def test_with_online_history_a_row_knows_the_eval_split_up_to_its_time(score: Scorer) -> None:
+    before, after = score.features([row(hour=80), row(hour=82)], online=True)
+    assert before["impression_item_ids"] == ["a", "b", "c"]
+    assert after["impression_item_ids"] == ["a", "b", "c", "a"]
+    # Both rows of the eval split, one of which the file holds too, and nobody's of the test split.
+    assert after["item_counts"][:3] == [5 + 2, 3 + 2, 16 + 7]
 
 
 def test_with_online_history_equal_times_do_not_see_each_other(score: Scorer) -> None:
@@ -404,8 +414,8 @@ def test_with_online_history_a_later_label_changes_nothing_and_an_earlier_one_do
 
     without, with_click = (score.features(middle(clicked=c), online=True) for c in (0, 1))
     assert [a == b for a, b in zip(without, with_click, strict=True)] == [True, True, False, True]
-    assert with_click[2]["history_item_ids"] == ["a", "b", "a"]
-    assert without[2]["history_item_ids"] == ["a", "b"]
+    assert with_click[2]["history_item_ids"] == ["a", "b", "a", "a"]
+    assert without[2]["history_item_ids"] == ["a", "b", "a"]
 
 
 def test_an_exact_repetition_is_known_once_as_in_training(score: Scorer) -> None:
@@ -416,8 +426,8 @@ def test_an_exact_repetition_is_known_once_as_in_training(score: Scorer) -> None
     assert score.features([event, {**event, "note": "two"}, later], online=True)[-1] != once
 
 
-def test_rows_of_the_train_split_are_known_once(score: Scorer) -> None:
-    rows = [{name: column[place] for name, column in LOG.items()} for place in range(5)]
+def test_rows_of_the_train_and_eval_split_are_known_once(score: Scorer) -> None:
+    rows = [{name: column[place] for name, column in LOG.items()} for place in range(7)]
     asked = row(hour=100)
     assert score.features([*rows, asked], online=True)[-1] == score.features([asked], online=True)[0]
 
@@ -453,12 +463,12 @@ def source_rows(run: RunResult, source: Path, *splits: str) -> pl.DataFrame:
     return pl.read_csv(source / "events.csv", infer_schema=False)[sorted(numbers["row_number"])]
 
 
-@pytest.mark.parametrize("splits", [("eval", "test"), ("train", "eval", "test")], ids="+".join)
+@pytest.mark.parametrize("splits", [("test",), ("eval", "test"), ("train", "eval", "test")], ids="+".join)
 def test_with_online_history_the_log_after_training_gives_the_examples_of_the_pipeline(
     taste: tuple[RunResult, Path], tmp_path: Path, splits: tuple[str, ...]
 ) -> None:
-    # The pipeline's examples know every earlier event of all splits: the file must hold them all, or the
-    # train split, which the run knows already, may be left out. The order of the rows is free.
+    # The pipeline's examples know every earlier event of all splits: the file must hold those of the test
+    # split, and may hold the others, which the run knows already. The order of the rows is free.
     run, source = taste
     rows, expected = source_rows(run, source, *splits), pipeline_examples(run, *splits)
     order = np.random.default_rng(1).permutation(len(rows))
@@ -691,9 +701,9 @@ def test_the_command_takes_online_history_and_a_model_of_ones_own(
     args = ["batch-score", "--interactions", given, "--out", out, "--output-dir", run_dir]
     done = funnel(*args, "--online-history", "--model-dir", ranker_dir)
     assert done.exit_code == 0, done.output
-    assert "from earlier rows of the file, and the train split" in done.output
+    assert "from earlier rows of the file, the eval split and the train split" in done.output
     assert not re.search("not in the|without training|yellow", done.output)
-    assert pl.read_parquet(out)["click"].to_list() == [2, 3]
+    assert pl.read_parquet(out)["click"].to_list() == [3, 4]
 
 
 def test_what_it_writes_is_what_score_weights_reads(run_dir: Path, ranker_dir: Path, tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ from tfx_pipeline.config import (
 @click.option(
     "--online-history",
     is_flag=True,
-    help="A row also knows the rows of the file with an earlier time, labels included, as a live system "
-    "would. Default: the train split alone.",
+    help="A row also knows the eval split and the rows of the file with an earlier time, labels included, as "
+    "a live system would. Default: the train split alone.",
 )
 @click.option(
     "--model-dir",
@@ -76,8 +76,8 @@ def batch_score(
             lambda n: progress.update(task, completed=n),
         )
     say(f"{scored.num_rows:,} rows → {escape(str(out))} in {time.monotonic() - started:.1f} s")
-    known = "earlier rows of the file, and the train split" if online_history else "the train split"
-    say(f"  histories and counters: from {known}, which ends {_utc(scored.train_end_unix_s)}")
+    known = "earlier rows of the file, the eval split and " if online_history else ""
+    say(f"  histories and counters: from {known}the train split, which ends {_utc(scored.train_end_unix_s)}")
     if rows.absent:
         say(f"  [yellow]not in the file, so missing[/yellow]: {', '.join(rows.absent)}")
     for what, count in (
