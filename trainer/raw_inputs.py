@@ -82,17 +82,33 @@ def transform_request(layer: Any, raw: Mapping[str, tf.Tensor], spec: DatasetSpe
     # Else whoever reads the lists side by side may fail first, with an error that does not name them.
     with tf.control_dependencies(checks):
         is_shown = tf.not_equal(raw[features.IMPRESSION_ITEMS], "")
-    # What is padding or too long ago to count in all requests of a batch is not compared with candidates.
     later = tf.cumsum(tf.cast(is_shown, tf.int32), axis=1, reverse=True)
-    counts = is_shown & (later <= spec.max_impressions)
-    places = tf.range(tf.shape(counts)[1])
-    # Where nothing counts the least and the largest of nothing leave nothing.
-    end = tf.maximum(tf.reduce_max(tf.where(counts, places + 1, 0)), 0)
-    start = tf.minimum(tf.reduce_min(tf.where(counts, places, end)), end)
-    raw = {**raw, **{r.name: raw[r.name][:, start:end] for r in impressions}}
+    places = _places(is_shown & (later <= spec.max_impressions))
+    raw = {**raw, **{r.name: _at(places, raw[r.name], r) for r in impressions}}
     transformed = layer({r.name: _to_sparse(raw[r.name], r) for r in inputs})
     query = [name for feature in features.feature_space(spec).query for name in feature.transformed_names]
     return {name: to_dense(transformed[name]) for name in (*query, *features.impression_names(spec))}
+
+
+def _places(counts: tf.Tensor) -> tf.Tensor:
+    """Where the values that count stand in lists, bool [B, L]: int64 [B, W] from 1, 0 behind the last one.
+
+    The ranker compares impressions in time and memory that grow with the square of W. So W is the largest
+    number of values that count, however far from one another they stand in what a request sends.
+    """
+    found = tf.where(counts)
+    before = tf.gather_nd(tf.cumsum(tf.cast(counts, tf.int64), axis=1, exclusive=True), found)
+    number = tf.math.count_nonzero(counts, axis=1)
+    # Of no requests at all there is no largest number.
+    width = tf.maximum(tf.reduce_max(number), 0)
+    shape = tf.stack([tf.size(number, tf.int64), width])
+    return tf.scatter_nd(tf.stack([found[:, 0], before], axis=1), found[:, 1] + 1, shape)
+
+
+def _at(places: tf.Tensor, values: tf.Tensor, raw: RawInput) -> tf.Tensor:
+    """The values of lists, [B, L], that stand at the places, [B, W]."""
+    behind_missing = tf.pad(values, [[0, 0], [1, 0]], constant_values=MISSING[raw.dtype])
+    return tf.gather(behind_missing, places, batch_dims=1)
 
 
 def transform_counts(layer: Any, counts: tf.Tensor) -> dict[str, tf.Tensor]:

@@ -533,6 +533,32 @@ def test_of_lists_longer_than_those_of_training_the_latest_values_count(transfor
         assert second == [item_id["i0"]]
 
 
+def test_impressions_far_apart_are_closed_up_with_what_is_said_of_them(transformed: Transformed) -> None:
+    """Else two of them, in lists of 20,000, would be compared in gigabytes of memory."""
+    layer = transformed.output.transform_features_layer()
+    near = _ranking_request(transformed.rows[:2])
+    near["impression_item_ids"] = tf.constant([["i1", "i2", "i1"], ["i2", "", ""]])
+    said = {"string": ["home", "search", "home"], "int64": [10, 20, 30], "float32": [1.0, 0.0, math.nan]}
+    far = dict(near)
+    ids = np.full((2, 20_000), "", object)
+    ids[0, [0, 700, 19_999]], ids[1, 5] = ["i1", "i2", "i1"], "i2"
+    far["impression_item_ids"] = tf.constant(ids.tolist())
+    for other in IMPRESSIONS[1:]:
+        near[other.name] = tf.constant([said[other.dtype]] * 2, other.dtype)
+        # What stands where no item does is said of nothing.
+        values = np.full((2, 20_000), said[other.dtype][1], object)
+        values[0, [0, 700, 19_999]], values[1, 5] = said[other.dtype], said[other.dtype][0]
+        far[other.name] = tf.constant(values.tolist(), other.dtype)
+    found, expected = (raw_inputs.transform_request(layer, raw, SPEC) for raw in (far, near))
+    names = features.impression_names(SPEC)
+    assert found[names[0]].shape == (2, 3)
+    for name in names:
+        shown = expected["impression_item_ids_ids"].numpy() > 0
+        assert found[name].shape == expected[name].shape == (2, 3), name
+        np.testing.assert_array_equal(found[name][shown], expected[name][shown], name)
+    assert expected["impression_item_ids_ids"].numpy().any(axis=1).all()
+
+
 def test_a_request_without_a_time_has_no_clock(transformed: Transformed) -> None:
     layer = transformed.output.transform_features_layer()
     query = raw_inputs.transform_query(layer, _request(-1), SPEC)
