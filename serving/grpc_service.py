@@ -37,6 +37,14 @@ from serving.thread_pool import ThreadPool
 
 logger = logging.getLogger(__name__)
 
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """False for the stack trace that grpc logs of a client that has gone: they would fill the disk."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], grpc.aio.InternalError)
+
+
+logging.getLogger("grpc._cython.cygrpc").addFilter(_is_ours)
+
 SIGNATURE_FIELD: Final = "signature_def"
 
 Reload: TypeAlias = Callable[

@@ -3,6 +3,7 @@
 import asyncio
 import http.client
 import json
+import logging
 import socket
 import struct
 import threading
@@ -17,10 +18,12 @@ import psutil
 import pytest
 import tensorflow as tf
 from aiohttp import web
+from grpc._cython import cygrpc
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
+from serving import grpc_service  # noqa: F401  its filter of grpc's log is under test
 from serving.config import ModelConfig
 from serving.manager import ModelManager
 from serving.rest import RestSettings, create_runner
@@ -427,6 +430,16 @@ def test_bytes_that_are_no_message_are_an_invalid_argument_and_no_stack_trace(ch
         call(b"\xff\xff\xff", timeout=10)
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert "DecodeError" not in server.log
+
+
+def test_grpc_logs_no_stack_trace_of_a_client_that_has_gone_and_any_other_one(caplog):
+    logger = logging.getLogger("grpc._cython.cygrpc")
+    for error in (cygrpc.ExecuteBatchError("execute_batch", [], []), ValueError("a fault of ours")):
+        try:
+            raise error
+        except Exception:
+            logger.exception("Unexpected [%s] raised", type(error).__name__)
+    assert [record.args for record in caplog.records] == [("ValueError",)]
 
 
 tensors = st.builds(
