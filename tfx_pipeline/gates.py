@@ -351,7 +351,7 @@ def _index(recall: Mapping[str, float | None] | None, config: ValidationConfig) 
         words, limit = f"index recall of {part} items" if part else "index recall", f"at least {bound:g}"
         name = f"{words} {limit}"
         if value is None:
-            yield _not_applied("index", name, limit, f"{words}: no exact result is among them")
+            yield _not_applied("index", name, limit, f"{words}: too few exact results are among them to tell")
         else:
             yield _result(
                 "index", name, value >= bound, value, limit, f"{words} {value:.4f}, required: {limit}"

@@ -27,7 +27,7 @@ class IndexConfig(_Config):
       min_recall: smallest share of the exact top k that ScaNN must find, for every k up to max_k; it is tuned
         to the least work that does, and an index that finds less is not exported.
       min_slice_recall: the same among head, torso, tail and cold items, each by itself, where the sample
-        holds enough exact results to tell; the gate `validation.min_index_slice_recall` judges the outcome.
+        holds 30 exact results and more; the gate `validation.min_index_slice_recall` judges the outcome.
       allow_list: categorical or multi-categorical item features that requests may filter by; each adds the
         request input `allow_<feature>`.
     """

@@ -26,7 +26,8 @@ class SearchPoint:
         search.
       is_chosen: whether requests for k neighbours are answered this way.
       recall: share of the exact top k that is found, mean over the sample queries, 0 to 1.
-      recall_by_slice: the same of the exact results that belong to a slice of items; None without any.
+      recall_by_slice: the same of the exact results that belong to a slice of items; None where they are too
+        few to tell.
       p50_ms, p95_ms: percentiles of the time of a query by itself, as `trainer.index_tradeoff` measures it.
     """
 
@@ -52,7 +53,7 @@ class IndexFacts:
       k: neighbours per query in the comparison with exact search: the largest k of a request.
       recall: share of the exact top k that the index finds, mean over the sample queries, 0 to 1.
       recall_by_slice: of the exact top k that belong to a slice of items, the share that the index finds;
-        None where no exact result belongs to the slice.
+        None where too few of them do to tell.
       num_sample_queries: queries that recall was measured on.
       build_s: seconds for building and tuning.
       points: recall against time, by ascending k: efforts around the chosen one, then exact search.

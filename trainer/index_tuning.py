@@ -28,9 +28,8 @@ _LEAF_STEP = 1.06
 _REORDERING = (2.0, 1.5, 1.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 # Tried where none of those is enough: a few neighbours among very many close items need tens of candidates.
 _MORE_REORDERING = (13.0, 21.0, 34.0)
-# With fewer exact results of a slice of items, the share that is found says little: .93 of so many has a
-# standard error of .008.
-_ENOUGH_RESULTS = 1_000
+# With fewer exact results of a slice of items, the share that is found says little: one of them is 3 %.
+_ENOUGH_RESULTS = 30
 _CACHE_BYTES = 16e6
 
 logger = logging.getLogger(__name__)
@@ -107,7 +106,9 @@ class ExactResults:
 def recall_by_slice(
     found: np.ndarray, rows: np.ndarray, slices: Mapping[str, np.ndarray]
 ) -> dict[str, float | None]:
-    """Of the exact results that belong to each slice of items, the share that was found; None without any.
+    """Of the exact results that belong to each slice of items, the share that was found.
+
+    None where they are too few to tell, less than 30.
 
     Args:
       found: bool [S, k], which of the exact results were found.
@@ -115,7 +116,10 @@ def recall_by_slice(
       slices: bool [I] by name.
     """
     of_slice = {name: mask[rows] for name, mask in slices.items()}
-    return {name: float(found[mask].mean()) if mask.any() else None for name, mask in of_slice.items()}
+    return {
+        name: float(found[mask].mean()) if mask.sum() >= _ENOUGH_RESULTS else None
+        for name, mask in of_slice.items()
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +129,7 @@ class RequiredRecall:
     Attributes:
       overall: of the exact top k, 0 to 1. It is to hold for other queries than the sampled ones too: the
         sampling error is kept as a margin.
-      in_slice: of those of each slice of items, where the sample holds enough of them to tell.
+      in_slice: of those of each slice of items, where `recall_by_slice` can tell.
       slices: bool [I] by name.
     """
 
@@ -146,8 +150,8 @@ class RequiredRecall:
         by_query = found.mean(axis=1)
         if by_query.mean() - 1.64 * by_query.std() / math.sqrt(len(by_query)) < self.overall:
             return False
-        judged = {name: mask for name, mask in self.slices.items() if mask[rows].sum() >= _ENOUGH_RESULTS}
-        return all((share or 0.0) >= self.in_slice for share in recall_by_slice(found, rows, judged).values())
+        shares = recall_by_slice(found, rows, self.slices).values()
+        return all(share is None or share >= self.in_slice for share in shares)
 
 
 def levels(max_k: int) -> list[int]:

@@ -106,21 +106,22 @@ def test_the_sampling_error_of_recall_is_kept_as_a_margin() -> None:
 
 def test_a_slice_of_items_has_to_be_found_too_where_there_are_enough_results_to_tell() -> None:
     """Item 1 is found in half of the lists, item 0 in all."""
-    rows = np.tile([0, 1], (1_000, 1))
-    found = np.stack([np.ones(1_000, bool), np.arange(1_000) % 2 == 0], axis=1)
+    rows = np.tile([0, 1], (30, 1))
+    found = np.stack([np.ones(30, bool), np.arange(30) % 2 == 0], axis=1)
     slices = {"one": np.array([False, True])}
-    assert RequiredRecall(0.7, 0.5, slices).is_met(found, rows)
-    assert not RequiredRecall(0.7, 0.51, slices).is_met(found, rows)
-    # 999 results of it say too little.
-    assert RequiredRecall(0.7, 0.51, slices).is_met(found[1:], rows[1:])
+    assert RequiredRecall(0.6, 0.5, slices).is_met(found, rows)
+    assert not RequiredRecall(0.6, 0.51, slices).is_met(found, rows)
+    # 29 results of it say too little.
+    assert RequiredRecall(0.6, 0.51, slices).is_met(found[1:], rows[1:])
 
 
 def test_recall_by_slice_counts_exact_results_not_queries() -> None:
-    rows = np.array([[0, 1], [0, 2]])
-    found = np.array([[True, False], [True, True]])
+    rows = np.tile([[0, 1], [0, 2]], (15, 1))
+    found = np.tile([[True, False], [True, True]], (15, 1))
     slices = {"head": np.array([True, False, False]), "tail": np.array([False, True, True])}
-    slices["cold"] = np.zeros(3, bool)
-    assert recall_by_slice(found, rows, slices) == {"head": 1.0, "tail": 0.5, "cold": None}
+    # Item 2 alone stands in half of the lists: 15 results are too few to tell.
+    slices |= {"two": np.array([False, False, True]), "cold": np.zeros(3, bool)}
+    assert recall_by_slice(found, rows, slices) == {"head": 1.0, "tail": 0.5, "two": None, "cold": None}
 
 
 def test_levels_halve_from_the_largest_k() -> None:
