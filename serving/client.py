@@ -121,6 +121,11 @@ class _Known:
     tasks: Mapping[str, float] | None = None
     num_kept: int | None = None
 
+    @property
+    def is_old(self) -> bool:
+        """Whether it is to be looked up again."""
+        return self.until <= time.monotonic()
+
 
 @dataclass(frozen=True)
 class OneCall:
@@ -530,12 +535,15 @@ class RecommenderClient:
 
     def _known_of(self, model: str, deadline: float) -> _Known:
         known = self._known.get(model)
-        if known is None or known.until <= time.monotonic():
-            signatures = self._retrier.call(
-                lambda: self._transport.signatures(model, self._remaining(deadline)), deadline
-            )
-            known = self._known[model] = _Known(signatures, time.monotonic() + _KNOWN_FOR_S)
+        if known is None or known.is_old:
+            known = self._known[model] = self._look_up(model, deadline)
         return known
+
+    def _look_up(self, model: str, deadline: float) -> _Known:
+        signatures = self._retrier.call(
+            lambda: self._transport.signatures(model, self._remaining(deadline)), deadline
+        )
+        return _Known(signatures, time.monotonic() + _KNOWN_FOR_S)
 
     def _with_layout(
         self, layouts: tuple[_Layout, ...], ask: Callable[[_Layout], _Answer], deadline: float
@@ -561,17 +569,20 @@ class RecommenderClient:
 
         A version pushed since may take other features, or have lost its pre-ranker.
         """
-        before = dict(self._known)
+        before = {model: known for model, known in self._known.items() if not known.is_old}
         try:
             return ask(layout)
-        except BadRequestError:
+        except BadRequestError as refused:
             # Another thread may have looked again since: what it found is not what was refused.
             used = {**self._known, **before}
-            used = {model: used[model] for model in layout.models if model in used}
-            for model in used:
-                self._known.pop(model, None)
-            if all(self._known_of(model, deadline).signatures == used[model].signatures for model in used):
+            try:
+                newer = {model: self._look_up(model, deadline) for model in layout.models if model in used}
+            except ServingError:
+                raise refused from None
+            changed = {m: known for m, known in newer.items() if known.signatures != used[m].signatures}
+            if not changed:
                 raise
+            self._known |= changed
             return ask(layout)
 
     def _discover(self, layouts: tuple[_Layout, ...], deadline: float) -> _Layout:

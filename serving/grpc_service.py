@@ -12,6 +12,7 @@ from typing import Final, NoReturn, Protocol, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
+from grpc._cython import cygrpc
 from tensorflow_serving.apis import (
     classification_pb2,
     get_model_metadata_pb2,
@@ -39,8 +40,8 @@ logger = logging.getLogger(__name__)
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
-    """False for the stack trace that grpc logs of a client that has gone: they would fill the disk."""
-    return record.exc_info is None or not isinstance(record.exc_info[1], grpc.aio.InternalError)
+    """False for the stack trace that grpc logs where a client has gone: they would fill the disk."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], cygrpc.ExecuteBatchError)
 
 
 logging.getLogger("grpc._cython.cygrpc").addFilter(_is_ours)

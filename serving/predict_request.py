@@ -44,7 +44,9 @@ class PredictRequest(NamedTuple):
     def _split(cls, message: bytes) -> PredictRequest:
         """As FromString; ValueError for what protobuf must read."""
         fields = wire.fields(message)
-        spec = b"".join(fields.pop(_MODEL_SPEC, []))  # two are merged by this
+        specs = fields.pop(_MODEL_SPEC, [b""])
+        if len(specs) > 1:
+            raise ValueError("two model specs, which protobuf merges")
         output_filter = [name.decode() for name in fields.pop(_OUTPUT_FILTER, [])]
         inputs = {}
         for entry in fields.pop(_INPUTS, []):
@@ -54,8 +56,8 @@ class PredictRequest(NamedTuple):
             inputs[key.decode()] = value
         if fields:
             raise ValueError("a field that a PredictRequest does not have")
-        read = _read_spec if len(spec) <= _MAX_KEPT_SPEC_BYTES else model_pb2.ModelSpec.FromString
-        return cls(read(spec), inputs, output_filter)
+        read = _read_spec if len(specs[0]) <= _MAX_KEPT_SPEC_BYTES else _read_spec.__wrapped__
+        return cls(read(specs[0]), inputs, output_filter)
 
     def ByteSize(self) -> int:
         """Bytes of the inputs, which are nearly all of the message."""
@@ -65,4 +67,7 @@ class PredictRequest(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def _read_spec(message: bytes) -> model_pb2.ModelSpec:
     """Requests for a model begin with the same bytes. Nobody may change what is returned."""
+    wire.fields(
+        message
+    )  # protobuf refuses the end of a group within a message, and forgives it in a whole one
     return model_pb2.ModelSpec.FromString(message)

@@ -93,8 +93,9 @@ def _read_plain(message: bytes) -> npt.NDArray[Any]:
 def _read_sizes(message: bytes) -> tuple[int, ...]:
     """The sizes of a TensorShapeProto, all above 0; ValueError for another one."""
     fields = wire.fields(message)
-    sizes = [wire.fields(dim).get(_SIZE, [0])[-1] for dim in fields.pop(_DIM, [])]
-    if fields or any(not 0 < size <= _MAX_TENSOR_ELEMENTS for size in sizes):
+    dims = [wire.fields(dim) for dim in fields.pop(_DIM, [])]
+    sizes = [dim.pop(_SIZE, [0])[-1] for dim in dims]
+    if fields or any(dims) or any(not 0 < size <= _MAX_TENSOR_ELEMENTS for size in sizes):
         raise ValueError("a shape without known sizes")
     return tuple(sizes)
 

@@ -36,28 +36,38 @@ class ThreadPool:
         Returns:
           A future of what the call returns or raises. A call whose future is cancelled before a thread has
           taken it is not made.
+
+        Raises:
+          RuntimeError: the system gives no thread, and there is none yet.
         """
+        if self._num_threads < min(self._num_calls + 1, self._max_threads):
+            try:
+                name = f"{self._name}_{self._num_threads + 1}"
+                threading.Thread(target=self._run, name=name, daemon=True).start()
+                self._num_threads += 1
+            except RuntimeError:
+                if self._num_threads == 0:
+                    raise
         answer: asyncio.Future[_Answer] = self._loop.create_future()
         self._calls.put((call, answer))
         self._num_calls += 1
-        if self._num_threads < min(self._num_calls, self._max_threads):
-            self._num_threads += 1
-            name = f"{self._name}_{self._num_threads}"
-            threading.Thread(target=self._run, name=name, daemon=True).start()
         return answer
 
     def _run(self) -> None:
         while True:
             call, answer = self._calls.get()
-            result, error = None, None
+            result, error = None, None  # type: Any, BaseException | None
             if not answer.cancelled():
                 try:
                     result = call()
+                except StopIteration as raised:  # which no future takes
+                    error = RuntimeError(f"a call raised {raised!r}")
                 except BaseException as raised:
                     error = raised
-            if self._loop.is_closed():
+            try:
+                self._loop.call_soon_threadsafe(self._finish, answer, result, error)
+            except RuntimeError:  # the loop is closed
                 return
-            self._loop.call_soon_threadsafe(self._finish, answer, result, error)
             del call, answer, result, error  # a thread that waits must hold nothing of its last call
 
     def _finish(self, answer: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:

@@ -12,6 +12,9 @@ from typing import Any, Final
 VARINT: Final = 0
 LENGTH_DELIMITED: Final = 2
 _ONE_BYTE: Final = 0x7F  # the largest number that takes one
+# What protobuf allows a length.
+_MAX_LENGTH: Final = 2**31 - 1
+_MAX_LENGTH_BYTES: Final = 5
 
 
 def tag(number: int, wire_type: int) -> int:
@@ -23,7 +26,8 @@ def fields(message: bytes) -> dict[int, list[Any]]:
     """Splits a message: by tag the contents of its fields, in their order, bytes or 64 bits without sign.
 
     Raises:
-      ValueError: damaged, or with a field of another wire type or a number above 15, which protobuf may know.
+      ValueError: damaged, or with a field of another wire type or a number outside 1 to 15, which protobuf
+        may know.
     """
     contents: dict[int, list[Any]] = {}
     place, end, last = 0, len(message), -1
@@ -32,9 +36,13 @@ def fields(message: bytes) -> dict[int, list[Any]]:
             key, content = message[place], message[place + 1]
             place += 2
             if content > _ONE_BYTE:
-                content, place = _read_varint(message, place - 1)
+                start = place - 1
+                content, place = _read_varint(message, start)
+                is_length = key & 7 == LENGTH_DELIMITED
+                if is_length and (place - start > _MAX_LENGTH_BYTES or content > _MAX_LENGTH):
+                    raise ValueError("the length of a field is too large")
             if key != last:
-                if key & 7 not in (LENGTH_DELIMITED, VARINT):
+                if key & 7 not in (LENGTH_DELIMITED, VARINT) or not tag(1, 0) <= key <= _ONE_BYTE:
                     raise ValueError(f"a field with the tag {key}")
                 add, last = contents.setdefault(key, []).append, key
             if key & 7 == VARINT:

@@ -29,6 +29,10 @@ _ROW_NUMBER = "row_number"
 _ROUNDING = 1e-3
 
 
+class NoScreensError(DataError):
+    """The log has no uniformly random screens that tell what another order would have earned."""
+
+
 def evaluate_ranker(
     tables_dir: Path,
     spec: DatasetSpec,
@@ -55,8 +59,9 @@ def evaluate_ranker(
 
     Raises:
       ConfigError: the dataset has no such label.
-      DataError: the log has no exploration rows with positions in the test split, or their screens are not
-        uniformly random.
+      NoScreensError: the log has no exploration rows with positions in the test split, or their screens are
+        not uniformly random.
+      DataError: the tables are too old.
       ServingError: no such model.
     """
     if reward not in spec.labels:
@@ -107,11 +112,11 @@ def exploration_screens(tables_dir: Path, spec: DatasetSpec, reward: str) -> pl.
       row_number counted anew.
 
     Raises:
-      DataError: see `evaluate_ranker`.
+      NoScreensError: see `evaluate_ranker`.
     """
     missing = [name for name in (EXPLORATION, POSITION) if name not in spec.interactions.columns]
     if missing:
-        raise DataError(
+        raise NoScreensError(
             f"dataset {spec.name} does not map {' and '.join(missing)}: without uniformly random screens "
             "whose positions are known there is no telling what another order would have earned."
         )
@@ -126,7 +131,7 @@ def exploration_screens(tables_dir: Path, spec: DatasetSpec, reward: str) -> pl.
     of_screen = pl.col(reward).is_not_null().all().over(SCREEN) & (pl.len().over(SCREEN) > 1)
     rows = rows.filter(of_screen)
     if not len(rows):
-        raise DataError(
+        raise NoScreensError(
             f"the test split of {spec.name} has no uniformly random screens of two or more rows that have "
             f"the label {reward!r}."
         )
@@ -145,7 +150,7 @@ def _check_uniform(rows: pl.DataFrame) -> None:
     spread = rows.group_by(SCREEN).agg((left.max() - left.min()).alias("spread"), left.max().alias("left"))
     wrong = spread.filter(pl.col("spread") > _ROUNDING * pl.col("left"))
     if len(wrong):
-        raise DataError(
+        raise NoScreensError(
             f"{len(wrong):,} of {len(spread):,} screens with exploration = 1 have propensities that are not "
             "those of a uniformly random order; map `exploration` to the bucket of random screens alone."
         )

@@ -534,6 +534,32 @@ def test_a_request_that_is_refused_for_good_is_sent_once(monkeypatch):
     assert len(refused) == 1
 
 
+def test_a_refusal_is_told_also_when_the_server_goes_before_it_is_looked_into(monkeypatch):
+    stub = StubTransport()
+    monkeypatch.setattr(client_module, "open_transport", lambda *args: stub)
+    client = RecommenderClient("stub", retry=RetryPolicy(max_attempts=1))
+    client.rank({"user_id": "u"}, ["a"])
+
+    def gone(*args):
+        raise client_module.ServerUnavailableError("gone")
+
+    stub.signatures = gone
+    with pytest.raises(BadRequestError, match="unknown query feature 'age'"):
+        client.rank({"user_id": "u", "age": 3.0}, ["a"])
+
+
+def test_a_refused_request_leaves_what_is_known_of_its_models(pre_ranking):
+    client, stub, ranked = pre_ranking
+    assert ranked() == "cde"
+    with pytest.raises(BadRequestError, match="unknown query feature 'age'"):
+        client.recommend({"user_id": "u", "age": 3.0}, k=1)
+    sizes = []
+    predict = stub.predict
+    stub.predict = lambda model, inputs, *args: sizes.append(inputs.get("k")) or predict(model, inputs, *args)
+    assert ranked() == "cde"
+    assert [3] in sizes, "it is asked for three candidates at once, not for all of them"
+
+
 def test_a_score_that_is_not_a_number_is_an_error_not_an_order(monkeypatch):
     monkeypatch.setattr(client_module, "open_transport", lambda *args: StubTransport(score=math.nan))
     with pytest.raises(ServingError, match="one number per candidate"):

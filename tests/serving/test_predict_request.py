@@ -8,7 +8,7 @@ import pytest
 from google.protobuf.message import DecodeError
 from tensorflow_serving.apis import predict_pb2
 
-from serving import predict_request
+from serving import predict_request, wire
 from serving.predict_request import PredictRequest
 from serving.tensors import encode_tensor
 
@@ -35,6 +35,14 @@ def parts_by_protobuf(message):
     return proto.model_spec, inputs, list(proto.output_filter)
 
 
+def is_tensor(message):
+    try:
+        predict_pb2.PredictRequest.FromString(wire.field(2, wire.field(2, message)))
+    except DecodeError:
+        return False
+    return True
+
+
 def test_a_request_is_split_without_protobuf(monkeypatch):
     expected, message = parts_by_protobuf(PROTO.SerializeToString()), PROTO.SerializeToString()
     monkeypatch.setattr(predict_request, "predict_pb2", None)
@@ -55,10 +63,12 @@ def test_a_request_is_split_without_protobuf(monkeypatch):
         b"\x12\x0a\x12\x02\x08\x07\x0a\x04name",  # value before key
         b"\x12\x0a\x0a\x01x\x12\x02\x08\x07\x12\x01",  # damaged
         b"\x0a\xd8\x04\x0a\xd5\x04" + b"x" * 597,  # a long name
+        b"\x0a\x04\x0a\x05ab\x0a\x03cde",  # two model specs, which would be sound if they were joined
+        b"\x12\x84\x80\x80\x80\x80\x00\x0a\x02ab",  # a length of six bytes
     ],
     ids=[
         "empty", "twice", "unknown field", "inputs without values", "empty entry", "value first", "damaged",
-        "long name",
+        "long name", "cut in two", "long length",
     ],
 )  # fmt: skip
 def test_unusual_requests_are_read_as_protobuf_reads_them(message):
@@ -89,8 +99,9 @@ def test_damaged_requests_are_split_as_protobuf_splits_them_or_not_at_all():
         outcomes["split"] += 1
         try:
             expected = parts_by_protobuf(bytes(changed))
-        except DecodeError:  # in a part, which is read by itself
+        except DecodeError:  # of an input, which is read by itself
             outcomes["damaged in a part"] += 1
+            assert not all(map(is_tensor, inputs.values())), bytes(changed)
             continue
         assert (spec, list(output_filter)) == (expected[0], expected[2]), bytes(changed)
         assert inputs.keys() == expected[1].keys(), bytes(changed)

@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import tensorflow as tf
+from google.protobuf.message import DecodeError
 from tensorflow.core.framework import tensor_pb2, types_pb2
 
 from serving import tensors
@@ -113,6 +114,25 @@ def test_damaged_tensors_are_read_as_protobuf_reads_them_or_not_at_all(seed):
         outcomes["read"] += 1
     assert outcomes["left to protobuf"] > 100
     assert outcomes["read"] > 100 or seed == 4, "of booleans protobuf reads all"
+
+
+@pytest.mark.parametrize(
+    "dim",
+    [b"\x08\x03\x82\x01\x02\x08\x05", b"\x08\x03\x12\x01b", b"\x08\x03\x00\x00", b"\x08\x03\x12\x01\xff"],
+    ids=["unknown field", "name", "number 0", "name that is no text"],
+)
+def test_a_dimension_with_more_than_its_size_is_left_to_protobuf(dim):
+    shape = b"\x12" + bytes([len(dim)]) + dim
+    message = b"\x08\x03\x12" + bytes([len(shape)]) + shape + b"\x3a\x03\x01\x02\x03"
+    with pytest.raises(ValueError, match=r"shape|field"):
+        tensors._read_plain(message)
+    try:
+        tensor_pb2.TensorProto.FromString(message)
+    except DecodeError:
+        with pytest.raises(RequestError, match="input 'x' is not a TensorProto"):
+            decode_tensor("x", message)
+    else:
+        np.testing.assert_array_equal(decode_tensor("x", message), np.array([1, 2, 3], np.int32))
 
 
 def test_bytes_that_are_no_tensor_are_refused_by_name():

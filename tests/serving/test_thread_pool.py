@@ -21,6 +21,33 @@ def test_a_call_runs_in_a_named_thread_and_its_answer_or_error_comes_back():
     asyncio.run(run())
 
 
+def test_a_call_may_raise_what_no_future_takes():
+    async def run():
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            await asyncio.wait_for(ThreadPool(1, "work").submit(lambda: next(iter(()))), 10)
+
+    asyncio.run(run())
+
+
+def test_where_the_system_gives_no_thread_calls_are_refused_or_wait_for_those_there_are(monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    async def run():
+        pool = ThreadPool(2, "work")
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(RuntimeError, match="can't start"):
+                pool.submit(lambda: "refused")
+        assert await pool.submit(lambda: "first") == "first"
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            answers = [pool.submit(lambda: "waits") for _ in range(3)]
+            assert await asyncio.gather(*answers) == ["waits"] * 3
+
+    asyncio.run(run())
+
+
 def test_calls_run_at_the_same_time_up_to_the_limit_and_the_event_loop_goes_on():
     async def run():
         pool, together = ThreadPool(2, "pair"), threading.Barrier(2)

@@ -43,10 +43,16 @@ def test_a_message_is_split_into_its_fields_by_tag():
         b"\x08\xff",
         b"\x08" + b"\xff" * 10,
         b"\x25\x00\x00\x00\x00",
-        b"\x82\x01\x01\x00",
+        b"\x82\x01\x01",
+        b"\x02\x00",
+        b"\x2a\x84\x80\x80\x80\x80\x00" + b"abcd",
+        b"\x2a\x84\x80\x80\x80\x80\x80\x80\x80\x80\x7e" + b"abcd",
     ],
-    ids=["no size", "cut short", "number cut short", "number too long", "fixed width", "number above 15"],
-)
+    ids=[
+        "no size", "cut short", "number cut short", "number too long", "fixed width", "number above 15",
+        "number 0", "length of six bytes", "length of 64 bits",
+    ],
+)  # fmt: skip
 def test_what_is_damaged_or_of_another_kind_is_refused(message):
     with pytest.raises(ValueError, match=r"field|number"):
         wire.fields(message)

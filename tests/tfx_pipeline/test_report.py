@@ -412,7 +412,7 @@ def test_off_policy_values_stand_against_the_logging_policy_with_their_support(w
     text = page.text("off-policy")
     assert "1,535 impressions of 82 users" in text
     assert "A random pick, which is the logging policy, has 0.2500 (0.2000 to 0.3000)." in text
-    assert "The largest weight is 12; clipping cut none." in text
+    assert "The largest weight is 12, so that none is clipped." in text
     assert "score 0.4000 (0.3000 to 0.5000) +0.1500 (+0.0500 to +0.2500) 0.0400 75" in text
     assert "popularity 0.3125 (0.2125 to 0.4125) +0.0625 (−0.0375 to +0.1625) 0.0400 61" in text
     assert "No estimate for like: the log cannot tell what the target policy is worth: 1,535 rows" in text

@@ -10,8 +10,7 @@ from tfx.types.artifact import Artifact
 from tfx.types.standard_artifacts import Model
 
 from schema.contract import dataset_spec_from_json
-from schema.errors import DataError
-from tfx_pipeline.off_policy import evaluate_ranker
+from tfx_pipeline.off_policy import NoScreensError, evaluate_ranker
 from trainer.off_policy import PolicyFacts, write_policies
 
 _LOGGER = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ def OffPolicy(
             max_positives_per_user=max_positives_per_user,
             reward=spec.positive,
         )
-    except DataError as error:
+    except NoScreensError as error:
         _LOGGER.info("no off-policy evaluation: %s", error)
         found = PolicyFacts(spec.positive, 0.0, {}, {}, absent=str(error))
     write_policies(found, Path(policies.uri))

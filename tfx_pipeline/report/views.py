@@ -410,21 +410,19 @@ def sources_table(waterfall: Waterfall) -> Table:
 def off_policy_sentences(found: PolicyFacts) -> list[str]:
     """What was evaluated on which rows, and how far it can be trusted."""
     if not found.estimates:
-        return ["The log tells too little about any of the policies; its logging policy was a random pick."]
+        return ["There is no estimate for any of the policies; the logging policy was a random pick."]
     estimates = list(found.estimates.values())
     logged, supports = estimates[0].logged, [estimate.support for estimate in estimates]
     value = " ".join(filter(None, (formatting.decimal(logged.value), _bounds(logged.low, logged.high))))
     randomly = f" and {formatting.share(found.epsilon)} of the picks were random" if found.epsilon else ""
     largest = formatting.number(max(support.max_weight for support in supports))
-    num_cut = max(support.num_clipped for support in supports)
     return [
         f"The mean {formatting.words(found.reward)} per impression if each policy had picked one item of a "
         f"screen{randomly}, from screens that the log filled at random: {supports[0].num_rows:,} impressions "
         f"of {supports[0].num_users:,} users. A random pick, which is the logging policy, has {value}.",
         f"Intervals are {logged.confidence:.0%} over users. The effective sample size is the number of rows "
-        f"of equal weight that would tell as much. The largest weight is {largest}; clipping cut "
-        f"{f'up to {num_cut:,} weights' if num_cut else 'none'}. Every item of a screen was logged once, so "
-        "that IPS, SNIPS and doubly robust are the same number here.",
+        f"of equal weight that would tell as much. The largest weight is {largest}, so that none is clipped. "
+        "Every item of a screen was logged once: IPS, SNIPS and doubly robust are the same number here.",
     ]
 
 
