@@ -102,8 +102,8 @@ class ValidationConfig(_Config):
       confidence: of all two-sided intervals; max_drop and beats hold at (1 + confidence) / 2, one-sided.
       num_resamples: draws of the bootstrap over users.
       min_index_recall: share of the exact results that the index finds.
-      min_index_slice_recall: the same among head, torso, tail and cold items, each by itself; where fewer than
-        30 exact results of a slice are known it does not apply.
+      min_index_slice_recall: the same among head, torso, tail and cold items, each by itself; it does not
+        apply where fewer than 30 exact results of a slice are known.
       max_relative_ece: largest calibration error of a binary task, as a share of the mean of its label.
       drift: null does not compare the data.
       leakage: null does not look for leaks.
