@@ -51,7 +51,7 @@ _REPEATS = 5
 _SECONDS_PER_REPEAT = 1.0
 _HNSW_EFFORTS = (100, 125, 150, 200, 250, 300, 400, 500, 700, 1_000, 1_500, 2_000, 3_000)
 # Candidates that faiss scores exactly, in neighbours.
-_K_FACTORS = (4, 8, 16)
+_K_FACTORS = (4, 8, 16, 32, 64)
 _IVF_SHARES = (0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.18, 0.25)
 
 Settings = dict[str, Any]
@@ -312,7 +312,7 @@ def build_faiss(world: World, target: float, folder: Path) -> Settings:
     # The fewest leaves by each number of candidates, and of these what costs least.
     tuned = [_tuned(found, [(nprobe, k) for nprobe in ladder], world, target) for k in _K_FACTORS]
     enough = [effort for effort in tuned if recall(found(effort), world.sample_exact) >= target]
-    nprobe, k_factor = min(enough or tuned, key=cpu_s)
+    nprobe, k_factor = min(enough, key=cpu_s) if enough else tuned[-1]
     faiss.write_index(index, str(folder))
     return {"recipe": recipe, "nprobe": nprobe, "k_factor": k_factor}
 
