@@ -56,7 +56,7 @@ class PredictRequest(NamedTuple):
             inputs[key.decode()] = value
         if fields:
             raise ValueError("a field that a PredictRequest does not have")
-        read = _read_spec if len(specs[0]) <= _MAX_KEPT_SPEC_BYTES else _read_spec.__wrapped__
+        read = _kept_spec if len(specs[0]) <= _MAX_KEPT_SPEC_BYTES else _read_spec
         return cls(read(specs[0]), inputs, output_filter)
 
     def ByteSize(self) -> int:
@@ -64,10 +64,12 @@ class PredictRequest(NamedTuple):
         return sum(map(len, self.inputs.values()))
 
 
-@functools.lru_cache(maxsize=256)
 def _read_spec(message: bytes) -> model_pb2.ModelSpec:
-    """Requests for a model begin with the same bytes. Nobody may change what is returned."""
-    wire.fields(
-        message
-    )  # protobuf refuses the end of a group within a message, and forgives it in a whole one
+    """Reads a ModelSpec; ValueError for what protobuf must read in its place within the request."""
+    # The end of a group that never began is an error within a message, and forgiven behind a whole one.
+    wire.fields(message)
     return model_pb2.ModelSpec.FromString(message)
+
+
+# Requests for a model begin with the same bytes. Nobody may change what is returned.
+_kept_spec: Final = functools.lru_cache(maxsize=256)(_read_spec)

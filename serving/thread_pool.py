@@ -56,7 +56,8 @@ class ThreadPool:
     def _run(self) -> None:
         while True:
             call, answer = self._calls.get()
-            result, error = None, None  # type: Any, BaseException | None
+            result: Any = None
+            error: BaseException | None = None
             if not answer.cancelled():
                 try:
                     result = call()
