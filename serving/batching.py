@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Executor
@@ -20,6 +21,7 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 
+from serving import metrics
 from serving.batching_config import BatchingParameters
 from serving.servable import DEFAULT_SIGNATURE, Servable
 from serving.status import RequestError, invalid_argument
@@ -32,13 +34,17 @@ _Answer = TypeVar("_Answer")
 
 @dataclass
 class _Task:
-    """One request; `answer` gets what `encode` makes of the outputs that the filter names, or the error."""
+    """One request, since when it waits on the clock of time.perf_counter(), and where its answer goes.
+
+    `answer` gets what `encode` makes of the outputs that the filter names, or the error.
+    """
 
     inputs: Arrays
     num_rows: int
     encode: Callable[[Arrays], Any]
     output_filter: Sequence[str]
     answer: asyncio.Future[Any]
+    submitted_s: float
 
 
 @dataclass
@@ -102,7 +108,8 @@ class Batcher:
         """
         servable.check(signature_name, inputs, output_filter)
         answer: asyncio.Future[_Answer] = self._loop.create_future()
-        task = _Task(inputs, self._num_rows(inputs), encode, output_filter, answer)
+        num_rows = self._num_rows(inputs)
+        task = _Task(inputs, num_rows, encode, output_filter, answer, time.perf_counter())
         self._enqueue(task, servable, signature_name or DEFAULT_SIGNATURE)
         return answer
 
@@ -184,7 +191,9 @@ class Batcher:
                 self._executor.submit(self._run_in_thread, batch, tasks)
 
     def _run_in_thread(self, batch: _Batch, tasks: list[_Task]) -> None:
+        started_s = time.perf_counter()
         try:
+            metrics.record_queuing(started_s - task.submitted_s for task in tasks)
             results = self._run(batch, tasks)
         except Exception as error:
             logger.exception("batch failed model=%s version=%d", batch.servable.name, batch.servable.version)
@@ -212,6 +221,7 @@ class Batcher:
         num_rows = sum(task.num_rows for task in tasks)
         size = self._parameters.filled_up(num_rows)
         inputs = _joined([task.inputs for task in tasks], size - num_rows)
+        metrics.record_batch(num_rows, size)
         try:
             outputs = batch.servable.predict(batch.signature_name, inputs)
         except RequestError as error:

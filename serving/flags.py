@@ -61,7 +61,11 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
       SystemExit: 2 for a wrong flag or value, with the text on stderr; 0 after `--help` and `--version`.
     """
-    return build_parser().parse_args(argv)
+    parser = build_parser()
+    flags = parser.parse_args(argv)
+    if flags.port == flags.rest_api_port != AUTO:
+        parser.error(f"--rest_api_port must be another than --port, both are {flags.port}")
+    return flags
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -27,8 +28,11 @@ REGISTRY: Final = CollectorRegistry()
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 _MICROSECONDS: Final = 1e6
 _LATENCY_BUCKETS: Final = tuple(10 * 1.8**i for i in range(33))  # microseconds, up to about 20 minutes
+_QUEUING_BUCKETS: Final = tuple(100 * 1.2**i for i in range(52))  # microseconds, up to about a second
 _COUNT_BUCKETS: Final = tuple(2.0**i for i in range(15))
+_BATCH_SIZE_BUCKETS: Final = tuple(2.0**i for i in range(14))
 _RUNTIME: Final = "TF1"  # what the official server calls the TensorFlow runtime, whatever the model's age
+_THREAD_POOL: Final = ""  # what it calls the threads of batches, whatever their name in the file
 
 
 def _counter(name: str, text: str, *labels: str) -> Counter:
@@ -54,8 +58,21 @@ _EXAMPLE_COUNTS = _histogram(
 _EXAMPLE_COUNT_TOTAL = _counter(
     ":tensorflow:serving:request_example_count_total", "tf.Examples in all.", "model"
 )
-_GRAPH_RUNS = _counter(":tensorflow:core:graph_runs", "Signature calls.")
-_GRAPH_RUN_TIME = _counter(":tensorflow:core:graph_run_time_usecs", "Microseconds in signature calls.")
+_QUEUING_LATENCY = _histogram(
+    ":tensorflow:serving:batching_session:queuing_latency", "Microseconds that requests waited for a batch.",
+    _QUEUING_BUCKETS, "thread_pool_name",
+)  # fmt: skip
+_PROCESSED_BATCH_SIZE = _histogram(
+    ":tensorflow:serving:batching_session:processed_batch_size", "Rows of batches, those filled up included.",
+    _BATCH_SIZE_BUCKETS,
+)  # fmt: skip
+_PADDING_SIZE = _histogram(
+    ":tensorflow:serving:batching_session:padding_size", "Rows by which batches were filled up.",
+    _BATCH_SIZE_BUCKETS, "execution_batch_size",
+)  # fmt: skip
+_WRAPPED_RUN_COUNT = _counter(":tensorflow:serving:batching_session:wrapped_run_count", "Batches run.")
+_GRAPH_RUNS = _counter(":tensorflow:core:graph_runs", "Graphs run, each for one request or one batch.")
+_GRAPH_RUN_TIME = _counter(":tensorflow:core:graph_run_time_usecs", "Microseconds in which graphs ran.")
 _LOAD_ATTEMPTS = _counter(
     ":tensorflow:cc:saved_model:load_attempt_count", "Tries to load a SavedModel.", "model_path", "status"
 )
@@ -86,11 +103,28 @@ def record_request(model: str, api: str, entrypoint: str, code: grpc.StatusCode,
 
 
 def record_run(model: str, api: str, duration_s: float) -> None:
-    """Counts one call of a signature."""
-    microseconds = duration_s * _MICROSECONDS
-    _child(_RUNTIME_LATENCY, model, api, _RUNTIME).observe(microseconds)
+    """Counts the time until a request had its outputs, which in a batch includes its wait for the batch."""
+    _child(_RUNTIME_LATENCY, model, api, _RUNTIME).observe(duration_s * _MICROSECONDS)
+
+
+def record_graph_run(duration_s: float) -> None:
+    """Counts one run of a graph by TensorFlow, whether for one request or for a batch of them."""
     _GRAPH_RUNS.inc()
-    _GRAPH_RUN_TIME.inc(microseconds)
+    _GRAPH_RUN_TIME.inc(duration_s * _MICROSECONDS)
+
+
+def record_queuing(waits_s: Iterable[float]) -> None:
+    """Counts the seconds for which each request of a batch has waited when it begins."""
+    histogram = _child(_QUEUING_LATENCY, _THREAD_POOL)
+    for wait_s in waits_s:
+        histogram.observe(wait_s * _MICROSECONDS)
+
+
+def record_batch(num_rows: int, size: int) -> None:
+    """Counts one run of a batch of `num_rows` rows of requests, filled up to `size` rows."""
+    _PROCESSED_BATCH_SIZE.observe(size)
+    _child(_PADDING_SIZE, str(size)).observe(size - num_rows)
+    _WRAPPED_RUN_COUNT.inc()
 
 
 def record_examples(model: str, num_examples: int) -> None:

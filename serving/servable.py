@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf import config_pb2, meta_graph_pb2, saved_model_pb2
 
 from schema.errors import ServingError
+from serving import metrics
 from serving.status import RequestError, code_from_number, invalid_argument
 
 logger = logging.getLogger(__name__)
@@ -181,10 +183,12 @@ class Servable:
         """
         signature = self._signature(signature_name)
         self.check(signature_name, inputs, output_filter)
+        started = time.perf_counter()
         try:
             outputs = signature(inputs)
         except tf.errors.OpError as error:
             raise RequestError(code_from_number(error.error_code), _short_message(error)) from error
+        metrics.record_graph_run(time.perf_counter() - started)
         return {name: outputs[name] for name in output_filter or outputs}
 
     def check(

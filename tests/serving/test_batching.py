@@ -1,6 +1,7 @@
 """Dynamic batching with a clock and threads that only move when the test says so."""
 
 import asyncio
+import functools
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,8 +22,10 @@ from serving.batching import Batcher
 from serving.batching_config import BatchingParameters, read_batching_parameters
 from serving.client import BadRequestError, RecommenderClient
 from serving.inference import Call
+from serving.metrics import REGISTRY
 from serving.model_server import main
 from serving.process import ModelServerProcess
+from serving.servable import Servable
 from serving.status import RequestError, invalid_argument
 
 
@@ -117,10 +120,10 @@ class FullAfterOne:
 
 
 def in_loop(test):
-    def run():
-        asyncio.run(asyncio.wait_for(test(), timeout=10))
+    @functools.wraps(test)  # pytest reads from it which fixtures the test takes
+    def run(**fixtures):
+        asyncio.run(asyncio.wait_for(test(**fixtures), timeout=10))
 
-    run.__name__, run.__doc__ = test.__name__, test.__doc__
     return run
 
 
@@ -204,6 +207,59 @@ async def test_a_batch_is_filled_up_to_an_allowed_size_with_its_first_row():
     await world.run_all()
     assert [await answer(task) for task in asked] == [[10], [12, 14]]
     assert world.model.runs == [[5, 6, 7, 5]]
+
+
+def counted(name, **labels):
+    return REGISTRY.get_sample_value(f":tensorflow:{name}", labels) or 0.0
+
+
+@in_loop
+async def test_a_batch_is_counted_once_and_each_of_its_requests_by_what_it_waited(monkeypatch):
+    now_s = [100.0]
+    monkeypatch.setattr("serving.batching.time.perf_counter", lambda: now_s[0])
+    session = "serving:batching_session"
+    names = [
+        (f"{session}:wrapped_run_count_total", {}),
+        (f"{session}:processed_batch_size_count", {}),
+        (f"{session}:processed_batch_size_sum", {}),
+        (f"{session}:padding_size_count", {"execution_batch_size": "4"}),
+        (f"{session}:padding_size_sum", {"execution_batch_size": "4"}),
+        (f"{session}:queuing_latency_count", {"thread_pool_name": ""}),
+        (f"{session}:queuing_latency_sum", {"thread_pool_name": ""}),
+    ]
+    before = [counted(name, **labels) for name, labels in names]
+    world = World(max_batch_size=8, allowed_batch_sizes=(2, 4, 8))
+    first = await world.ask(1, 2)
+    now_s[0] += 0.25
+    second = await world.ask(3)
+    now_s[0] += 0.5
+    world.time_is_over()
+    await world.run_all()
+    assert (await answer(first), await answer(second)) == ([2, 4], [6])
+    added = [counted(name, **labels) - old for (name, labels), old in zip(names, before, strict=True)]
+    assert added == [1, 1, 4, 1, 1, 2, 1_250_000]  # microseconds
+
+
+@in_loop
+async def test_a_batch_is_one_run_of_the_graph_and_a_latency_of_each_of_its_requests(base_paths):
+    servable = Servable("echo", 1, base_paths["echo"] / "1")
+    world = World(max_batch_size=8)
+    latency = {"model_name": "echo", "API": "Predict", "runtime": "TF1"}
+
+    def counts():
+        return counted("core:graph_runs_total"), counted("serving:runtime_latency_count", **latency)
+
+    graph_runs, requests = counts()
+    asked = []
+    for value in (1.0, 2.0, 3.0):
+        inputs = {"x": np.array([value], np.float32)}
+        call = Call(servable, "Predict", ["half"], inputs, lambda outputs: outputs[0]["y"].tolist())
+        asked.append(asyncio.ensure_future(call.run_batched(world.batcher)))
+        await asyncio.sleep(0)
+    world.time_is_over()
+    await world.run_all()
+    assert await asyncio.gather(*asked) == [[0.5], [1.0], [1.5]]
+    assert counts() == (graph_runs + 1, requests + 3)
 
 
 @in_loop

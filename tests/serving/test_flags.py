@@ -63,6 +63,14 @@ def test_a_wrong_flag_is_refused_with_what_was_expected(argument, complaint, cap
     assert complaint in capsys.readouterr().err
 
 
+def test_both_apis_on_one_port_are_refused_by_name_and_two_free_ports_are_not(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_flags(["--port=8501"])
+    assert caught.value.code == 2
+    assert "--rest_api_port must be another than --port, both are 8501" in capsys.readouterr().err
+    parse_flags(["--port=auto", "--rest_api_port=auto"])
+
+
 @pytest.mark.parametrize(
     "argument",
     [
