@@ -306,6 +306,7 @@ def _read_interactions(paths: list[Path], spec: DatasetSpec, warnings: list[str]
                 f"interactions: dropped {len(table) - len(kept):,} rows before start {start.isoformat()}"
             )
         table = kept
+    _check_propensities(table)
     return _mend_watch_time(table, spec, warnings)
 
 
@@ -323,6 +324,17 @@ def _typed_interactions(source: pl.DataFrame, spec: DatasetSpec) -> pl.DataFrame
     _require(table, source[_ROW], REQUIRED_INTERACTION_COLUMNS, "interactions")
     _check_times(table["event_time_unix_s"], "interactions.event_time_unix_s")
     return table
+
+
+def _check_propensities(table: pl.DataFrame) -> None:
+    if "propensity" not in table.columns:
+        return
+    wrong = table.filter((pl.col("propensity") <= 0) | (pl.col("propensity") > 1))
+    if len(wrong):
+        raise DataError(
+            f"interactions.propensity: {len(wrong):,} values are no probabilities above 0 and up to 1 (for "
+            f"instance {wrong['propensity'][0]:g}); leave it empty where it was not logged"
+        )
 
 
 def _mend_watch_time(table: pl.DataFrame, spec: DatasetSpec, warnings: list[str]) -> pl.DataFrame:

@@ -12,25 +12,33 @@ from schema.contract import DatasetSpec, TaskKind
 from trainer import features as ft
 from trainer.config import RankingConfig
 from trainer.debiasing import inverse_propensity_weights, sample_negatives
+from trainer.input_pipeline import shuffled_batches
 from trainer.ranking import ROW_WEIGHT
 
 _logger = logging.getLogger(__name__)
+
+
+def training_batches(windows: tf.data.Dataset, spec: DatasetSpec, config: RankingConfig) -> tf.data.Dataset:
+    """Shuffled batches of the training rows that take part, with their weights; see `weighted_windows`."""
+    weighted = weighted_windows(windows, spec, config)
+    is_kept = (lambda window: window[ROW_WEIGHT] > 0) if ROW_WEIGHT in weighted.element_spec else None
+    return shuffled_batches(weighted, config.batch_size, config.seed, keep=is_kept)
 
 
 def weighted_windows(windows: tf.data.Dataset, spec: DatasetSpec, config: RankingConfig) -> tf.data.Dataset:
     """Adds ROW_WEIGHT, float32 [N], to windows of training rows; 0 for a row that does not take part.
 
     Args:
-      windows: from `trainer.input_pipeline.windows` with ranking=True.
+      windows: from `trainer.input_pipeline.windows`.
       spec: the declaration.
       config: `propensity_clip` and `negative_rate`; without both, the windows come back as they are.
-
-    Raises:
-      DataError: when read, a propensity is no probability.
     """
     if config.propensity_clip is None and config.negative_rate == 1:
         return windows
     binary = [task.label for task in spec.tasks if task.kind is TaskKind.BINARY]
+    space = ft.feature_space(spec)
+    # What tells rows apart whatever their order; of one user, item and day, all are dropped or none.
+    row_key = [space.find(ft.USER_ID).id_name, space.find(ft.ITEM_ID).id_name, ft.DAYS_TO_END]
 
     def of_propensity(propensity: np.ndarray, exploration: np.ndarray) -> np.ndarray:
         found = inverse_propensity_weights(
@@ -47,8 +55,7 @@ def weighted_windows(windows: tf.data.Dataset, spec: DatasetSpec, config: Rankin
 
     @tf.autograph.experimental.do_not_convert
     def add(window: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        num_rows = tf.shape(window[ft.feature_space(spec).labels[0]])[0]
-        weights = tf.ones([num_rows])
+        weights = tf.ones_like(window[space.labels[0]])
         if config.propensity_clip is not None:
             propensity = window[ft.PROPENSITY]
             exploration = window.get(ft.EXPLORATION, tf.zeros_like(propensity))
@@ -57,7 +64,10 @@ def weighted_windows(windows: tf.data.Dataset, spec: DatasetSpec, config: Rankin
             )
         if config.negative_rate < 1:
             sampled = sample_negatives(
-                [window[label] for label in binary], [tf.range(num_rows)], config.negative_rate, config.seed
+                [window[label] for label in binary],
+                [window[name] for name in row_key],
+                config.negative_rate,
+                config.seed,
             )
             weights *= tf.where(sampled.keep, sampled.weights, 0.0)
         return {**window, ROW_WEIGHT: weights}

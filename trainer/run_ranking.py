@@ -43,7 +43,7 @@ from trainer.fingerprint import (
     hash_folder,
 )
 from trainer.impressions import ItemAttributes
-from trainer.input_pipeline import load_catalogue, ordered_batches, shuffled_batches, windows
+from trainer.input_pipeline import load_catalogue, ordered_batches, windows
 from trainer.item_vectors import cooccurrence_vectors, positives
 from trainer.label_statistics import LabelStatistics, label_statistics
 from trainer.log_requirements import check_log
@@ -57,9 +57,9 @@ from trainer.preranker import (
     describe_query,
 )
 from trainer.preranker_config import PrerankerConfig
-from trainer.ranking import ROW_WEIGHT, RankingModel, calibrate, train
+from trainer.ranking import RankingModel, calibrate, train
 from trainer.ranking_export import ServedRanker, export
-from trainer.row_weights import weighted_windows
+from trainer.row_weights import training_batches
 from trainer.sample_requests import golden_requests, sample_users
 from trainer.transform_graph import TransformGraph
 
@@ -100,15 +100,12 @@ def run_fn(fn_args: Any) -> None:
     eval_windows = windows(fn_args.eval_files, transform_output)
 
     statistics = read_statistics(train_windows, transform_output, spec)
-    positions = _positions(train_windows, transform_output, spec, config)
+    positions = read_positions(train_windows, transform_output, spec, config)
     tf.keras.utils.set_random_seed(config.seed)
     vectors = item_vectors(train_windows, transform_output, spec, config)
     model = build(spec, transform_output, catalogue, statistics, config, positions, vectors)
     eval_batches = ordered_batches(eval_windows, config.batch_size)
-    weighted = weighted_windows(train_windows, spec, config)
-    is_kept = (lambda window: window[ROW_WEIGHT] > 0) if ROW_WEIGHT in weighted.element_spec else None
-    batches = shuffled_batches(weighted, config.batch_size, config.seed, keep=is_kept)
-    log = train(model, batches, eval_batches, config)
+    log = train(model, training_batches(train_windows, spec, config), eval_batches, config)
     calibrate(model, eval_batches, config.calibration)
     run_dir = Path(fn_args.model_run_dir)
     _write_json([_finite(record) for record in log], run_dir / TRAINING_LOG)
@@ -309,12 +306,13 @@ def item_vectors(
     return cooccurrence_vectors(users, items, num_ids, width, config.seed)
 
 
-def _positions(
+def read_positions(
     train_windows: tf.data.Dataset,
     transform_output: tft.TFTransformOutput,
     spec: DatasetSpec,
     config: RankingConfig,
 ) -> dict[str, PositionStatistics] | None:
+    """The training labels by position, by task; None without a position tower."""
     if config.position.kind == "none":
         return None
     return position_statistics(

@@ -453,6 +453,17 @@ def test_negative_watch_time_and_zero_duration_count_as_missing(source: Source) 
     assert "1 rows have item_duration_s 0" in source.warnings()
 
 
+@pytest.mark.parametrize("wrong", [0.0, -0.1, 1.01])
+def test_a_propensity_that_is_no_probability_is_refused(source: Source, wrong: float) -> None:
+    source.columns()["propensity"] = "chance"
+    chances = [0.5, None, 1.0, 0.01, 0.5, 0.5, 0.5, 0.5]
+    source.log["chance"] = chances
+    assert source.read()["propensity"].to_list() == pytest.approx(chances)
+    source.log["chance"] = [*chances[:-1], wrong]
+    with pytest.raises(DataError, match=rf"interactions\.propensity: 1 values are no .*instance {wrong:g}\)"):
+        source.prepare()
+
+
 def test_the_watch_time_cap_is_in_durations_and_invents_no_watch_time(source: Source) -> None:
     source.declaration["watch_time_cap_durations"] = 5
     source.log["length_s"] = [10.0, 10.0, 2.0, 0.0, 10.0, 10.0, 10.0, 0.0]
