@@ -1,8 +1,8 @@
 """What each part of the ranker is worth: one thing changed at a time, the rest as in the run.
 
 Each variant is trained on the examples of a finished run, stopped early on its eval split, and judged on the
-test split, whose rows know the events before them. Nothing is exported and no output calibrated. Needs no
-extra.
+test split, whose rows know the events before them. Nothing is exported and no output calibrated. Variants
+that need what the log does not have, such as positions, are left out unless they are named. Needs no extra.
 
 Example, from the root of the repository:
   python -m benchmarks.ranking_ablation --run-dir runs/kuairand --json ablation.json
@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import tensorflow as tf
 import tensorflow_transform as tft
 
 from schema.contract import TaskKind
-from schema.errors import DataError
+from schema.errors import ConfigError, DataError
 from tfx_pipeline.config import RunPaths
 from tfx_pipeline.outcome import read_artifact_uris
 from tfx_pipeline.retraining import merged
@@ -31,9 +31,11 @@ from tfx_pipeline.run_result import RunResult, read_run
 from trainer import features as ft
 from trainer import metrics
 from trainer.config import RankingConfig
-from trainer.input_pipeline import Window, load_catalogue, ordered_batches, shuffled_batches, windows
+from trainer.input_pipeline import load_catalogue, ordered_batches, windows
+from trainer.log_requirements import check_log
 from trainer.ranking import judge, train
-from trainer.run_ranking import build, item_vectors, read_statistics
+from trainer.row_weights import training_batches
+from trainer.run_ranking import build, item_vectors, read_positions, read_statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,10 @@ VARIANTS: Mapping[str, Variant] = {
     "transformer": Variant({"behaviour": {"kind": "transformer"}}),
     "uncertainty weighting": Variant({"balancing": {"method": "uncertainty"}}),
     "GradNorm": Variant({"balancing": {"method": "gradnorm"}}),
+    "position tower, additive": Variant({"position": {"kind": "additive"}}),
+    "position tower, PAL": Variant({"position": {"kind": "pal"}}),
+    "inverse propensities up to 30": Variant({"propensity_clip": 30.0}),
+    "half of the negatives": Variant({"negative_rate": 0.5}),
 }
 Measured = dict[str, float]
 
@@ -108,22 +114,37 @@ class Ablation:
             for split in ("train", "eval", "test")
         }
         self.statistics = read_statistics(self.windows["train"], self.transform_output, self.spec)
-        self.keep = None if share == 1 else _some_rows(share)
+        if share < 1:
+            self.windows["train"] = _some_rows(self.windows["train"], share)
+
+    def config(self, variant: Variant) -> RankingConfig:
+        """The settings of a variant.
+
+        Raises:
+          ConfigError: they need what the log does not have.
+        """
+        config = RankingConfig.model_validate(merged(self.settings, variant.overrides))
+        check_log(config, self.spec)
+        return config
 
     def measure(self, variant: Variant) -> Measured:
         """Trains a variant and judges it on the test split.
 
         Returns:
           `<task>/<metric>`; `cpu_s` of training, `epochs` until it stopped.
+
+        Raises:
+          ConfigError: as `config`.
         """
-        config = RankingConfig.model_validate(merged(self.settings, variant.overrides))
+        config = self.config(variant)
         data = {split: _without(window, variant.hidden) for split, window in self.windows.items()}
         tf.keras.utils.set_random_seed(config.seed)
-        vectors = item_vectors(self.windows["train"], self.transform_output, self.spec, config)
+        source = (self.windows["train"], self.transform_output, self.spec, config)
+        positions, vectors = read_positions(*source), item_vectors(*source)
         model = build(
-            self.spec, self.transform_output, self.catalogue, self.statistics, config, None, vectors
+            self.spec, self.transform_output, self.catalogue, self.statistics, config, positions, vectors
         )
-        batches = shuffled_batches(data["train"], config.batch_size, config.seed, keep=self.keep)
+        batches = training_batches(data["train"], self.spec, config)
         start = time.process_time()
         log = train(model, batches, ordered_batches(data["eval"], config.batch_size), config)
         measured: Measured = {"cpu_s": time.process_time() - start, "epochs": float(len(log))}
@@ -140,12 +161,26 @@ class Ablation:
         return measured
 
 
-def _some_rows(share: float) -> Callable[[Window], tf.Tensor]:
-    def keep(window: Window) -> tf.Tensor:
-        count = tf.shape(next(iter(window.values())))[:1]
-        return tf.random.stateless_uniform(count, seed=(0, 0)) < share
+def able(ablation: Ablation) -> list[str]:
+    """The variants that the log has what they need for; tells which are left out."""
+    names = []
+    for name, variant in VARIANTS.items():
+        try:
+            ablation.config(variant)
+        except ConfigError as error:
+            click.echo(f"{name}: left out, {error}")
+        else:
+            names.append(name)
+    return names
 
-    return keep
+
+def _some_rows(data: tf.data.Dataset, share: float) -> tf.data.Dataset:
+    def some(window: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        count = tf.shape(next(iter(window.values())))[:1]
+        is_kept = tf.random.stateless_uniform(count, seed=(0, 0)) < share
+        return {name: tf.boolean_mask(column, is_kept) for name, column in window.items()}
+
+    return data.map(some).cache()
 
 
 def _without(data: tf.data.Dataset, hidden: Sequence[str]) -> tf.data.Dataset:
@@ -184,7 +219,7 @@ def main(run_dir: Path, share: float, chosen: Sequence[str], json_path: Path | N
     results: dict[str, Measured] = {}
     if json_path is not None and json_path.is_file():
         results = json.loads(json_path.read_text(encoding="utf-8"))
-    for name in chosen or VARIANTS:
+    for name in chosen or able(ablation):
         results[name] = ablation.measure(VARIANTS[name])
         click.echo(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in results[name].items()))
         if json_path is not None:
