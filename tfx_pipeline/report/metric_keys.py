@@ -33,7 +33,7 @@ MEANINGS = {
     "mae": "Mean distance between prediction and truth, in the label's unit; lower is better.",
     "xauc": "Chance that of two examples the one with the larger label is scored higher; 0.5 is guessing.",
     "weighted_pairwise_loss": "Of the watch time of chosen impressions, the share that is scored below one "
-    "of the same user that was not chosen; 0 is best, 0.5 is guessing.",
+    "of the same user that was not chosen; 0 is best, 0.5 is guessing. Means do better here than medians.",
 }
 _ABBREVIATIONS = frozenset({"ndcg", "mrr", "map", "auc", "gauc", "ece", "mae", "xauc"})
 
