@@ -195,10 +195,21 @@ class RetrievalConfig(_Config):
                 f"history.interests is {self.history.interests}, but loss.hard_negatives are looked for with "
                 "one query vector per user; set one of them to its default"
             )
-        if self.factors and HISTORY in self.ignored_features:
-            raise ValueError(
-                f"factors are for a user's history, but ignored_features names {HISTORY}; set factors to null"
-            )
+        if HISTORY in self.ignored_features:
+            if self.factors:
+                raise ValueError(
+                    f"factors are for a user's history, but ignored_features names {HISTORY}; set factors to "
+                    "null"
+                )
+            for setting, is_set in (
+                ("loss.hard_negatives", self.loss.hard_negatives > 0),
+                ("history.interests", self.history.interests > 1),
+            ):
+                if is_set:
+                    raise ValueError(
+                        f"{setting} reads a user's history, but ignored_features names {HISTORY}; set one of "
+                        "them to its default"
+                    )
         return self
 
 

@@ -177,6 +177,14 @@ def test_factors_need_the_history() -> None:
         RetrievalConfig(factors=factors, ignored_features=("history_item_ids",))
 
 
+@pytest.mark.parametrize(
+    "settings", [{"loss": LossConfig(hard_negatives=1)}, {"history": HistoryConfig(interests=2)}]
+)
+def test_what_reads_the_history_cannot_be_had_without_it(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"(hard_negatives|interests) .* ignored_features names history"):
+        RetrievalConfig(ignored_features=("history_item_ids",), **settings)
+
+
 def test_the_loss_is_that_of_the_interest_that_fits_the_positive(window: dict[str, tf.Tensor]) -> None:
     model = _model(window, _config(history=HistoryConfig(interests=3)))
     model.use_catalogue(world.catalogue())
