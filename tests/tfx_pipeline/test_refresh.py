@@ -1,7 +1,10 @@
 """Newer items: what counts as new, changed or gone, and what is refused before anything is published."""
 
+import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
@@ -9,7 +12,7 @@ import pytest
 import yaml
 
 from schema.contract import DatasetSpec
-from schema.errors import CheckpointError, DataError, ServingError
+from schema.errors import CheckpointError, DataError, IndexBuildError, ServingError
 from schema.point_in_time import count_names, log_count_names
 from schema.tables import read_items
 from tests.tfx_pipeline import taste_world
@@ -164,10 +167,57 @@ def with_checkpoints(monkeypatch: pytest.MonkeyPatch) -> dict[str, DatasetSpec]:
     class Stub:
         def __init__(self, spec: DatasetSpec) -> None:
             self.spec = spec
+            # Of its Transform graph the item vocabulary alone is read.
+            self.transform_output = SimpleNamespace(vocabulary_by_name=lambda space: [b"v1", b"v2", b"v9"])
 
     monkeypatch.setattr(refresh, "read_checkpoint", lambda folder: Stub(specs[folder.parent.name]))
     monkeypatch.setattr(refresh, "catalogue_files", lambda folder: [])
     return specs
+
+
+@pytest.mark.parametrize("failing", ["run_retrieval.refresh", "run_ranking.refresh", "validate_serving"])
+def test_a_refresh_that_fails_publishes_nothing_and_leaves_nothing(
+    run: RunResult,
+    tmp_path: Path,
+    with_checkpoints: dict[str, DatasetSpec],
+    monkeypatch: pytest.MonkeyPatch,
+    failing: str,
+) -> None:
+    before = encoded(tmp_path, video=["v1", "v2", "v9"])
+    monkeypatch.setattr(refresh, "read_catalogue", lambda files: before)
+    monkeypatch.setattr(refresh, "read_user_states", lambda *_: [])
+    monkeypatch.setattr(refresh, "choose_users", lambda *_: [])
+    monkeypatch.setattr(refresh, "add_warmup_requests", lambda *_: None)
+    monkeypatch.setattr(refresh, "_remember_origin", lambda *_: None)
+    done = []
+
+    def export(name: str) -> Callable[..., None]:
+        def step(pushed: Path, catalogue: list[str], users: list[str], target: Path) -> None:
+            target.mkdir()
+            done.append(name)
+            if name == failing:
+                raise IndexBuildError("the disk is full")
+
+        return step
+
+    def validate(*_: Any) -> None:
+        done.append("validate_serving")
+        raise IndexBuildError("the disk is full")
+
+    def build(retrieval: Path, ranking: Path, users: list[str], folders: Any) -> None:
+        for folder in dataclasses.asdict(folders).values():
+            folder.mkdir()
+
+    monkeypatch.setattr(refresh.run_retrieval, "refresh", export("run_retrieval.refresh"))
+    monkeypatch.setattr(refresh.run_ranking, "refresh", export("run_ranking.refresh"))
+    monkeypatch.setattr(refresh.run_bundles, "build", build)
+    monkeypatch.setattr(refresh, "validate_serving", validate)
+    paths = RunPaths(tmp_path / "run")
+    push(paths, *BUNDLES)
+    with pytest.raises(IndexBuildError, match="the disk is full"):
+        refresh_index(run, paths, [items_file(tmp_path)], complete=False)
+    assert done[-1] == failing
+    assert [os.listdir(paths.serving_models / name) for name in BUNDLES] == [["1"]] * len(BUNDLES)
 
 
 @pytest.mark.parametrize(

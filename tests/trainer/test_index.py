@@ -93,11 +93,13 @@ def _restriction(
 def _best(query: np.ndarray, candidates: list[int], num_items: int, k: int) -> list[int]:
     """Slow oracle: sorts every item by its best score, and keeps the candidates."""
     scores = (_vectors(num_items) @ np.atleast_2d(query).T).max(axis=1)
-    return [int(row) for row in np.argsort(-scores, kind="stable") if row in set(candidates)][:k]
+    wanted = set(candidates)
+    return [int(row) for row in np.argsort(-scores, kind="stable") if row in wanted][:k]
 
 
 def _all_but(excluded: list[int], num_items: int) -> list[int]:
-    return [row for row in range(num_items) if row not in set(excluded)]
+    unwanted = set(excluded)
+    return [row for row in range(num_items) if row not in unwanted]
 
 
 def test_exact_search_equals_sorting_with_exclusions(large: CandidateIndex) -> None:
@@ -178,6 +180,30 @@ def test_excluded_items_are_never_returned(index: CandidateIndex) -> None:
         assert not set(rows) & set(out) and len(set(rows) - {NO_ROW}) == 20
         if num_items == SMALL:
             assert list(rows) == _best(query, _all_but(out, num_items), num_items, 20)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("exact", [True, False])
+def test_whatever_k_and_exclusions_nothing_excluded_comes_back_and_nothing_left_is_withheld(
+    exact: bool, seed: int, index: CandidateIndex
+) -> None:
+    rng = np.random.default_rng(seed)
+    num_items, ks = index.exact.num_items, [1, 2, 7, 20, 39, 100]
+    queries = _vectors(len(ks), seed=seed)
+    # None, one, the best ones, anything, all but one, and all; some twice.
+    lengths = rng.permutation([0, 1, 5, num_items // 3, num_items - 1, num_items])
+    excluded = [
+        _best(query, _all_but([], num_items), num_items, n) for query, n in zip(queries, lengths, strict=True)
+    ]
+    excluded = [[*rows, *rows[:3]] for rows in excluded]
+    search = index.search_exact if exact else index.search
+    found = search(queries, tf.constant(ks), _restriction(index, excluded))
+    for query, k, out, rows in zip(queries, ks, excluded, found.rows.numpy(), strict=True):
+        got = [row for row in rows if row != NO_ROW]
+        left = _all_but(out, num_items)
+        assert not set(got) & set(out) and len(set(got)) == len(got) == min(k, len(left))
+        if exact:
+            assert got == _best(query, left, num_items, k)
 
 
 def test_all_but_a_few_excluded_gives_these_few_and_says_that_search_was_exact(large: CandidateIndex) -> None:

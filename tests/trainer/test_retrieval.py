@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from pydantic import ValidationError
 
-from schema.errors import ConfigError, DataError
+from schema.errors import CollapsedModelError, ConfigError, DataError
 from tests.trainer import retrieval_world as world
 from trainer.config import FactorsConfig, HistoryConfig, LossConfig, RetrievalConfig
 from trainer.hard_negatives import known_positives
@@ -285,13 +285,25 @@ def test_hard_negatives_need_the_known_positives(window: dict[str, tf.Tensor], t
 def test_best_epoch_is_kept_when_later_ones_are_worse(
     window: dict[str, tf.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # At such a learning rate the model collapses, which is refused, and tested, elsewhere.
+    # At such a learning rate the model collapses, which is for the next test.
     monkeypatch.setattr("trainer.retrieval.check_not_collapsed", lambda *_: None)
     config = CONFIG.model_copy(update={"learning_rate": 1.0, "max_epochs": 5, "max_steps_per_epoch": 10})
     model = _model(window, config)
     log = _fit(model, window, tmp_path / "log.json", config)
     assert len(log) < 5 and log[-1][RECALL] <= max(entry[RECALL] for entry in log)
     assert _validate(model)[RECALL] == pytest.approx(max(entry[RECALL] for entry in log))
+
+
+def test_training_that_ends_in_a_collapse_is_refused(window: dict[str, tf.Tensor], tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"learning_rate": 0.0, "max_epochs": 1, "max_steps_per_epoch": 1})
+    model = _model(window, config)
+    few = {name: column[:256] for name, column in window.items()}
+    model.compute_loss(few)  # makes the weights
+    # Sabotage: whatever is known of a user, the query is the same.
+    for weight in model.query_tower.mlp.trainable_weights:
+        weight.assign(tf.zeros_like(weight))
+    with pytest.raises(CollapsedModelError, match="recommends the same to everybody"):
+        _fit(model, few, tmp_path / "log.json", config)
 
 
 def test_embedding_gradients_are_sparse(window: dict[str, tf.Tensor]) -> None:
