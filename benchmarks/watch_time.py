@@ -78,6 +78,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "ordinal, median": {"method": "ordinal", "serve": "median"},
     "ordinal by duration, mean": {"method": "ordinal", **_BY_DURATION},
     "ordinal by duration, median": {"method": "ordinal", "serve": "median", **_BY_DURATION},
+    "ordinal by duration, middle": {"method": "ordinal", "serve": "trimmed_mean", **_BY_DURATION},
     "regression, mean": {"method": "regression"},
     "regression, median": {"method": "regression", "serve": "median"},
     "log regression": {"method": "log_regression"},

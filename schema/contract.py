@@ -207,14 +207,14 @@ class WatchTimeMethod(str, enum.Enum):
     LOG_REGRESSION = "log_regression"
 
 
-Served = Literal["mean", "median", "mean_rank"]
+Served = Literal["mean", "median", "trimmed_mean", "mean_rank"]
 
 # What a method can serve of the watch times that it expects; the first is the default.
 _SERVED: Mapping[WatchTimeMethod, tuple[Served, ...]] = {
     WatchTimeMethod.WEIGHTED_LOGISTIC: ("mean",),
     WatchTimeMethod.COVINGTON_LOGISTIC: ("mean",),
     WatchTimeMethod.DURATION_QUANTILES: ("mean_rank", "median"),
-    WatchTimeMethod.ORDINAL: ("mean", "median"),
+    WatchTimeMethod.ORDINAL: ("mean", "median", "trimmed_mean"),
     WatchTimeMethod.REGRESSION: ("mean", "median"),
     WatchTimeMethod.LOG_REGRESSION: ("median",),
 }
@@ -234,11 +234,11 @@ class TaskSpec(_Model):
     """One ranking objective. `score_weight` is its weight in the final score; it may be negative.
 
     The other fields are for watch_time tasks alone. `method` is weighted_logistic unless given. `serve` is
-    the mean or the median of the watch times that the model expects, as far as the method knows it;
-    duration_quantiles may also serve the quantile at the mean rank. `click_label` is the 0/1 label that tells
-    covington_logistic its positives. `duration_feature` is a continuous item feature whose quantile buckets
-    are the duration groups: duration_quantiles needs it, and ordinal gets thresholds of its own in each
-    group. `num_thresholds` is that of ordinal, 32 unless given.
+    the mean or the median of the watch times that the model expects, as far as the method knows it; ordinal
+    may also serve the mean of the middle, and duration_quantiles the quantile at the mean rank. `click_label`
+    is the 0/1 label that tells covington_logistic its positives. `duration_feature` is a continuous item
+    feature whose quantile buckets are the duration groups: duration_quantiles needs it, and ordinal gets
+    thresholds of its own in each group. `num_thresholds` is that of ordinal, 32 unless given.
     """
 
     name: Name

@@ -221,7 +221,8 @@ def fit(
 
     The identity, announced in `notes` and in the log, where nothing can be fitted: fewer than `MIN_ROWS`
     labelled rows, labels or outputs that are all the same, fewer than `MIN_CLASS_ROWS` rows of a class, or
-    "platt" on outputs that order the rows the wrong way round. Also for a task that serves a median.
+    "platt" on outputs that order the rows the wrong way round. Also for a watch time of which no mean is
+    served.
 
     Args:
       task: its name for messages, its kind for the range.
@@ -242,7 +243,8 @@ def fit(
         raise ConfigError(f"calibration method {method!r} is unknown; choose none, platt or isotonic.")
     x, y, names = _checked(task, outputs, labels, slices)
     if task.kind is TaskKind.WATCH_TIME and task.served != "mean":
-        curve, problem, level = IDENTITY, "it serves a median, and calibration is of means", logging.INFO
+        problem = f"it serves the {task.served}, and calibration is of means"
+        curve, level = IDENTITY, logging.INFO
     else:
         curve, problem = _fit_curve(task.kind, method, x, y)
         level = logging.WARNING

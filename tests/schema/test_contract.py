@@ -190,6 +190,11 @@ def watch_task(**fields: Any) -> tuple[tuple[str | int, ...], Any]:
             id="all of ordinal",
         ),
         pytest.param(
+            {"method": "ordinal", "serve": "trimmed_mean"},
+            ("ordinal", "trimmed_mean"),
+            id="middle of ordinal",
+        ),
+        pytest.param(
             {"method": "duration_quantiles", "duration_feature": "duration_s"},
             ("duration_quantiles", "mean_rank"),
             id="quantiles",
@@ -237,6 +242,11 @@ def test_training_reads_the_click_label_of_a_task_too(tmp_path: Path) -> None:
             "weighted_logistic cannot serve the median; these can: duration_quantiles, ordinal, regression, "
             "log_regression",
             id="median of odds",
+        ),
+        pytest.param(
+            {"method": "regression", "serve": "trimmed_mean"},
+            "regression cannot serve the trimmed_mean; these can: ordinal",
+            id="middle of one number",
         ),
         pytest.param(
             {"method": "duration_quantiles", "duration_feature": "duration_s", "serve": "mean"},

@@ -264,7 +264,7 @@ def test_output_that_cannot_be_calibrated_stays_and_is_announced(
 def test_a_median_is_left_as_it_is_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         calibrator = fit(MEDIAN, "isotonic", RAMP, half(200))
-    assert calibrator.is_identity and "it serves a median" in calibrator.notes[0]
+    assert calibrator.is_identity and "it serves the median" in calibrator.notes[0]
     assert [record.levelno for record in caplog.records] == [logging.INFO]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import scipy.stats
 import tensorflow as tf
 
 from schema.contract import TaskKind, TaskSpec
@@ -200,6 +201,25 @@ def test_ordinal_median_is_where_half_of_the_chance_is_above() -> None:
     assert served == pytest.approx(expected, rel=1e-4)
 
 
+def test_ordinal_trimmed_mean_is_that_of_the_middle_of_the_chance() -> None:
+    # Chances above the thresholds; what is left of them without 35 % at either end, of 30 %.
+    rates = np.array(
+        [
+            [0.9, 0.5, 0.25],  # all, half, none: half of bin 6 s, half of bin 20 s
+            [0.41, 0.38, 0.2],  # a fifth, a tenth, none: 1 s + 5 s / 5 + 14 s / 10
+            [0.9, 0.8, 0.7],  # all is in the last bin
+            [0.3, 0.2, 0.1],  # all is in the first
+        ]
+    )
+    logits = tf.constant(np.log(rates / (1 - rates)).astype(np.float32))
+    served = method("ordinal", serve="trimmed_mean").output(logits, NONE).numpy()
+    assert served == pytest.approx([13.0, 3.4, 50.0, 1.0], rel=1e-4)
+
+
+def trimmed_mean(values: npt.NDArray[Any]) -> float:
+    return float(scipy.stats.trim_mean(values, 0.35))
+
+
 def skewed_sample(seed: int, size: int = 2000) -> dict[str, npt.NDArray[Any]]:
     """Watch times with a point at zero and a long tail; clicks go with the long ones."""
     rng = np.random.default_rng(seed)
@@ -241,6 +261,7 @@ def fitted(objective: WatchTimeObjective, rows: dict[str, Any], context: TaskCon
         pytest.param(task("regression", serve="median"), np.median, 0.05, id="regression-median"),
         pytest.param(task("log_regression"), np.median, 0.05, id="log-regression"),
         pytest.param(task("ordinal", serve="median"), np.median, 0.05, id="ordinal-median"),
+        pytest.param(task("ordinal", serve="trimmed_mean"), trimmed_mean, 0.05, id="ordinal-middle"),
         pytest.param(
             task("duration_quantiles", serve="median"), np.median, 0.05, id="quantile-of-median-rank"
         ),
@@ -248,7 +269,7 @@ def fitted(objective: WatchTimeObjective, rows: dict[str, Any], context: TaskCon
         pytest.param(task("duration_quantiles"), np.median, 0.05, id="quantile-of-mean-rank"),
     ],
 )
-def test_logits_of_least_loss_serve_the_mean_or_the_median(
+def test_logits_of_least_loss_serve_the_mean_the_median_or_the_middle(
     spec: TaskSpec, expected: Callable[[Any], float], tolerance: float
 ) -> None:
     rows = skewed_sample(3)
@@ -326,6 +347,7 @@ def test_untrained_head_with_duration_groups_serves_the_middle_of_each_group() -
         task("duration_quantiles", serve="median"),
         task("ordinal"),
         task("ordinal", serve="median", duration_feature="duration_s"),
+        task("ordinal", serve="trimmed_mean", duration_feature="duration_s"),
         task("regression"),
         task("regression", serve="median"),
         task("log_regression"),

@@ -879,10 +879,10 @@ def calibration_sentences(facts: RunFacts) -> list[str]:
                 else f"{task}: the calibration error (ECE) is undefined on this test split."
             )
     for spec in map(TaskSpec.model_validate, facts.tasks):
-        if spec.kind is TaskKind.WATCH_TIME and spec.served == "median":
+        if spec.kind is TaskKind.WATCH_TIME and spec.served != "mean":
             sentences.append(
-                f"{formatting.words(spec.name)}: the model serves the median, which is below the mean where "
-                "a few values are large; the distance from the line is meant."
+                f"{formatting.words(spec.name)}: the model serves the {formatting.words(spec.served)}, "
+                "which is below the mean where a few values are large; the distance from the line is meant."
             )
     return sentences
 
