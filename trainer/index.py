@@ -148,6 +148,55 @@ class Effort:
     num_reordering_candidates: int
 
 
+class ExactItems(tf.Module):
+    """Items that a search scores exactly beside those that ScaNN finds.
+
+    ScaNN's codes fit most items. A few that are unlike the others, as known ones among very many new ones, it
+    may not find however hard it searches.
+
+    Letters: R = these items.
+    """
+
+    def __init__(self, rows: np.ndarray, vectors: np.ndarray) -> None:
+        """Copies their vectors.
+
+        Args:
+          rows: int32 [R], catalogue rows, each once.
+          vectors: float32 [I, D], of all items.
+        """
+        super().__init__()
+        self.rows = tf.Variable(rows, trainable=False, dtype=tf.int32)
+        self.vectors = tf.Variable(vectors[rows], trainable=False, dtype=tf.float32)
+        self.is_among = tf.Variable(np.isin(np.arange(len(vectors)), rows), trainable=False)
+
+    @property
+    def num_items(self) -> int:
+        """R."""
+        return int(self.rows.shape[0])
+
+    def join(
+        self, queries: tf.Tensor, rows: tf.Tensor, scores: tf.Tensor, num_neighbors: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """The best of these items and of what ScaNN found.
+
+        Args:
+          queries: float32 [B, D].
+          rows: int32 [B, N], found by ScaNN; NO_ROW for nothing.
+          scores: float32 [B, N].
+          num_neighbors: int32 scalar.
+
+        Returns:
+          As `Index.search`.
+        """
+        is_repeated = tf.gather(tf.convert_to_tensor(self.is_among), tf.maximum(rows, 0))
+        scores = tf.where(is_repeated, -math.inf, scores)
+        scores = tf.concat([scores, tf.matmul(queries, self.vectors, transpose_b=True)], axis=1)
+        own = tf.broadcast_to(self.rows, [tf.shape(queries)[0], self.num_items])
+        best, order = tf.math.top_k(scores, tf.minimum(num_neighbors, tf.shape(scores)[1]))
+        rows = tf.gather(tf.concat([rows, own], axis=1), order, batch_dims=1)
+        return tf.where(tf.math.is_finite(best), rows, NO_ROW), best
+
+
 class ScannIndex(tf.Module):
     """Approximate search by ScaNN's TensorFlow operations, which run on the CPU only.
 
@@ -155,20 +204,29 @@ class ScannIndex(tf.Module):
       num_leaves: parts that the items are divided into; 0 = none: every item is scored exactly.
       efforts: by ascending k. A search takes the first whose k is enough; beyond the last k the effort grows
         in proportion.
+      exact_items: items that every search scores exactly beside those that ScaNN finds; None = none.
     """
 
-    def __init__(self, state: Any, num_leaves: int, efforts: Sequence[Effort] = ()) -> None:
+    def __init__(
+        self,
+        state: Any,
+        num_leaves: int,
+        efforts: Sequence[Effort] = (),
+        exact_items: ExactItems | None = None,
+    ) -> None:
         """Takes a built index; `build` and `restore` make one.
 
         Args:
           state: ScaNN's own module of its tensors.
           num_leaves: see above.
           efforts: see above; must be set before `search`.
+          exact_items: see above.
         """
         super().__init__()
         self.state = state
         self.num_leaves = num_leaves
         self.efforts = efforts
+        self.exact_items = exact_items
 
     @classmethod
     def build(cls, vectors: np.ndarray, num_leaves: int) -> ScannIndex:
@@ -226,8 +284,9 @@ class ScannIndex(tf.Module):
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """`search` with an effort given in int32 scalars."""
         # One thread per batch: a server fills its cores with requests, and spreading one costs more in all.
+        vectors = tf.reshape(queries, [-1, self.vectors.shape[1]])
         rows, scores = scann.scann_ops.searcher_from_module(self.state).search_batched(
-            tf.reshape(queries, [-1, self.vectors.shape[1]]),
+            vectors,
             final_num_neighbors=num_neighbors,
             pre_reorder_num_neighbors=num_reordering_candidates,
             leaves_to_search=num_leaves_to_search,
@@ -235,6 +294,8 @@ class ScannIndex(tf.Module):
         # ScaNN fills the rest of a short result with row 0 and score NaN.
         found = ~tf.math.is_nan(scores)
         rows, scores = tf.where(found, rows, NO_ROW), tf.where(found, scores, -math.inf)
+        if self.exact_items is not None:
+            rows, scores = self.exact_items.join(vectors, rows, scores, num_neighbors)
         if len(queries.shape) == 2:
             return rows, scores
         return _merge_interests(rows, scores, tf.shape(queries)[0], num_neighbors)

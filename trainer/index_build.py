@@ -71,6 +71,8 @@ def build_index(
         settings = {"num_leaves": approximate.num_leaves}
         if approximate.num_leaves:
             settings["dimensions_per_block"] = DIMENSIONS_PER_BLOCK
+        if approximate.exact_items is not None:
+            settings["num_exact_items"] = approximate.exact_items.num_items
 
     efforts = index.approximate.efforts if index.approximate else ()
     effort_facts = tuple(

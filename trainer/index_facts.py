@@ -48,7 +48,8 @@ class IndexFacts:
     Attributes:
       num_items: catalogue rows, all of which are indexed.
       vector_width: width of a vector, the item bias included.
-      settings: ScaNN settings that hold for every k, by the library's names; num_leaves 0 = no partition.
+      settings: ScaNN settings that hold for every k, by the library's names; num_leaves 0 = no partition. And
+        num_exact_items, see `trainer.index.ExactItems`, where there are such.
       efforts: settings that depend on k, ascending; none when every search is exact.
       k: neighbours per query in the comparison with exact search: the largest k of a request.
       recall: share of the exact top k that the index finds, mean over the sample queries, 0 to 1.

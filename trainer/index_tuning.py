@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import tensorflow as tf
 
-from trainer.index import DIMENSIONS_PER_BLOCK, Effort, ExactIndex, ScannIndex
+from trainer.index import DIMENSIONS_PER_BLOCK, Effort, ExactIndex, ExactItems, ScannIndex
 
 # Efforts are tuned for max_k, and for half of each k down to about this one: a request pays for no more than
 # twice the k that it asks for.
@@ -61,6 +61,10 @@ class WorkModel:
         candidate = 25 + 0.2 * self.vector_width + 80 * missed
         scored = effort.num_leaves_to_search * leaf + effort.num_reordering_candidates * candidate
         return 5_000 + 0.053 * num_leaves * self.vector_width + scored
+
+    def exact_work(self, num_exact_items: int, k: int) -> float:
+        """What `ExactItems` add to it: dot products, and the choice of the best k."""
+        return num_exact_items * (12 + 0.0132 * self.vector_width) + 60 * k if num_exact_items else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +169,8 @@ def levels(max_k: int) -> list[int]:
 def tuned_index(vectors: np.ndarray, exact: ExactResults, required: RequiredRecall) -> ScannIndex:
     """Builds ScaNN with the number of leaves and the efforts that reach the recall with the least work.
 
+    Small slices of items are scored exactly beside the rest where that is less work than to find them.
+
     Args:
       vectors: float32 [I, D].
       exact: results to compare with; their K is the largest k that efforts are tuned for.
@@ -176,24 +182,55 @@ def tuned_index(vectors: np.ndarray, exact: ExactResults, required: RequiredReca
     num_items, max_k = len(vectors), exact.rows.shape[1]
     model = WorkModel(*vectors.shape)
     ks = levels(max_k)
-    best_leaves, best_efforts = 0, [Effort(max_k, 0, num_items)]
-    least = _mean_work(model, 0, [Effort(k, 0, num_items) for k in ks])
-    best_index: ScannIndex | None = None
+    best: ScannIndex | None = None
+    least = _mean_work(model, 0, 0, [Effort(k, 0, num_items) for k in ks])
     for share in _LEAVES if num_items >= _MIN_ITEMS_TO_PARTITION else ():
         index = ScannIndex.build(vectors, round(share * math.sqrt(num_items)))
-        efforts = [_cheapest(index, model, exact, k, required) for k in ks]
-        work = _mean_work(model, index.num_leaves, efforts)
-        logger.info("index num_leaves=%d work=%.1f us efforts=%s", index.num_leaves, work / 1e3, efforts)
+        index.exact_items = _exact_items(index, model, exact, required)
+        index.efforts = [_cheapest(index, model, exact, k, required) for k in ks]
+        num_exact_items = index.exact_items.num_items if index.exact_items else 0
+        work = _mean_work(model, index.num_leaves, num_exact_items, index.efforts)
+        logger.info(
+            "index num_leaves=%d num_exact_items=%d work=%.1f us efforts=%s",
+            *(index.num_leaves, num_exact_items, work / 1e3, index.efforts),
+        )
         if work < least:
-            best_index, best_leaves, best_efforts, least = index, index.num_leaves, efforts, work
-    best_index = best_index or ScannIndex.build(vectors, best_leaves)
-    best_index.efforts = best_efforts
-    return best_index
+            best, least = index, work
+    if best is None:
+        best = ScannIndex.build(vectors, 0)
+        best.efforts = [Effort(max_k, 0, num_items)]
+    return best
 
 
-def _mean_work(model: WorkModel, num_leaves: int, efforts: Sequence[Effort]) -> float:
+def _mean_work(model: WorkModel, num_leaves: int, num_exact_items: int, efforts: Sequence[Effort]) -> float:
     """Geometric mean: every level of k counts the same, however much its work is."""
-    return math.exp(np.mean([math.log(model.work(num_leaves, effort)) for effort in efforts]))
+    works = [model.work(num_leaves, e) + model.exact_work(num_exact_items, e.k) for e in efforts]
+    return math.exp(np.mean([math.log(work) for work in works]))
+
+
+def _exact_items(
+    index: ScannIndex, model: WorkModel, exact: ExactResults, required: RequiredRecall
+) -> ExactItems | None:
+    """Of no slice, the smallest one, the two smallest and so on: the items with the least work at max_k.
+
+    The index is left with others.
+    """
+    k = exact.rows.shape[1]
+    least = min(
+        model.work(0, Effort(k, 0, index.num_items)),
+        model.work(index.num_leaves, _cheapest(index, model, exact, k, required)),
+    )
+    best, is_among = None, np.zeros(index.num_items, bool)
+    for of_slice in sorted(required.slices.values(), key=np.sum):
+        is_among = is_among | of_slice
+        work = model.exact_work(is_among.sum(), k)
+        if work + model.work(index.num_leaves, Effort(k, 1, k)) >= least:
+            break
+        index.exact_items = ExactItems(np.flatnonzero(is_among), index.vectors.numpy())
+        work += model.work(index.num_leaves, _cheapest(index, model, exact, k, required))
+        if work < least:
+            best, least = index.exact_items, work
+    return best
 
 
 def _cheapest(

@@ -24,7 +24,7 @@ from trainer.bundle import ServedModel, Signature, appearing_whole, save_bundle
 from trainer.catalogue import Catalogue
 from trainer.fingerprint import Fingerprint
 from trainer.golden import GoldenRequest
-from trainer.index import CandidateIndex, Effort, ExactIndex, ScannIndex
+from trainer.index import CandidateIndex, Effort, ExactIndex, ExactItems, ScannIndex
 from trainer.index_facts import IndexFacts
 from trainer.retrieval import RetrievalModel
 from trainer.served_index import LOOKUP, ServedIndex, check_round_trip
@@ -190,4 +190,7 @@ def read_index(model_dir: Path | str, allow_lists: AllowLists) -> CandidateIndex
         for effort in facts["efforts"]
     ]
     approximate = ScannIndex.restore(saved.approximate.state, facts["settings"]["num_leaves"], efforts)
+    if "num_exact_items" in facts["settings"]:
+        rows = saved.approximate.exact_items.rows.numpy()
+        approximate.exact_items = ExactItems(rows, approximate.vectors.numpy())
     return CandidateIndex(ExactIndex(approximate.vectors), approximate, allow_lists)

@@ -14,6 +14,7 @@ from trainer.index import (
     CandidateIndex,
     Effort,
     ExactIndex,
+    ExactItems,
     Restriction,
     ScannIndex,
 )
@@ -307,6 +308,37 @@ def test_one_vector_of_several_is_one_vector(large: CandidateIndex) -> None:
     one = large.search(_queries(3), k, restriction)
     several = large.search(_queries(3)[:, np.newaxis, :], k, restriction)
     np.testing.assert_array_equal(one.rows, several.rows)
+
+
+@pytest.mark.parametrize("num_vectors", [1, 3], ids=["one vector", "several vectors"])
+def test_exact_items_are_found_once_with_the_others_however_little_is_searched(num_vectors: int) -> None:
+    vectors, queries = _vectors(LARGE), _queries(12).reshape(-1, num_vectors, 8)
+    rows = np.arange(0, LARGE, 5)
+    index = ScannIndex.build(vectors, 50)
+    asked = (tf.constant(queries[:, 0] if num_vectors == 1 else queries), tf.constant(20))
+    index.efforts = [Effort(20, 2, 30)]
+    without = index.search(*asked)[0].numpy()
+    index.exact_items = ExactItems(rows, vectors)
+    found, scores = (tensor.numpy() for tensor in index.search(*asked))
+    for query, before, best, of_best in zip(queries, without, found, scores, strict=True):
+        # The best of what ScaNN finds and of these items: worked out item by item.
+        expected = _best(query, sorted({*before, *rows} - {NO_ROW}), LARGE, 20)
+        assert list(best) == expected
+        np.testing.assert_allclose(of_best, (vectors[expected] @ query.T).max(axis=1), rtol=1e-4)
+    assert len(set(without.ravel()) & set(rows)) < len(set(found.ravel()) & set(rows))
+
+
+def test_more_wanted_than_scann_and_the_exact_items_give_is_a_short_result() -> None:
+    index = ScannIndex.build(_vectors(LARGE), 50)
+    index.efforts, index.exact_items = (
+        [Effort(LARGE, 1, LARGE)],
+        ExactItems(np.array([7, 9]), _vectors(LARGE)),
+    )
+    rows, scores = (tensor.numpy() for tensor in index.search(tf.constant(_queries(2)), tf.constant(LARGE)))
+    for of_query, of_rows in zip(rows, scores, strict=True):
+        kept = of_query[of_query != NO_ROW]
+        assert {7, 9} <= set(kept) and len(set(kept)) == len(kept) < LARGE
+        assert (np.diff(of_rows[: len(kept)]) <= 0).all()
 
 
 def test_saved_index_answers_the_same(large: CandidateIndex, tmp_path: Path) -> None:

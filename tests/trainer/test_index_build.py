@@ -13,7 +13,14 @@ from trainer.config import IndexConfig
 from trainer.index import CandidateIndex, Effort, ExactIndex, Restriction, ScannIndex
 from trainer.index_build import build_index
 from trainer.index_facts import IndexFacts
-from trainer.index_tuning import ExactResults, RequiredRecall, WorkModel, levels, recall_by_slice
+from trainer.index_tuning import (
+    ExactResults,
+    RequiredRecall,
+    WorkModel,
+    levels,
+    recall_by_slice,
+    tuned_index,
+)
 
 LARGE = 2_500
 
@@ -115,6 +122,47 @@ def test_a_slice_of_items_has_to_be_found_too_where_there_are_enough_results_to_
     assert RequiredRecall(0.6, 0.51, slices).is_met(found[1:], rows[1:])
 
 
+def _few_among_many() -> tuple[np.ndarray, ExactResults, RequiredRecall]:
+    """Among 10,000 items that are much alike 60 that are not, of which many queries want some."""
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(10_000, 16)) * np.repeat([0.3, 0.006], 8)
+    vectors[:, 0] += 2
+    vectors[:60] = rng.normal(size=(60, 16)) * 2
+    vectors[:60, 0] += 1
+    queries = rng.normal(size=(64, 16))
+    queries[:, 0] = np.abs(queries[:, 0]) + 0.5
+    vectors, is_few = vectors.astype(np.float32), np.arange(10_000) < 60
+    exact = ExactResults.of(ExactIndex(vectors), queries, 20)
+    return vectors, exact, RequiredRecall(0.95, 0.9, {"many": ~is_few, "few": is_few})
+
+
+def test_a_small_slice_that_codes_do_not_fit_is_scored_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_tuning, "_LEAVES", (1.0,))
+    vectors, exact, required = _few_among_many()
+    index = tuned_index(vectors, exact, required)
+    assert index.num_leaves == 100 and index.exact_items is not None
+    assert index.exact_items.rows.numpy().tolist() == list(range(60))
+    found = index_tuning._found(index, index.efforts[-1], exact)
+    assert required.is_met(found, exact.rows)
+    assert recall_by_slice(found, exact.rows, required.slices)["few"] == 1.0
+    # Without them not even all leaves and hundreds of candidates are enough.
+    index.exact_items = None
+    assert not required.is_met(index_tuning._found(index, Effort(20, 100, 400), exact), exact.rows)
+
+
+def test_no_item_is_scored_exactly_where_codes_fit_or_it_would_cost_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(index_tuning, "_LEAVES", (1.0,))
+    vectors, queries = _vectors(10_000, 16), _vectors(32, 16, seed=1)
+    exact = ExactResults.of(ExactIndex(vectors), queries, 20)
+    slices = {"few": np.arange(10_000) < 60, "many": np.arange(10_000) >= 60}
+    assert tuned_index(vectors, exact, RequiredRecall(0.5, 0.5, slices)).exact_items is None
+    monkeypatch.setattr(WorkModel, "exact_work", lambda model, num_exact_items, k: 1e9 * num_exact_items)
+    index = tuned_index(*_few_among_many())
+    assert index.exact_items is None and index.num_leaves == 0
+
+
 def test_recall_by_slice_counts_exact_results_not_queries() -> None:
     rows = np.tile([[0, 1], [0, 2]], (15, 1))
     found = np.tile([[True, False], [True, True]], (15, 1))
@@ -128,6 +176,12 @@ def test_levels_halve_from_the_largest_k() -> None:
     assert levels(500) == [15, 31, 62, 125, 250, 500]
     assert levels(100) == [12, 25, 50, 100]
     assert levels(7) == [7]
+
+
+def test_work_of_exact_items_grows_with_them_and_with_k() -> None:
+    model = WorkModel(1_000_000, 64)
+    assert model.exact_work(0, 100) == 0
+    assert 0 < model.exact_work(100, 100) < model.exact_work(101, 100) < model.exact_work(101, 101)
 
 
 def test_work_grows_with_each_part_of_the_effort() -> None:

@@ -14,12 +14,14 @@ import tensorflow as tf
 
 from schema.errors import ConfigError, IndexBuildError
 from tests.trainer import retrieval_world as world
+from trainer.allow_lists import AllowLists
 from trainer.config import IndexConfig, RetrievalConfig
 from trainer.fingerprint import Fingerprint
-from trainer.index import CandidateIndex, Effort, ExactIndex, ScannIndex
+from trainer.index import CandidateIndex, Effort, ExactIndex, ExactItems, ScannIndex
 from trainer.index_build import build_index
+from trainer.index_facts import EffortFacts, IndexFacts
 from trainer.retrieval import RetrievalModel
-from trainer.retrieval_export import ServedRetrieval, export
+from trainer.retrieval_export import ServedRetrieval, export, read_index
 from trainer.served_index import ServedIndex
 
 MAX_K = 50
@@ -275,6 +277,33 @@ def test_what_an_example_gets_does_not_hang_on_who_else_is_in_the_batch(model: R
     alone = served.recommend_examples(tf.constant(users))
     together = served.recommend_examples(tf.constant([*users, example("u30", ALL_ITEMS[:400])]))
     np.testing.assert_array_equal(together["item_ids"][:20], alone["item_ids"])
+
+
+def test_an_exported_index_is_read_back_with_its_exact_items(model: RetrievalModel, tmp_path: Path) -> None:
+    catalogue = world.catalogue()
+    vectors = model.encode_catalogue(catalogue)
+    approximate = ScannIndex.build(vectors, num_leaves=60)
+    approximate.efforts = [Effort(MAX_K, 1, MAX_K)]  # finds little by itself
+    approximate.exact_items = ExactItems(np.arange(0, len(vectors), 2), vectors)
+    index = CandidateIndex(ExactIndex(approximate.vectors), approximate)
+    served = ServedRetrieval(model, index, world.FakeTransform(), catalogue, world.SPEC, MAX_K)
+    facts = IndexFacts(
+        num_items=len(vectors),
+        vector_width=vectors.shape[1],
+        settings={"num_leaves": 60, "num_exact_items": 300},
+        efforts=(EffortFacts(MAX_K, 1, MAX_K, 1.0),),
+        k=MAX_K,
+        recall=1.0,
+        recall_by_slice={},
+        num_sample_queries=0,
+        build_s=0.0,
+    )
+    export(served, facts, tmp_path / "model", Fingerprint({}))
+    again = read_index(tmp_path / "model", AllowLists({})).approximate
+    assert again is not None
+    request = (tf.constant(vectors[:5]), tf.constant(MAX_K))
+    for mine, theirs in zip(approximate.search(*request), again.search(*request), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
 
 
 def test_a_fresh_process_needs_only_scann_to_load_it(model_dir: Path, signatures: Any) -> None:
