@@ -196,19 +196,15 @@ class RetrievalConfig(_Config):
                 "one query vector per user; set one of them to its default"
             )
         if HISTORY in self.ignored_features:
-            if self.factors:
-                raise ValueError(
-                    f"factors are for a user's history, but ignored_features names {HISTORY}; set factors to "
-                    "null"
-                )
-            for setting, is_set in (
-                ("loss.hard_negatives", self.loss.hard_negatives > 0),
-                ("history.interests", self.history.interests > 1),
+            for setting, is_set, default in (
+                ("factors", self.factors is not None, "null"),
+                ("loss.hard_negatives", self.loss.hard_negatives > 0, "0"),
+                ("history.interests", self.history.interests > 1, "1"),
             ):
                 if is_set:
                     raise ValueError(
-                        f"{setting} reads a user's history, but ignored_features names {HISTORY}; set one of "
-                        "them to its default"
+                        f"{setting} needs a user's history, but ignored_features names {HISTORY}; set "
+                        f"{setting} to {default}"
                     )
         return self
 

@@ -207,26 +207,19 @@ class ScannIndex(tf.Module):
       exact_items: items that every search scores exactly beside those that ScaNN finds; None = none.
     """
 
-    def __init__(
-        self,
-        state: Any,
-        num_leaves: int,
-        efforts: Sequence[Effort] = (),
-        exact_items: ExactItems | None = None,
-    ) -> None:
+    def __init__(self, state: Any, num_leaves: int, efforts: Sequence[Effort] = ()) -> None:
         """Takes a built index; `build` and `restore` make one.
 
         Args:
           state: ScaNN's own module of its tensors.
           num_leaves: see above.
           efforts: see above; must be set before `search`.
-          exact_items: see above.
         """
         super().__init__()
         self.state = state
         self.num_leaves = num_leaves
         self.efforts = efforts
-        self.exact_items = exact_items
+        self.exact_items: ExactItems | None = None
 
     @classmethod
     def build(cls, vectors: np.ndarray, num_leaves: int) -> ScannIndex:

@@ -186,8 +186,8 @@ def tuned_index(vectors: np.ndarray, exact: ExactResults, required: RequiredReca
     least = _mean_work(model, 0, 0, [Effort(k, 0, num_items) for k in ks])
     for share in _LEAVES if num_items >= _MIN_ITEMS_TO_PARTITION else ():
         index = ScannIndex.build(vectors, round(share * math.sqrt(num_items)))
-        index.exact_items = _exact_items(index, model, exact, required)
-        index.efforts = [_cheapest(index, model, exact, k, required) for k in ks]
+        at_max_k = _choose_exact_items(index, model, exact, required)
+        index.efforts = [*(_cheapest(index, model, exact, k, required) for k in ks[:-1]), at_max_k]
         num_exact_items = index.exact_items.num_items if index.exact_items else 0
         work = _mean_work(model, index.num_leaves, num_exact_items, index.efforts)
         logger.info(
@@ -208,29 +208,29 @@ def _mean_work(model: WorkModel, num_leaves: int, num_exact_items: int, efforts:
     return math.exp(np.mean([math.log(work) for work in works]))
 
 
-def _exact_items(
+def _choose_exact_items(
     index: ScannIndex, model: WorkModel, exact: ExactResults, required: RequiredRecall
-) -> ExactItems | None:
-    """Of no slice, the smallest one, the two smallest and so on: the items with the least work at max_k.
+) -> Effort:
+    """Gives the index the exact items with the least work at max_k, and returns the effort at that k.
 
-    The index is left with others.
+    Tried are the items of no slice, of the smallest one, of the two smallest and so on.
     """
     k = exact.rows.shape[1]
-    least = min(
-        model.work(0, Effort(k, 0, index.num_items)),
-        model.work(index.num_leaves, _cheapest(index, model, exact, k, required)),
-    )
-    best, is_among = None, np.zeros(index.num_items, bool)
+    best, effort = None, _cheapest(index, model, exact, k, required)
+    least = min(model.work(0, Effort(k, 0, index.num_items)), model.work(index.num_leaves, effort))
+    is_among = np.zeros(index.num_items, bool)
     for of_slice in sorted(required.slices.values(), key=np.sum):
         is_among = is_among | of_slice
-        work = model.exact_work(is_among.sum(), k)
-        if work + model.work(index.num_leaves, Effort(k, 1, k)) >= least:
+        exact_work = model.exact_work(is_among.sum(), k)
+        if exact_work + model.work(index.num_leaves, Effort(k, 1, k)) >= least:
             break
         index.exact_items = ExactItems(np.flatnonzero(is_among), index.vectors.numpy())
-        work += model.work(index.num_leaves, _cheapest(index, model, exact, k, required))
+        with_them = _cheapest(index, model, exact, k, required)
+        work = exact_work + model.work(index.num_leaves, with_them)
         if work < least:
-            best, least = index.exact_items, work
-    return best
+            best, effort, least = index.exact_items, with_them, work
+    index.exact_items = best
+    return effort
 
 
 def _cheapest(
