@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.logging import RichHandler
 from rich.markup import escape
-from rich.status import Status
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.progress import Progress as Display
 from rich.table import Table
 
 from serving.client import Recommendations
 from tfx_pipeline.run_result import ComponentTiming
+from trainer.progress import ATTRIBUTE, Progress
 
 OUR_PACKAGES = ("schema", "trainer", "serving", "tfx_pipeline")
+# Between two lines of progress where there is no terminal.
+_LINE_INTERVAL_S = 5.0
 
 
 def quiet_libraries(log_file: Path | None) -> None:
@@ -50,38 +56,91 @@ def quiet_libraries(log_file: Path | None) -> None:
     ours = RichHandler(console=Console(stderr=True), level=logging.WARNING, show_path=False, show_time=False)
     for package in OUR_PACKAGES:
         logging.getLogger(package).addHandler(ours)
+        # Whatever a library makes of the root's level.
+        logging.getLogger(package).setLevel(logging.INFO)
 
 
-class _ShowOnSpinner(logging.Handler):
-    """Shows what a component logs last beside its spinner: epochs, and how far a long validation is."""
+class _BarOfKnownTotal(ProgressColumn):
+    """A bar once it is known how much there is to do; until then the spinner says enough."""
 
-    def __init__(self, status: Status, component: str) -> None:
+    _bar = BarColumn()
+
+    def render(self, task: Task) -> RenderableType:
+        """See `ProgressColumn`."""
+        return "" if task.total is None else self._bar.render(task)
+
+
+class _ShowInTerminal(logging.Handler):
+    """Shows what is logged last beside a spinner, and a bar where it tells how far the work has come."""
+
+    def __init__(self, title: str, display: Display) -> None:
         super().__init__(logging.INFO)
-        self._status = status
-        self._component = component
+        self._title = title
+        self._display = display
+        self._task = display.add_task(f"{title} …", total=None)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Replaces the text beside the spinner."""
-        self._status.update(f"{self._component} … [dim]{escape(record.getMessage())}[/dim]")
+        """Replaces what stands beside the spinner."""
+        progress: Progress | None = getattr(record, ATTRIBUTE, None)
+        task = self._display.tasks[self._task]
+        task.total = None if progress is None else progress.total
+        task.completed = 0 if progress is None else progress.done
+        task.description = f"{self._title} … [dim]{escape(record.getMessage())}[/dim]"
+
+
+class _PrintProgress(logging.Handler):
+    """Prints how far the work has come, a line at a time and not too often."""
+
+    def __init__(self, title: str, console: Console) -> None:
+        super().__init__(logging.INFO)
+        self._title = title
+        self._console = console
+        self._printed_s = time.monotonic()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints a line, if the record tells how far the work has come."""
+        if hasattr(record, ATTRIBUTE) and time.monotonic() - self._printed_s > _LINE_INTERVAL_S:
+            self._printed_s = time.monotonic()
+            self._console.print(f"  {self._title}: {escape(record.getMessage())}", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def shown(title: str, console: Console) -> Iterator[None]:
+    """Shows people that work goes on: what `trainer` logs last, and how far it has come.
+
+    Args:
+      title: of the work.
+      console: a terminal gets a line with spinner and bar that goes away, anything else plain lines.
+    """
+    display = Display(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        _BarOfKnownTotal(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    handler = _ShowInTerminal(title, display) if console.is_terminal else _PrintProgress(title, console)
+    # Training and judging are what takes minutes.
+    logger = logging.getLogger("trainer")
+    logger.addHandler(handler)
+    try:
+        with display:
+            yield
+    finally:
+        logger.removeHandler(handler)
 
 
 class ComponentProgress:
-    """Shows the running component with a spinner and what it logs last, and each finished one in a line."""
-
-    # Training is what takes minutes.
-    _shown_logger = logging.getLogger("trainer")
+    """Shows the running component, and each finished one in a line."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._status: Status | None = None
-        self._handler: _ShowOnSpinner | None = None
+        self._running = contextlib.ExitStack()
 
     def started(self, component: str) -> None:
         """A component starts."""
-        self._status = self._console.status(f"{component} …")
-        self._handler = _ShowOnSpinner(self._status, component)
-        self._shown_logger.addHandler(self._handler)
-        self._status.start()
+        self._running.enter_context(shown(component, self._console))
 
     def finished(self, timing: ComponentTiming) -> None:
         """A component is done."""
@@ -91,13 +150,8 @@ class ComponentProgress:
         self._console.print(f"  [green]✓[/green] {timing.component:<23} {outcome}{memory}", highlight=False)
 
     def stop(self) -> None:
-        """Takes the spinner away."""
-        if self._handler is not None:
-            self._shown_logger.removeHandler(self._handler)
-            self._handler = None
-        if self._status is not None:
-            self._status.stop()
-            self._status = None
+        """Takes away what shows the running component."""
+        self._running.close()
 
 
 def recommendations_table(

@@ -38,6 +38,7 @@ from trainer.comparison import (
 )
 from trainer.input_pipeline import expand
 from trainer.metrics import CatalogueFacts, IntArray
+from trainer.progress import batches
 from trainer.ranking_baselines import baseline_predictions
 from trainer.ranking_comparison import JudgedRows, compare_ranking, predictions_table, why_not_numbers
 from trainer.ranking_features import RankingTables
@@ -328,9 +329,9 @@ def retrieved(folder: Path, examples: Sequence[bytes], k: int) -> np.ndarray:
         raise ServingError(
             f"{folder} is no retrieval model: it has no signature {_SIGNATURE} with the output {_ITEM_IDS}"
         )
-    for start in range(0, len(examples), _USERS_PER_CALL):
+    for batch in batches(len(examples), _USERS_PER_CALL, "users"):
         try:
-            answer = signature(examples=tf.constant(examples[start : start + _USERS_PER_CALL], tf.string))
+            answer = signature(examples=tf.constant(examples[batch], tf.string))
         except tf.errors.InvalidArgumentError as error:
             raise ServingError(f"{folder} refuses the examples: {error.message}") from error
         parts.append(answer[_ITEM_IDS].numpy()[:, :k])
@@ -344,9 +345,7 @@ def predicted(folder: Path, examples: Sequence[bytes], spec: DatasetSpec) -> dic
       ServingError: as `retrieved`.
     """
     ranker = load_ranker(folder, spec)
-    parts = [
-        ranker(examples[start : start + _ROWS_PER_CALL]) for start in range(0, len(examples), _ROWS_PER_CALL)
-    ]
+    parts = [ranker(examples[batch]) for batch in batches(len(examples), _ROWS_PER_CALL, "rows")]
     return {
         task.name: np.concatenate([part[task.name] for part in parts]).astype(np.float64)
         for task in spec.tasks

@@ -32,6 +32,7 @@ from trainer.baselines import (
     item_mean,
 )
 from trainer.features import HOUR_OF_DAY, ITEM_ID, SURFACE, USER_ID
+from trainer.progress import tracked
 from trainer.ranking_features import (
     BoolArray,
     FeatureMatrix,
@@ -128,7 +129,7 @@ def baseline_predictions(
     # Trees grow in a thread beside the linear models, which take as long.
     with ThreadPoolExecutor(max_workers=1) as beside:
         grown: dict[str, Future[FloatArray]] = {}
-        for task in tables.spec.tasks:
+        for task in tracked(tables.spec.tasks, "tasks of the baselines"):
             labels = tables.labels(task.label)
             known = train[~np.isnan(labels[train])]
             has_train, has_eval = ~np.isnan(labels[fitted_on]), ~np.isnan(labels[judged_on])

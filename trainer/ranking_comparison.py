@@ -26,6 +26,7 @@ from trainer.comparison import (
 )
 from trainer.features import USER_ID
 from trainer.metrics import BoolArray, FloatArray, IntArray
+from trainer.progress import tracked
 from trainer.slices import slices_of
 from trainer.uncertainty import UserSums, ranking_sums
 
@@ -75,7 +76,7 @@ def compare_ranking(
         raise ShapeError(f"predictions of {', '.join(judged.predictions)}; expected some of {CANDIDATE!r}.")
     users = np.unique(judged.rows[USER_ID].to_numpy(), return_inverse=True)[1]
     results = []
-    for part in slices_of(judged.rows, by):
+    for part in tracked(slices_of(judged.rows, by), "slices"):
         measured: dict[str, Measured] = {}
         for task in tasks:
             measured |= _measure(judged, task, users, part.mask)

@@ -31,6 +31,7 @@ from trainer.baselines import (
 )
 from trainer.item_factors import fitted_ials
 from trainer.metrics import FloatArray, IntArray
+from trainer.progress import tracked
 
 # What users have seen, float32 [B, I], 1 where seen -> scores of all items, float [B, I].
 ScoreHistories = Callable[[sp.csr_matrix], FloatArray]
@@ -115,10 +116,13 @@ def baseline_lists(
         RECENT_POPULARITY: recent,
     }
     matrix = train.matrix()
-    knn = {f"K={NUM_NEIGHBOURS} K1={BM25_K1:g} B={b:g}": item_knn(matrix, b=b) for b in KNN_CHOICES}
+    knn = {
+        f"K={NUM_NEIGHBOURS} K1={BM25_K1:g} B={b:g}": item_knn(matrix, b=b)
+        for b in tracked(KNN_CHOICES, "settings of item-kNN")
+    }
     factors = {
         f"{IALS_FACTORS} factors, alpha={alpha:g}, ridge={alpha * ridge:g}": ials(matrix, alpha, ridge, seed)
-        for alpha, ridge in IALS_CHOICES
+        for alpha, ridge in tracked(IALS_CHOICES, "settings of iALS")
     }
     num_cold = sum(not len(codes) for codes in seen)
     fitted = f"on {int(matrix.nnz):,} of {len(train.users):,} train positives"

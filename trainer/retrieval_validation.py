@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from trainer.catalogue import Catalogue
 from trainer.collapse import collapse_metrics
 from trainer.index import NO_ROW
 from trainer.input_pipeline import expand
+from trainer.progress import batches
 
 VALIDATION_K = 100
 RECALL = metrics.metric_key("retrieval", "recall", k=VALIDATION_K)
@@ -27,9 +26,6 @@ NDCG = metrics.metric_key("retrieval", "ndcg", k=VALIDATION_K)
 _BATCH = 1_024
 # Scores held at a time, in numbers: bounds the memory of exact search over a large catalogue.
 _MAX_SCORES = 1 << 26
-_PROGRESS_INTERVAL_S = 5.0
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,16 +121,14 @@ def validate(
       RECALL and NDCG, 0 to 1, and the figures of `trainer.collapse.collapse_metrics`.
     """
     scores_per_user = len(candidate_vectors) * int(np.prod(query_vectors.shape[1:-1]))
-    batch = max(1, min(_BATCH, _MAX_SCORES // scores_per_user))
+    batch_size = max(1, min(_BATCH, _MAX_SCORES // scores_per_user))
     candidates = tf.constant(candidate_vectors)
     ranked = np.concatenate(
         [
             _rank_unseen(
-                tf.constant(query_vectors[start : start + batch]),
-                candidates,
-                tf.constant(users.seen_rows[start : start + batch]),
+                tf.constant(query_vectors[batch]), candidates, tf.constant(users.seen_rows[batch])
             ).numpy()
-            for start in _with_progress(range(0, len(users), batch))
+            for batch in batches(len(users), batch_size, "users")
         ]
     )
     hits, num_positives = metrics.match_positives(ranked, users.positive_rows)
@@ -162,13 +156,3 @@ def _rank_unseen(queries: tf.Tensor, candidates: tf.Tensor, seen_rows: tf.Tensor
     best, rows = tf.math.top_k(scores, tf.minimum(VALIDATION_K, tf.shape(scores)[1]))
     rows = tf.where(tf.math.is_finite(best), rows, NO_ROW)
     return tf.pad(rows, [[0, 0], [0, VALIDATION_K - tf.shape(rows)[1]]], constant_values=NO_ROW)
-
-
-def _with_progress(starts: range) -> Iterator[int]:
-    """The same numbers; logs how far a search that takes long has come."""
-    logged_s = time.monotonic()
-    for done, start in enumerate(starts):
-        if time.monotonic() - logged_s > _PROGRESS_INTERVAL_S:
-            logged_s = time.monotonic()
-            logger.info("validation %.0f %%", 100 * done / len(starts))
-        yield start

@@ -4,24 +4,80 @@ from __future__ import annotations
 
 import io
 import logging
+import re
+import time
 
 import pytest
 from rich.console import Console
 
-from tfx_pipeline.console import ComponentProgress
+from tfx_pipeline import console
+from tfx_pipeline.console import ComponentProgress, shown
+from tfx_pipeline.run_result import ComponentTiming
+from trainer import progress
+
+LOGGER = logging.getLogger("trainer.retrieval_validation")
 
 
-def test_what_the_trainer_logs_stands_beside_the_spinner_while_it_runs(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+@pytest.fixture(autouse=True)
+def _every_step_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_INTERVAL_S", -1.0)
+    monkeypatch.setattr(logging.getLogger("trainer"), "level", logging.INFO)
+
+
+def _terminal(screen: io.StringIO) -> Console:
+    return Console(file=screen, force_terminal=True, width=100)
+
+
+def _frame_seen(screen: io.StringIO, text: str) -> str:
+    """The line on the screen once it shows a text; it is drawn ten times a second."""
+    deadline_s = time.monotonic() + 5
+    while time.monotonic() < deadline_s:
+        for line in re.split(r"[\r\n]", screen.getvalue()):
+            plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line)
+            if text in plain:
+                return plain
+        time.sleep(0.01)
+    raise AssertionError(f"{text!r} is nowhere in {screen.getvalue()!r}")
+
+
+def test_a_terminal_shows_what_is_logged_and_a_bar_once_the_total_is_known() -> None:
     screen = io.StringIO()
-    progress = ComponentProgress(Console(file=screen, force_terminal=True, width=100))
-    logger = logging.getLogger("trainer.retrieval_validation")
-    with caplog.at_level(logging.INFO, logger.name):
-        progress.started("Trainer.retrieval")
-        logger.info("validation %d %%", 50)
-        progress.stop()
-        logger.info("later")
-    assert "Trainer.retrieval …" in screen.getvalue()
-    assert "validation 50 %" in screen.getvalue()
+    with shown("Comparison.retrieval", _terminal(screen)):
+        LOGGER.info("epoch 1")
+        assert "━" not in _frame_seen(screen, "Comparison.retrieval … epoch 1")
+        batches = progress.batches(1_000, 250, "users")
+        next(batches), next(batches), next(batches)
+        frame = _frame_seen(screen, "500 of 1,000 users (50 %)")
+        assert frame.count("━") > 10
+    LOGGER.info("later")
     assert "later" not in screen.getvalue()
+
+
+def test_elsewhere_progress_is_plain_lines_and_not_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    screen = io.StringIO()
+    with shown("judging the retrieval model", Console(file=screen, width=40)):
+        LOGGER.info("epoch 1")
+        for _ in progress.batches(1_000, 100, "users"):
+            clock[0] += 2
+    # Steps of 2 seconds, lines at least 5 apart.
+    assert screen.getvalue().splitlines() == [
+        f"  judging the retrieval model: {done} of 1,000 users ({done // 10} %)" for done in (300, 600, 900)
+    ]
+
+
+def test_a_finished_component_leaves_a_line_and_hears_no_more() -> None:
+    screen = io.StringIO()
+    components = ComponentProgress(Console(file=screen, width=100))
+    heard = logging.getLogger("trainer").handlers
+    before = list(heard)
+    components.started("Trainer.retrieval")
+    assert len(heard) == len(before) + 1
+    components.finished(ComponentTiming("Trainer.retrieval", 2.0, 1.0, 1024**3, cached=False))
+    assert heard == before
+    assert screen.getvalue().split() == ["✓", "Trainer.retrieval", "2.0", "s", "peak", "1.0", "GiB"]
+    components.started("Pusher")
+    components.stop()
+    components.stop()
+    assert heard == before

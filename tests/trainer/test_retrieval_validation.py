@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from tests.trainer import retrieval_world as world
-from trainer import retrieval_validation
+from trainer import progress, retrieval_validation
 from trainer.index import NO_ROW
 from trainer.retrieval_validation import NDCG, RECALL, ValidationUsers, load_validation_users, validate
 
@@ -47,11 +47,12 @@ def test_small_steps_give_the_same_figures_and_tell_how_far_they_are(
 ) -> None:
     whole = validate(QUERIES, CANDIDATES, USERS)
     monkeypatch.setattr(retrieval_validation, "_MAX_SCORES", 6 * NUM_ITEMS)
-    monkeypatch.setattr(retrieval_validation, "_PROGRESS_INTERVAL_S", -1.0)
+    monkeypatch.setattr(progress, "_INTERVAL_S", -1.0)
     with caplog.at_level(logging.INFO):
         assert validate(QUERIES, CANDIDATES, USERS) == whole
-    told = [record.message for record in caplog.records if record.name == retrieval_validation.logger.name]
-    assert told == [f"validation {percent} %" for percent in (0, 25, 50, 75)]
+    told = [record.message for record in caplog.records if record.name == progress.logger.name]
+    percents = {0: 0, 6: 26, 12: 52, 18: 78}
+    assert told == [f"{done} of 23 users ({percent} %)" for done, percent in percents.items()]
 
 
 def test_a_catalogue_smaller_than_the_list_is_ranked_as_far_as_it_goes() -> None:

@@ -80,7 +80,9 @@ def evaluate(
 def _judge_and_show(model: str, run: RunResult, paths: RunPaths, slices: int) -> dict[str, Any]:
     import dataclasses
 
-    with CONSOLE.status(f"judging the {model} model …"):
+    from tfx_pipeline.console import shown
+
+    with shown(f"judging the {model} model", CONSOLE):
         from tfx_pipeline.rejudge import judge_again
 
         comparison, validation = judge_again(model, run, paths)
@@ -157,9 +159,11 @@ def _spread_over_seeds(
     """Metric key -> its value for each seed, 0 to seeds − 1."""
     import statistics
 
+    from tfx_pipeline.console import shown
+
     values: dict[str, list[float | None]] = {}
     for seed in range(seeds):
-        with CONSOLE.status(f"training the {model} model with seed {seed}, {seed + 1} of {seeds} …"):
+        with shown(f"training the {model} model with seed {seed}, {seed + 1} of {seeds}", CONSOLE):
             from tfx_pipeline.rejudge import figures_of_seed
 
             for key, value in figures_of_seed(model, run, paths, seed).items():
