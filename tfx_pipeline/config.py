@@ -104,7 +104,8 @@ class ValidationConfig(_Config):
       min_index_recall: share of the exact results that the index finds.
       min_index_slice_recall: the same among head, torso, tail and cold items, each by itself; it does not
         apply where fewer than 30 exact results of a slice are known.
-      max_relative_ece: largest calibration error of a binary task, as a share of the mean of its label.
+      max_relative_ece: largest calibration error of a binary task, as a share of the mean of its label,
+        beyond what true probabilities would have by chance.
       drift: null does not compare the data.
       leakage: null does not look for leaks.
       accept_incomparable_blessed: let a model pass `max_drop` when the last blessed one exists but cannot be

@@ -19,7 +19,7 @@ from tfx_pipeline.drift_facts import LAST_RUN, TRAIN_TO_EVAL, DriftFacts, Featur
 from tfx_pipeline.leakage.findings import LeakageReport
 from trainer.comparison import LAST_BLESSED, NO_BLESSED_MODEL, Against, Comparison, MetricResult
 from trainer.facts_file import read_facts, write_facts
-from trainer.metrics import has_interval, lower_is_better, metric_key
+from trainer.metrics import chance_ece, has_interval, lower_is_better, metric_key
 from trainer.uncertainty import MIN_USERS, PairedDifference, no_worse
 
 GATES_FILE = "gates.json"
@@ -361,13 +361,16 @@ def _index(recall: Mapping[str, float | None] | None, config: ValidationConfig) 
 def _calibration(
     comparison: Comparison, config: ValidationConfig, tasks: Sequence[TaskSpec]
 ) -> Iterator[GateResult]:
-    """Probabilities are what they say: the calibration error is small for the rate of the label."""
+    """Probabilities are what they say: the calibration error is small for the rate of the label.
+
+    What chance adds is allowed: of a rare label it alone makes the error almost as large as the rate.
+    """
     if config.max_relative_ece is None:
         return
     for task in tasks:
         if task.kind is not TaskKind.BINARY:
             continue
-        limit = f"at most {config.max_relative_ece:g} of the mean of the label"
+        limit = f"at most {config.max_relative_ece:g} of the mean of the label beyond chance"
         name = f"ece of {task.name} {limit}"
         key = metric_key(RANKING, "ece", task=task.name)
         metric = next(m for m in comparison.whole.metrics if m.key == key)
@@ -379,12 +382,13 @@ def _calibration(
             reason = f"ece of {task.name} is undefined: {metric.note}"
             yield _result("calibration", name, False, None, limit, reason)
             continue
-        share = metric.value / rate
+        share, by_chance = metric.value / rate, chance_ece(rate, metric.count) / rate
         reason = (
             f"ece of {task.name} {metric.value:.4f} is {share:.3g} of the mean label {rate:.4f}, "
-            f"required: {limit}"
+            f"required: {limit}, which makes {by_chance:.2g}"
         )
-        yield _result("calibration", name, share <= config.max_relative_ece, share, limit, reason)
+        passed = share <= config.max_relative_ece + by_chance
+        yield _result("calibration", name, passed, share, limit, reason)
 
 
 def _serving(reason: str) -> GateResult:

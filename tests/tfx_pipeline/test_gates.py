@@ -198,11 +198,15 @@ def with_metrics(model: str, **replaced: MetricResult) -> Evidence:
     )
 
 
-def with_facts(**facts: float | None) -> Evidence:
-    healthy = HEALTHY["ranking"]
+def with_facts(evidence: Evidence = HEALTHY["ranking"], **facts: float | None) -> Evidence:
     named = {name.replace("click_", "click/"): value for name, value in facts.items()}
-    changed = dataclasses.replace(healthy.comparison, facts={**healthy.comparison.facts, **named})
-    return dataclasses.replace(healthy, comparison=changed)
+    changed = dataclasses.replace(evidence.comparison, facts={**evidence.comparison.facts, **named})
+    return dataclasses.replace(evidence, comparison=changed)
+
+
+def with_ece(ece: float, mean_label: float) -> Evidence:
+    changed = metric(ECE, ece, last_blessed=change(ece, 0.0))
+    return with_facts(with_metrics("ranking", ece=changed), click_mean_label=mean_label)
 
 
 def with_evidence(model: str, **changes: Any) -> Evidence:
@@ -328,10 +332,11 @@ SABOTAGES = [
         id="no-index-facts",
     ),
     pytest.param(
-        with_facts(click_mean_label=0.03),
+        # 50 labels of 500: chance makes √(2 · 20 · .9 / (π · 50)) = .48 of the mean label.
+        with_ece(0.099, mean_label=0.1),
         "calibration",
-        "ece of click 0.0200 is 0.667 of the mean label 0.0300, "
-        "required: at most 0.5 of the mean of the label",
+        "ece of click 0.0990 is 0.99 of the mean label 0.1000, "
+        "required: at most 0.5 of the mean of the label beyond chance, which makes 0.48",
         id="miscalibrated-head",
     ),
     pytest.param(
@@ -508,8 +513,16 @@ def test_without_a_blessed_model_or_positives_there_is_nothing_to_apply() -> Non
     assert found[name].reason.endswith("is compared with nothing: no model was blessed before")
     assert found["index recall of cold items at least 0.9"].verdict is Verdict.NOT_APPLIED
     no_clicks = judged(with_facts(click_mean_label=0.0, click_label_std=0.0))
-    assert no_clicks["ece of click at most 0.5 of the mean of the label"].verdict is Verdict.NOT_APPLIED
+    ece = "ece of click at most 0.5 of the mean of the label beyond chance"
+    assert no_clicks[ece].verdict is Verdict.NOT_APPLIED
     assert no_clicks["spread of click at least 1% of that of the labels"].verdict is Verdict.NOT_APPLIED
+
+
+def test_of_a_rare_label_the_calibration_error_of_chance_passes_and_no_multiple_of_it() -> None:
+    # 10 labels of 500: chance makes √(2 · 20 · .98 / (π · 10)) = 1.117 of the mean label.
+    name = "ece of click at most 0.5 of the mean of the label beyond chance"
+    assert judged(with_ece(0.032, mean_label=0.02))[name].verdict is Verdict.PASSED
+    assert judged(with_ece(0.033, mean_label=0.02))[name].verdict is Verdict.FAILED
 
 
 def test_no_objective_or_a_failure_before_its_load_leaves_latency_to_nobody() -> None:

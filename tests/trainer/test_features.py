@@ -87,7 +87,8 @@ def test_the_schema_lists_every_raw_feature_and_hides_labels_from_serving() -> N
     impressions = {r.name for r in features.raw_impression_inputs(spec)}
     assert {f.name for f in schema.feature} - hidden == raw | impressions | {"item_counts"}
     logged = {"position", "exploration", "propensity"}
-    assert hidden == {"click", "like", "watch_time_s", "retrieval_weight", *logged}
+    labels = {"click", "like", "completion", "watch_time_s", "not_interested"}
+    assert hidden == {*labels, "retrieval_weight", *logged}
     by_name = {f.name: f for f in schema.feature}
     assert (by_name["click"].float_domain.min, by_name["click"].float_domain.max) == (0, 1)
     assert by_name["watch_time_s"].float_domain.min == 0
@@ -95,9 +96,9 @@ def test_the_schema_lists_every_raw_feature_and_hides_labels_from_serving() -> N
     for name in ("user_id", "item_id", "event_time_unix_s"):
         assert (by_name[name].presence.min_fraction, by_name[name].value_count.min) == (1, 1)
     assert by_name["age_bucket"].presence.min_fraction == 0
-    # The log and three keys in three windows, each with impressions and three labels.
+    # The log and three keys in three windows, each with impressions and five labels.
     counts = by_name["item_counts"].value_count
-    assert (counts.min, counts.max) == (40, 40)
+    assert (counts.min, counts.max) == (60, 60)
 
 
 def test_impressions_are_parallel_lists_with_a_label_for_every_task() -> None:
@@ -108,7 +109,9 @@ def test_impressions_are_parallel_lists_with_a_label_for_every_task() -> None:
         ("impression_surfaces", "string", True),
         ("impression_click", "float32", True),
         ("impression_like", "float32", True),
+        ("impression_completion", "float32", True),
         ("impression_watch_time_s", "float32", True),
+        ("impression_not_interested", "float32", True),
     ]
     assert features.impression_names(spec) == (
         "impression_item_ids_ids",
@@ -116,7 +119,9 @@ def test_impressions_are_parallel_lists_with_a_label_for_every_task() -> None:
         "impression_surfaces_ids",
         "impression_click",
         "impression_like",
+        "impression_completion",
         "impression_watch_time_s",
+        "impression_not_interested",
     )
 
 

@@ -243,6 +243,16 @@ def test_reliability_table_equals_the_oracle(rows, num_bins):
     np.testing.assert_allclose(table, expected, atol=1e-7)
 
 
+@pytest.mark.parametrize(("rate", "num_examples"), [(0.4, 5_000), (0.0015, 10_000)])
+def test_true_probabilities_have_the_ece_of_chance(rate, num_examples):
+    rng = np.random.default_rng(0)
+    # Nearly alike, so that every bin has the rate, and distinct, so that every bin has its examples.
+    probabilities = rate * rng.uniform(0.99, 1.01, num_examples)
+    drawn = [metrics.ece(rng.random(num_examples) < probabilities, probabilities) for _ in range(50)]
+    # The standard error of the mean is below 2.5 %, and 15 positives in 20 bins are no normal variables.
+    assert np.mean(drawn) == pytest.approx(metrics.chance_ece(rate, num_examples), rel=0.07)
+
+
 @given(rows=BINARY_ROWS, num_bins=st.integers(1, 9))
 def test_calibration_error_of_the_table_is_the_ece(rows, num_bins):
     labels, predictions, _ = columns(rows, 3)

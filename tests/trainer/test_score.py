@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from schema.contract import TaskSpec
+from schema.contract import TaskSpec, load_dataset_spec
 from schema.errors import ConfigError, ShapeError
 from trainer import score
 from trainer.score import (
@@ -144,6 +144,12 @@ def test_formula_reads_as_a_person_writes_it() -> None:
     assert formula([HIDE, LIKE]) == "score = −3 × hide"
     assert formula([LIKE]) == "score = 0"
     assert formula(TASKS, {"click": 0.0, "like": 2.0, "watch_time": 0.0, "hide": 0.0}) == "score = 2 × like"
+
+
+def test_a_dislike_counts_against_an_item_of_the_simulated_platform() -> None:
+    assert formula(load_dataset_spec("simulated").tasks) == (
+        "score = 1 × click + 2 × like + 0.5 × completion + 0.02 × watch_time [s] − 10 × dislike"
+    )
 
 
 def test_reading_weights_does_not_load_tensorflow() -> None:

@@ -6,7 +6,7 @@ docs/metrics.md has all of them in one table; `trainer.uncertainty` says how sur
 """
 
 from trainer.metrics.arrays import BoolArray, FloatArray, IntArray
-from trainer.metrics.calibration import ReliabilityBin, ece, reliability_table
+from trainer.metrics.calibration import ReliabilityBin, chance_ece, ece, reliability_table
 from trainer.metrics.keys import (
     AGGREGATE_METRICS,
     DISTINCT_ITEMS,
@@ -77,6 +77,7 @@ __all__ = [
     "auc",
     "auc_by_group",
     "binary_entropy",
+    "chance_ece",
     "concordance",
     "coverage_at_k",
     "distinct_items_at_k",
