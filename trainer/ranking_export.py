@@ -165,15 +165,18 @@ class ServedRanker(ServedModel):
         features = raw_inputs.transform_request(self._layer(), raw, self._spec)
         query = self.ranker.model.encode_query(features)
         outputs = self.ranker.rank(query, features, raw[ft.EVENT_TIME], rows, score_weights)
-        outputs[IS_KNOWN] = tf.cast(rows < self.ranker.num_items, tf.int64)
+        outputs[IS_KNOWN] = self._is_known(rows)
         is_item = tf.not_equal(candidate_item_ids, "")
         return {name: tf.where(is_item, value, tf.zeros_like(value)) for name, value in outputs.items()}
 
     def rank_examples(self, examples: tf.Tensor) -> dict[str, tf.Tensor]:
-        """Judges serialized interaction tf.Examples, string [B]: float32 [B] per task and `score`.
+        """Judges serialized interaction tf.Examples, string [B]: one candidate each.
 
         Their items need not be in the catalogue: features come with the example, and so do the counters; an
         example without any is one of an item that nobody has been shown.
+
+        Returns:
+          float32 [B] per task and `score`, int64 [B] `item_is_known`: whether the catalogue has the id.
         """
         model = self.ranker.model
         raw = raw_inputs.parse_interaction_examples(examples, self._spec)
@@ -188,7 +191,11 @@ class ServedRanker(ServedModel):
                 self._layer(), raw[ft.EVENT_TIME], raw[ft.UPLOAD_TIME], self._spec
             )
         outputs = model.predictions(model(transformed, training=False), transformed)
-        return {**outputs, SCORE: model.score(outputs)}
+        return {
+            **outputs,
+            SCORE: model.score(outputs),
+            IS_KNOWN: self._is_known(self.rows.lookup(raw[ft.ITEM_ID])),
+        }
 
     def calls(self) -> dict[str, Signature]:
         """See the base class."""
@@ -221,6 +228,10 @@ class ServedRanker(ServedModel):
         )
         del calls[WEIGHTED]
         return {WEIGHTED: rank, **{name: signature.traced() for name, signature in calls.items()}}
+
+    def _is_known(self, rows: tf.Tensor) -> tf.Tensor:
+        """Whether rows are those of items of the catalogue, int64, the shape of `rows`."""
+        return tf.cast(rows < self.ranker.num_items, tf.int64)
 
     def _declared(self, candidate_item_ids: tf.Tensor) -> tf.Tensor:
         """What stands for the declared score weights, float32 [B, T]."""

@@ -133,15 +133,19 @@ def test_requests_examples_and_the_model_agree_on_every_pair(exported: Exported)
     by_request = exported.default(**request(QUERIES, [world.ITEMS] * 3))
     pairs = [example({**query, **raw_item(item)}) for query in QUERIES for item in world.ITEMS]
     by_example = exported.examples(examples=tf.constant(pairs))
-    assert set(by_example) == {*TASKS, "score"}
-    for name, values in by_example.items():
-        assert values.dtype == tf.float32
+    assert {name: values.dtype for name, values in by_example.items()} == {
+        **dict.fromkeys((*TASKS, "score"), tf.float32),
+        "item_is_known": tf.int64,
+    }
+    assert by_example["item_is_known"].numpy().all()
+    for name in (*TASKS, "score"):
+        values = by_example[name]
         np.testing.assert_allclose(np.reshape(values, [3, -1]), by_request[name], rtol=1e-5, atol=1e-5)
         # The agreement says something only if queries and items matter.
         assert len(np.unique(np.round(values, 4))) > 10
     in_memory = exported.ranker.rank_examples(tf.constant(pairs))
     for name, values in by_example.items():
-        np.testing.assert_allclose(values, in_memory[name], rtol=1e-5)
+        np.testing.assert_allclose(values, in_memory[name], rtol=1e-5, err_msg=name)
     score = 2.0 * by_example["click"] + 0.1 * by_example["watch"]
     np.testing.assert_allclose(by_example["score"], score, rtol=1e-5)
 
@@ -160,7 +164,7 @@ def test_unknown_item_is_flagged_and_judged_like_an_example_of_which_nothing_is_
     nothing = {**dict.fromkeys(raw_item("i0")), "item_id": "another-unknown", "item_counts": UNSHOWN}
     alone = example({**QUERIES[0], **nothing})
     expected = exported.examples(examples=tf.constant([alone]))
-    for name in (*TASKS, "score"):
+    for name in (*TASKS, "score", "item_is_known"):
         assert outputs[name][0, 0].numpy() == pytest.approx(expected[name][0].numpy(), rel=1e-5)
 
 
@@ -171,8 +175,9 @@ def test_a_new_item_is_judged_by_the_features_that_an_example_brings(exported: E
     rows = [{**new, "item_counts": UNSHOWN}, without_counts, other_creator, new]
     alone = exported.examples(examples=tf.constant([example(without_counts)]))
     outputs = exported.examples(examples=tf.constant([example(row) for row in rows]))
-    for name, values in outputs.items():
-        unshown, counted_as_unshown, of_another, shown = values.numpy()
+    assert outputs["item_is_known"].numpy().tolist() == [0, 0, 0, 0]
+    for name in (*TASKS, "score"):
+        unshown, counted_as_unshown, of_another, shown = outputs[name].numpy()
         assert counted_as_unshown == pytest.approx(unshown, rel=1e-6)
         assert alone[name][0].numpy() == pytest.approx(unshown, rel=1e-5)
         assert of_another != pytest.approx(unshown, rel=1e-4), name

@@ -234,7 +234,7 @@ def test_a_request_is_judged_as_the_examples_that_say_the_same(trained: Trained)
     examples = [example({**row, **item(number)}) for row in QUERIES for number in range(NUM_ITEMS)]
     signature = tf.saved_model.load(str(trained.model_dir)).signatures["serving_examples"]
     by_example = signature(examples=tf.constant(examples))
-    assert set(by_example) == {"click", "watch", "score"}
+    assert set(by_example) == {"click", "watch", "score", "item_is_known"}
     for name, values in by_example.items():
         np.testing.assert_allclose(np.reshape(values, [6, 12]), by_request[name], rtol=1e-5, atol=1e-6)
     # The agreement says something only if queries and items matter.
