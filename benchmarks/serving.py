@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import struct
 import subprocess
@@ -53,13 +54,20 @@ _WARM_UP_CALLS = 50
 
 @dataclass(frozen=True)
 class Result:
-    """One row of the table; `cpu_ms` is that of the server's processes per request, `target` in words."""
+    """One row of the table.
+
+    Attributes:
+      cpu_ms: CPU of the server's processes per request.
+      client_cpu_ms: that of the load generator, which shares the cores with the server; 0 in process.
+      target: in words.
+    """
 
     name: str
     requests_per_s: float
     p50_ms: float
     p99_ms: float
     cpu_ms: float
+    client_cpu_ms: float = 0.0
     target: str = ""
 
 
@@ -166,6 +174,12 @@ def _cpu_s(pid: int) -> float:
     return sum(sum(process.cpu_times()[:2]) for process in _family(pid))
 
 
+def _children_cpu_s() -> float:
+    """CPU of the processes that this one has started and waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def memory_mb(pid: int) -> dict[str, float]:
     """Memory of a server with its workers: `rss` counts shared pages once per process, `pss` once in all."""
     infos = [process.memory_full_info() for process in _family(pid)]
@@ -264,13 +278,12 @@ class Bench:
             _assert_close(decode_tensor(name, proto.SerializeToString()), expected[name])
 
     def _load(self, name: str, pid: int, generator: Any, *arguments: Any, target: str = "") -> None:
-        cpu_s = -_cpu_s(pid)
+        cpu_s, client_cpu_s = -_cpu_s(pid), -_children_cpu_s()
         load = generator(*arguments, self._seconds)
-        cpu_s += _cpu_s(pid)
+        cpu_s, client_cpu_s = cpu_s + _cpu_s(pid), client_cpu_s + _children_cpu_s()
+        cpu_ms, client_cpu_ms = (1000 * seconds / load.num_requests for seconds in (cpu_s, client_cpu_s))
         self._record(
-            Result(
-                name, load.requests_per_s, load.p50_ms, load.p99_ms, cpu_s / load.num_requests * 1000, target
-            )
+            Result(name, load.requests_per_s, load.p50_ms, load.p99_ms, cpu_ms, client_cpu_ms, target)
         )
 
     def _add(self, name: str, rate: float, times_ms: Sequence[float], cpu_s: float) -> None:
@@ -280,7 +293,7 @@ class Bench:
         self.results.append(result)
         click.echo(
             f"{result.name:<52} {result.requests_per_s:>9,.0f} {result.p50_ms:>8.2f} {result.p99_ms:>8.2f} "
-            f"{result.cpu_ms:>8.3f}  {result.target}"
+            f"{result.cpu_ms:>8.3f} {result.client_cpu_ms:>8.3f}  {result.target}"
         )
 
     def _rest_body(self, inputs: Mapping[str, np.ndarray]) -> bytes:
@@ -372,7 +385,7 @@ def main(
 
 
 def _measure(bench: Bench, plain: Bench, workers: int, batching_config: Path) -> dict[str, dict[str, float]]:
-    click.echo(f"{'':<52} {'req/s':>9} {'p50 ms':>8} {'p99 ms':>8} {'CPU ms':>8}  target")
+    click.echo(f"{'':<52} {'req/s':>9} {'p50 ms':>8} {'p99 ms':>8} {'CPU ms':>8} {'client':>8}  target")
     memory = {}
     bench.in_process()
     plain.in_process()
@@ -396,9 +409,11 @@ def _measure(bench: Bench, plain: Bench, workers: int, batching_config: Path) ->
         bench.grpc(server, "retrieval, 1 worker, batching", 1)
         bench.grpc(server, "retrieval, 1 worker, batching", 64, ">= 5,000/s")
         plain.rest(server, "plain ScaNN, 1 worker, batching", 16)
-    with ModelServerProcess(models, flags=[*batching, f"--num_workers={workers}"]) as server:
-        bench.grpc(server, f"retrieval, {several}, batching", 64, ">= 5,000/s")
-        plain.rest(server, f"plain ScaNN, {several}, batching", 16)
+    for pinned in ([], ["--pin_workers"]):
+        flags, name = [*batching, f"--num_workers={workers}", *pinned], ", pinned" if pinned else ""
+        with ModelServerProcess(models, flags=flags) as server:
+            bench.grpc(server, f"retrieval, {several}, batching{name}", 64, ">= 5,000/s")
+            plain.rest(server, f"plain ScaNN, {several}, batching{name}", 16)
     return memory
 
 

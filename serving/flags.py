@@ -65,6 +65,8 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags = parser.parse_args(argv)
     if flags.port == flags.rest_api_port != AUTO:
         parser.error(f"--rest_api_port must be another than --port, both are {flags.port}")
+    if flags.pin_workers and flags.num_workers == 1:
+        parser.error("--pin_workers needs several workers to keep apart: --num_workers=2 or more")
     return flags
 
 
@@ -189,6 +191,12 @@ def _add_requests(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         default=1,
         help="processes behind the ports, each with models of its own: docs/serving-performance.md",
+    )
+    group.add_argument(
+        "--pin_workers",
+        **_BOOLEAN,
+        default=False,
+        help="keep each worker on cores of its own, for a machine that does little else; Linux only",
     )
     group.add_argument(
         "--enable_batching",

@@ -3,7 +3,7 @@
 Python runs one thread at a time in a process; a server that should use several cores runs several processes.
 Each worker is a whole server with models of its own and listens on the ports by SO_REUSEPORT, so the kernel
 deals connections out among them. What must hold for all of them at once goes through the supervisor, over a
-pipe to each: being ready, a reload of the config, and the end.
+pipe to each: being ready, a reload of the config, and the end. Workers may be given cores of their own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any, Final, TypeAlias
 
 import grpc
 
-from schema.errors import ServingError
+from schema.errors import ConfigError, ServingError
 from serving.status import RequestError
 
 logger = logging.getLogger(__name__)
@@ -142,6 +142,7 @@ def _raise(error: _Error) -> None:
 
 @dataclass
 class _Worker:
+    place: int
     process: SpawnProcess
     connection: Connection
     ready: asyncio.Future[str]
@@ -153,11 +154,12 @@ class Supervisor:
 
     Args:
       num_workers: how many.
-      start: returns a process, not yet started, for the arguments of a WorkerLink.
+      start: returns a process, not yet started, for a place and the arguments of a WorkerLink. Places are
+        counted from 0; who replaces a worker has its place.
     """
 
     def __init__(
-        self, num_workers: int, start: Callable[[Connection, bytes | None, bool], SpawnProcess]
+        self, num_workers: int, start: Callable[[int, Connection, bytes | None, bool], SpawnProcess]
     ) -> None:
         self._num_workers = num_workers
         self._start = start
@@ -206,10 +208,11 @@ class Supervisor:
     def _add_worker(self, *, check_labels: bool) -> _Worker:
         loop = asyncio.get_running_loop()
         ours, theirs = multiprocessing.Pipe()
-        process = self._start(theirs, self._config, check_labels)
+        place = min(set(range(self._num_workers)) - {worker.place for worker in self._workers})
+        process = self._start(place, theirs, self._config, check_labels)
         process.start()
         theirs.close()
-        worker = _Worker(process, ours, loop.create_future())
+        worker = _Worker(place, process, ours, loop.create_future())
         self._workers.append(worker)
         loop.add_reader(ours.fileno(), self._receive, worker)
         loop.add_reader(process.sentinel, self._ended, worker)
@@ -311,6 +314,24 @@ class Supervisor:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)  # the loop itself holds it weakly
         task.add_done_callback(self._tasks.discard)
+
+
+def deal_out_cores(num_workers: int) -> list[list[int]]:
+    """Deals out the cores that this process may use evenly among workers, neighbours together.
+
+    Raises:
+      ConfigError: there are more workers than cores, or the system has no way to keep a process on cores.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        raise ConfigError("--pin_workers needs a system that keeps processes on cores, as Linux does")
+    cores = sorted(os.sched_getaffinity(0))
+    if num_workers > len(cores):
+        raise ConfigError(
+            f"--pin_workers gives each worker a core, but --num_workers={num_workers} and there are "
+            f"{len(cores)} to use; have at most that many workers, or leave --pin_workers out"
+        )
+    bounds = [number * len(cores) // num_workers for number in range(num_workers + 1)]
+    return [cores[first:end] for first, end in itertools.pairwise(bounds)]
 
 
 @contextlib.contextmanager

@@ -71,6 +71,15 @@ def test_both_apis_on_one_port_are_refused_by_name_and_two_free_ports_are_not(ca
     parse_flags(["--port=auto", "--rest_api_port=auto"])
 
 
+def test_one_worker_alone_cannot_be_pinned(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_flags(["--pin_workers"])
+    assert caught.value.code == 2
+    assert "--pin_workers needs several workers" in capsys.readouterr().err
+    assert parse_flags(["--pin_workers", "--num_workers=2"]).pin_workers
+    assert not parse_flags(["--num_workers=2"]).pin_workers
+
+
 @pytest.mark.parametrize(
     "argument",
     [

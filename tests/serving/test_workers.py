@@ -24,12 +24,21 @@ from tensorflow_serving.apis import (
     prediction_service_pb2_grpc,
 )
 
-from schema.errors import ServingError
+from schema.errors import ConfigError, ServingError
 from serving.process import ModelServerProcess
 from serving.status import RequestError
-from serving.workers import Supervisor, WorkerLink, _Ready, _Reload, _Reloaded, reserve_port
+from serving.workers import (
+    Supervisor,
+    WorkerLink,
+    _Ready,
+    _Reload,
+    _Reloaded,
+    deal_out_cores,
+    reserve_port,
+)
 
 MANY = 24  # connections; that the kernel deals them all to one of two workers has a chance of 1 in 8 million
+TWO_CORES = len(os.sched_getaffinity(0)) > 1
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +52,7 @@ def base_path(tmp_path_factory, echo_versions):
 def server(base_path):
     monitoring = base_path.parent / "monitoring.config"
     monitoring.write_text('prometheus_config { enable: true path: "/metrics" }')
-    flags = ["--num_workers=2", f"--monitoring_config_file={monitoring}"]
+    flags = ["--num_workers=2", f"--monitoring_config_file={monitoring}", *["--pin_workers"] * TWO_CORES]
     with ModelServerProcess({"echo": base_path}, poll_wait_s=0.1, flags=flags) as server:
         yield server
 
@@ -81,6 +90,11 @@ def workers_of(server):
     ]
 
 
+def cores_of(pid):
+    """The cores that the threads of a process may use: a set of sets."""
+    return {frozenset(os.sched_getaffinity(thread.id)) for thread in psutil.Process(pid).threads()}
+
+
 def wait_for(condition, timeout_s=60):
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -94,6 +108,17 @@ def test_new_connections_are_dealt_out_among_the_workers_and_metrics_are_summed(
     metrics = httpx.get(f"{server.rest_target}/metrics", timeout=30).text
     counted = re.search(r'request_count\{model_name="echo",status="OK"\} (\S+)', metrics)
     assert float(counted.group(1)) == MANY
+
+
+@pytest.mark.skipif(not TWO_CORES, reason="two workers need two cores to be kept apart")
+def test_all_threads_of_a_pinned_worker_stay_on_its_share_of_the_cores(server):
+    usable = sorted(os.sched_getaffinity(0))
+    half = len(usable) // 2
+    shares = [cores for pid in workers_of(server) for cores in cores_of(pid)]
+    assert sorted(map(sorted, shares)) == [usable[:half], usable[half:]]
+    assert cores_of(server.pid) == {frozenset(usable)}
+    for share in (usable[:half], usable[half:]):
+        assert f"runs on cores {','.join(map(str, share))}\n" in server.log
 
 
 def test_all_workers_take_up_a_new_version(server, base_path, echo_versions):
@@ -118,11 +143,14 @@ def test_a_worker_that_dies_is_replaced_and_has_the_config_of_the_others(server,
     assert caught.value.code() == grpc.StatusCode.UNKNOWN
     before = workers_of(server)
     assert len(before) == 2
+    cores = cores_of(before[0])
     os.kill(before[0], signal.SIGKILL)
     wait_for(lambda: re.search(r"worker pid=\d+ serves", server.log))
     after = workers_of(server)
     assert len(after) == 2
     assert before[1] in after
+    (new,) = set(after) - {before[1]}
+    assert cores_of(new) == cores
     assert f"worker pid={before[0]} ended with exit code -9: starting another" in server.log
     assert [which_version(server, "third", "stable")[0] for _ in range(MANY)] == [2] * MANY
 
@@ -150,6 +178,27 @@ def test_a_model_that_does_not_load_is_told_once_and_ends_the_server(tmp_path, e
     ):
         pass
     assert str(caught.value).count("error: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "expected"),
+    [(2, [[1, 3], [4, 6, 9]]), (5, [[1], [3], [4], [6], [9]]), (1, [[1, 3, 4, 6, 9]])],
+)
+def test_usable_cores_are_dealt_out_evenly_in_their_order(monkeypatch, num_workers, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {9, 3, 1, 6, 4})
+    assert deal_out_cores(num_workers) == expected
+
+
+def test_more_workers_than_cores_cannot_be_pinned(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    with pytest.raises(ConfigError, match="--num_workers=3 and there are 2 to use"):
+        deal_out_cores(3)
+
+
+def test_workers_cannot_be_pinned_where_the_system_has_no_call_for_it(monkeypatch):
+    monkeypatch.delattr(os, "sched_setaffinity")
+    with pytest.raises(ConfigError, match="as Linux does"):
+        deal_out_cores(2)
 
 
 def test_a_port_that_somebody_has_cannot_be_reserved():
@@ -200,7 +249,7 @@ def reload_made_up(answers_by_worker, *configs):
     async def run():
         started = []
 
-        def start(connection, config, check_labels):
+        def start(place, connection, config, check_labels):
             answers = answers_by_worker[len(started)] if len(started) < len(answers_by_worker) else {}
             started.append(MadeUpProcess(connection, config, answers))
             return started[-1]
