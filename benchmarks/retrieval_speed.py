@@ -57,6 +57,8 @@ BATCH_SIZES = (1_024, 8_192)
 # Examples trained per measurement.
 TRAINED_EXAMPLES = {1_024: 40_960, 8_192: 16_384}
 EVAL_CANDIDATES, EVAL_DIM, EVAL_QUERIES, EVAL_SEEN = 20_000, 64, 2_048, 50
+# The features of the smallest examples that retrieval could learn from.
+SINGLE_VALUES = (features.USER_ID, features.ITEM_ID, features.EVENT_TIME, features.RETRIEVAL_WEIGHT)
 _TRAIN_END_UNIX_S = 1_700_000_000
 _ITEM_ID = "item_id_id"
 _HISTORY = "history_item_ids_ids"
@@ -83,13 +85,16 @@ def main(json_path: Path | None) -> None:
     """Measures everything and prints a table, row by row."""
     spec = load_dataset_spec("movielens-1m")
     with tempfile.TemporaryDirectory(prefix="funnel-benchmark-") as folder:
-        pattern = _write_examples(Path(folder), spec)
+        columns, dtypes = _made_up_examples(spec)
+        pattern = _write_examples(Path(folder) / "examples.gz", columns, dtypes)
+        four = {name: columns[name] for name in SINGLE_VALUES}
+        pattern_of_four = _write_examples(Path(folder) / "four.gz", four, dtypes)
         output = _transform_graph(Path(folder), pattern, spec)
         unread = unread_features(spec, timed_config(max(BATCH_SIZES)))
         machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
         click.echo(f"{machine}, TensorFlow {tf.__version__}")
         click.echo(f"{'':<58}{'per CPU-s':>12}{'target':>12}{'Funnel is':>14}")
-        rates = _printed(measure_reading(pattern, output, unread))
+        rates = _printed(measure_reading(pattern, pattern_of_four, output, unread))
         window = next(iter(windows([pattern], output, unread=unread)))
         sizes = vocabulary_sizes(output, spec)
     rates += _printed(measure_epochs(window))
@@ -110,8 +115,14 @@ def _printed(rates: Iterable[Rate]) -> list[Rate]:
     return done
 
 
-def measure_reading(pattern: str, output: tft.TFTransformOutput, unread: Collection[str]) -> Iterator[Rate]:
-    """Gzipped TFRecords to tensors: no parsing, parsing, and the Transform graph too, as retrieval does."""
+def measure_reading(
+    pattern: str, pattern_of_four: str, output: tft.TFTransformOutput, unread: Collection[str]
+) -> Iterator[Rate]:
+    """Gzipped TFRecords to tensors: no parsing, parsing, and the Transform graph too, as retrieval does.
+
+    And parsing of examples that hold `SINGLE_VALUES` alone: what is left when there are no lists and no other
+    features to pass over.
+    """
     records = tf.data.TFRecordDataset(tf.io.gfile.glob(pattern), compression_type="GZIP")
     yield Rate("read: decompress", NUM_ROWS / _cpu_s(lambda: _exhaust(records.batch(8_192))))
     raw_spec = {name: value for name, value in output.raw_feature_spec().items() if name not in unread}
@@ -121,6 +132,10 @@ def measure_reading(pattern: str, output: tft.TFTransformOutput, unread: Collect
 
     parse_s = _cpu_s(lambda: _exhaust(parsed()))
     yield Rate("read: decompress and parse", NUM_ROWS / parse_s, target=400_000)
+    small = tf.data.TFRecordDataset(pattern_of_four, compression_type="GZIP").batch(8_192)
+    of_four = {name: tf.io.FixedLenFeature([], raw_spec[name].dtype) for name in SINGLE_VALUES}
+    small_s = _cpu_s(lambda: _exhaust(small.map(lambda batch: tf.io.parse_example(batch, of_four))))
+    yield Rate("      the same, examples of four single values", NUM_ROWS / small_s, target=400_000)
     transform_s = _cpu_s(lambda: _exhaust(windows([pattern], output, unread=unread)))
     yield Rate("read: decompress, parse, Transform", NUM_ROWS / transform_s)
 
@@ -265,8 +280,8 @@ def _exhaust(batches: Iterable[Any]) -> None:
         pass
 
 
-def _write_examples(folder: Path, spec: DatasetSpec) -> str:
-    """Gzipped interaction examples with every feature of the dataset; popularity falls as 1 / rank."""
+def _made_up_examples(spec: DatasetSpec) -> tuple[dict[str, Any], dict[str, str]]:
+    """Columns with every feature of the dataset, and their dtypes; popularity falls as 1 / rank."""
     rng = np.random.default_rng(0)
     items = np.minimum(rng.zipf(1.2, NUM_ROWS * 51) % NUM_ITEMS, NUM_ITEMS - 1).astype(str)
     columns: dict[str, Any] = {}
@@ -307,13 +322,17 @@ def _write_examples(folder: Path, spec: DatasetSpec) -> str:
     counts = rng.integers(1_000, size=NUM_ROWS * num_counts).astype(np.float32)
     columns[features.ITEM_COUNTS] = _lists(np.arange(NUM_ROWS + 1) * num_counts, counts)
     dtypes[features.ITEM_COUNTS] = "float32"
+    return columns, dtypes
+
+
+def _write_examples(path: Path, columns: Mapping[str, Any], dtypes: Mapping[str, str]) -> str:
+    """Gzipped interaction examples."""
     encoder = example_coder.RecordBatchToExamplesEncoder()
-    path = folder / "examples.gz"
     with tf.io.TFRecordWriter(
         str(path), tf.io.TFRecordOptions(compression_type="GZIP", compression_level=1)
     ) as writer:
         for part in pl.DataFrame(columns).iter_slices(20_000):
-            for example in encoder.encode(example_batch(part, dtypes)):
+            for example in encoder.encode(example_batch(part, {name: dtypes[name] for name in columns})):
                 writer.write(example)
     return str(path)
 
