@@ -45,8 +45,11 @@ _PLAIN: Final = {
     data_type: wire.tag(_NUMBERS[_VALUE_FIELDS[data_type][1]], wire.LENGTH_DELIMITED)
     for data_type in (types_pb2.DT_STRING, types_pb2.DT_FLOAT, types_pb2.DT_INT32, types_pb2.DT_INT64)
 }
+# Several numbers of one width, as tf.make_tensor_proto writes them.
+_CONTENT: Final = wire.tag(_NUMBERS["tensor_content"], wire.LENGTH_DELIMITED)
+_CONTENT_TYPES: Final = {types_pb2.DT_FLOAT: "<f4", types_pb2.DT_INT32: "<i4", types_pb2.DT_INT64: "<i8"}
 # Of more, protobuf is faster.
-_MAX_PLAIN_BYTES: Final = 1500
+_MAX_PLAIN_BYTES: Final = 2000
 _MAX_PLAIN_INTEGERS_BYTES: Final = 40
 
 
@@ -72,12 +75,20 @@ def decode_tensor(name: str, message: bytes) -> npt.NDArray[Any]:
 
 
 def _read_plain(message: bytes) -> npt.NDArray[Any]:
-    """A tensor of strings, floats or a few integers, one by one; ValueError for what protobuf must read."""
+    """A tensor of strings, floats or a few integers, or of numbers in one piece.
+
+    Raises:
+      ValueError: protobuf must read it.
+    """
     fields = wire.fields(message)
     data_type, shape = fields.pop(_DTYPE, [0])[-1], fields.pop(_SHAPE, [b""])
-    contents = fields.pop(_PLAIN.get(data_type, -1), [])
-    if fields or len(shape) > 1 or not contents:
+    is_content = _CONTENT in fields and data_type in _CONTENT_TYPES
+    contents = fields.pop(_CONTENT if is_content else _PLAIN.get(data_type, -1), [])
+    if fields or len(shape) > 1 or not contents or (is_content and len(contents) > 1):
         raise ValueError("not a plain tensor")
+    if is_content:
+        array = np.frombuffer(contents[0], _CONTENT_TYPES[data_type])
+        return array.astype(_VALUE_FIELDS[data_type][0]).reshape(_read_sizes(shape[0]))
     if data_type == types_pb2.DT_STRING:
         return np.fromiter(contents, object, len(contents)).reshape(_read_sizes(shape[0]))
     content = b"".join(contents)

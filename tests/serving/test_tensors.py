@@ -71,9 +71,10 @@ def test_a_proto_that_contradicts_itself_or_claims_too_much_is_refused(dims, num
 )
 def test_what_requests_are_made_of_is_read_without_protobuf(array, monkeypatch):
     monkeypatch.setattr(tensors, "_decode_proto", None)
-    decoded = decode_tensor("x", encode_tensor(array))
-    assert (decoded.dtype, decoded.shape) == (array.dtype, array.shape)
-    np.testing.assert_array_equal(decoded, array)
+    for message in (encode_tensor(array), tf.make_tensor_proto(array).SerializeToString()):
+        decoded = decode_tensor("x", message)
+        assert (decoded.dtype, decoded.shape) == (array.dtype, array.shape)
+        np.testing.assert_array_equal(decoded, array)
 
 
 def _numbers_given_one_by_one():
@@ -88,6 +89,8 @@ SEEDS = [
     _numbers_given_one_by_one().SerializeToString(),
     encode_tensor(np.array([2**40, -5], np.int64)),
     encode_tensor(np.array([True, False])),
+    tf.make_tensor_proto(np.array([[0.5], [np.nan]], np.float32)).SerializeToString(),
+    tf.make_tensor_proto(np.array([2**40, -5, 7])).SerializeToString(),
 ]
 
 
