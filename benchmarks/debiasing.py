@@ -356,7 +356,7 @@ def fit(
         }
         window = {name: column[rows] for name, column in window.items()}
         statistics = position_statistics([window], [CLICK], config, len(SURFACES), "surface")
-        bias = PositionBias(config, TaskKind.BINARY, statistics["click"])
+        bias = PositionBias(config, CLICK, statistics["click"])
     data = {name: tf.constant(column) for name, column in log.inputs.items()}
     position, surface = tf.constant(log.position), tf.constant(log.surface)
     labels = tf.constant(np.column_stack([log.labels[task.label] for task in tasks]))

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import scipy.optimize
 import tensorflow as tf
 
-from schema.contract import TaskKind, TaskSpec
+from schema.contract import TaskKind, TaskSpec, WatchTimeMethod
 from schema.errors import ConfigError, DataError, ShapeError
 from trainer import features as ft
 from trainer.debiasing_config import PositionConfig
@@ -179,7 +179,8 @@ class PositionBias(tf.keras.layers.Layer):
 
     "additive" (Zhao et al., RecSys 2019, doi:10.1145/3298689.3346997): logit = f(x) + b[s, p].
     "pal" (Guo et al., RecSys 2019, doi:10.1145/3298689.3347033): P(click) = e[s, p] σ(f(x)), and
-    for watch time E[T] = e[s, p] m exp(f(x)), with e the probability of being seen.
+    for watch time E[T] = e[s, p] m exp(f(x)), or P(T > t) = e[s, p] σ(f_t(x)) for every threshold t of
+    the ordinal method, with e the probability of being seen. The thresholds of "additive" share b, too.
 
     What is served stands for the average position of the surface's training impressions: b has mean 0 over
     them, and e is replaced by its mean over them. So the mean of the served probabilities stays comparable
@@ -194,26 +195,27 @@ class PositionBias(tf.keras.layers.Layer):
     """
 
     def __init__(
-        self, config: PositionConfig, task: TaskKind, statistics: PositionStatistics, **kwargs: object
+        self, config: PositionConfig, task: TaskSpec, statistics: PositionStatistics, **kwargs: object
     ) -> None:
         """Makes the tower of a task.
 
         Args:
           config: any kind but "none".
-          task: the kind of the task.
+          task: the declared task.
           statistics: the task's, from `position_statistics`.
           **kwargs: passed to the Keras layer.
 
         Raises:
-          ConfigError: the kind does not suit the task; ask `has_position_bias` first.
+          ConfigError: the task has no position bias; ask `has_position_bias` first.
         """
         super().__init__(**kwargs)
         if not has_position_bias(config, task):
-            raise ConfigError(f"position.kind {config.kind!r} does not suit a task of kind {task.value!r}.")
+            raise ConfigError(f"position.kind {config.kind!r} does not suit the task {task.name!r}.")
         self._settings = config
-        self._is_product = config.kind == "pal" and task is TaskKind.BINARY
-        self._has_odds = config.kind == "additive" and task is TaskKind.BINARY
-        self._is_difference = task is TaskKind.REGRESSION
+        has_share = task.kind in (TaskKind.BINARY, TaskKind.COMPLETION)
+        self._is_product = config.kind == "pal" and (has_share or _is_ordinal(task))
+        self._has_odds = config.kind == "additive" and has_share
+        self._has_curve = config.kind == "pal" or not (task.kind is TaskKind.REGRESSION or _is_ordinal(task))
         self._rows = np.asarray(statistics.rows, np.float64)
         mean_label = np.asarray(statistics.mean_label, np.float64)
         if self._has_odds:
@@ -244,13 +246,13 @@ class PositionBias(tf.keras.layers.Layer):
         """The logits of rows as they were shown; the task's loss and output take them.
 
         Args:
-          logits: float32 [B], of the body.
+          logits: float32 [B], or [n, B] of a task with n of them, of the body.
           position: int [B], MISSING_POSITION where unknown.
           surface: int [B] transformed ids, those of the vocabulary and not hidden ones; None if there is one.
           training: whether positions are dropped.
 
         Returns:
-          float32 [B].
+          float32, the shape of the logits.
         """
         surface = tf.zeros_like(position) if surface is None else tf.cast(surface, position.dtype)
         known = position > MISSING_POSITION
@@ -265,11 +267,11 @@ class PositionBias(tf.keras.layers.Layer):
         """The logits at the average position of the surface.
 
         Args:
-          logits: float32, any shape, of the body.
-          surface: int transformed ids of the same shape; None if there is one.
+          logits: float32 [B], or [n, B] of a task with n of them, of the body.
+          surface: int [B] transformed ids; None if there is one.
 
         Returns:
-          float32, the same shape.
+          float32, the shape of the logits.
         """
         reference = self._reference(self._effects())
         if surface is None:
@@ -293,7 +295,7 @@ class PositionBias(tf.keras.layers.Layer):
         "pal": e[s, p] / e[s, first]. "additive" in a binary task: mean σ(f + b[s, p]) / mean σ(f + b[s,
         first]) over rows, the same rows at either position (standardisation: Hernán and Robins, Causal
         Inference, 2020, section 13.3); the ratio of the odds alone would be the ratio of the probabilities
-        only where clicks are rare. "additive" with watch time: exp(b[s, p] − b[s, first]).
+        only where clicks are rare. "additive" with watch time by odds: exp(b[s, p] − b[s, first]).
 
         Args:
           logits: [n], of the body, for rows that stand for the traffic; "additive" in a binary task only.
@@ -304,10 +306,11 @@ class PositionBias(tf.keras.layers.Layer):
 
         Raises:
           DataError: logits are needed and missing, or a surface with training rows has none.
-          ConfigError: the task is a regression, whose effects are differences and not ratios.
+          ConfigError: the effects are no ratios of labels: "additive" in a regression, or in the log odds of
+            many thresholds.
         """
-        if self._is_difference:
-            raise ConfigError("the position shifts a regression task; there is no examination curve.")
+        if not self._has_curve:
+            raise ConfigError("the position shifts this task's logits; there is no examination curve.")
         effects = self._effects().numpy().astype(np.float64)
         curve = np.full(effects.shape, np.nan)
         for s, (effect, rows) in enumerate(zip(effects, self._rows, strict=True)):
@@ -344,13 +347,23 @@ class PositionBias(tf.keras.layers.Layer):
         return product_logit(logits, effect) if self._is_product else logits + effect
 
 
-def has_position_bias(config: PositionConfig, task: TaskKind) -> bool:
+def has_position_bias(config: PositionConfig, task: TaskSpec) -> bool:
     """Whether a task gets a `PositionBias`.
 
     A rating or another regression label exists only where somebody looked and answered: it is no product of
-    being seen and something else, and "pal" leaves it alone.
+    being seen and something else, and "pal" leaves it alone. Of the watch time methods, the position has a
+    place in the odds of `weighted_logistic` and in the probabilities of `ordinal`: the others serve ranks or
+    seconds by themselves, which being seen neither multiplies nor shifts.
     """
-    return config.kind == "additive" or (config.kind == "pal" and task is not TaskKind.REGRESSION)
+    if config.kind == "none":
+        return False
+    if task.kind is TaskKind.WATCH_TIME:
+        return _is_ordinal(task) or task.watch_time_method is WatchTimeMethod.WEIGHTED_LOGISTIC
+    return config.kind == "additive" or task.kind is not TaskKind.REGRESSION
+
+
+def _is_ordinal(task: TaskSpec) -> bool:
+    return task.kind is TaskKind.WATCH_TIME and task.watch_time_method is WatchTimeMethod.ORDINAL
 
 
 def product_logit(logits: tf.Tensor, log_factor: tf.Tensor) -> tf.Tensor:

@@ -13,7 +13,8 @@ class PositionConfig(pydantic.BaseModel):
     Attributes:
       kind: "none"; "additive", a logit per surface and position that is added in training and left out of
         serving; or "pal", the probability of being seen there, which multiplies the probability of a click
-        (or the expected watch time) once seen.
+        (or the expected watch time, or the probability of each threshold of it) once seen. Watch time by
+        `weighted_logistic` and `ordinal` has a place for it, other methods have not and are left alone.
       max_position: positions above it share its row; about as many rows are learnt per surface.
       dropout_fraction: share of the training rows that read their position as unknown, so that the body
         cannot rely on it.

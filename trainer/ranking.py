@@ -13,7 +13,7 @@ import numpy.typing as npt
 import tensorflow as tf
 import tensorflow_recommenders as tfrs
 
-from schema.contract import DatasetSpec, TaskKind, TaskSpec, WatchTimeMethod
+from schema.contract import DatasetSpec, TaskKind
 from schema.errors import ConfigError, DataError
 from schema.point_in_time import count_names, log_count_names
 from trainer import features as ft
@@ -23,7 +23,6 @@ from trainer.calibration import Calibrator, fit_tasks
 from trainer.calibration_config import CalibrationConfig
 from trainer.config import RankingConfig
 from trainer.debiasing import PositionBias, PositionStatistics, has_position_bias
-from trainer.debiasing_config import PositionConfig
 from trainer.encoder import (
     CrossEncoder,
     EmbeddingTables,
@@ -68,17 +67,9 @@ def calibration_slice(config: CalibrationConfig, space: ft.FeatureSpace) -> str 
     return able[config.slice_feature].id_name
 
 
-def _is_biased(config: PositionConfig, task: TaskSpec) -> bool:
-    """Whether a task has one logit that its position can shift."""
-    logistic = (
-        task.kind is TaskKind.WATCH_TIME and task.watch_time_method is WatchTimeMethod.WEIGHTED_LOGISTIC
-    )
-    return has_position_bias(config, task.kind) and (task.kind is TaskKind.BINARY or logistic)
-
-
 def _initializer(bias: Sequence[float], tower: PositionBias | None) -> Callable[..., tf.Tensor]:
     """Gives a head the bias with which an untrained model serves the base rate."""
-    values = bias if tower is None else (tower.initial_bias(bias[0]),)
+    values = bias if tower is None else tuple(map(tower.initial_bias, bias))
 
     def initial(shape: Sequence[int], dtype: tf.DType | None = None) -> tf.Tensor:
         return tf.constant(values, dtype)
@@ -208,11 +199,9 @@ class RankingModel(tfrs.models.Model):
         self.body = experts(config.experts, [task.name for task in spec.tasks])
         self.objectives = {task.name: objective(task, statistics[task.name]) for task in spec.tasks}
         self.positions = {
-            task.name: PositionBias(
-                config.position, task.kind, positions[task.name], name=f"position_{task.name}"
-            )
+            task.name: PositionBias(config.position, task, positions[task.name], name=f"position_{task.name}")
             for task in spec.tasks
-            if positions is not None and _is_biased(config.position, task)
+            if positions is not None and has_position_bias(config.position, task)
         }
         # With a kernel of zeros an untrained head says exactly its bias: the base rate.
         self.heads = {
@@ -405,7 +394,7 @@ class RankingModel(tfrs.models.Model):
         surface = None if self._surface_id is None else features.get(self._surface_id)
         served = {**logits}
         for name, tower in self.positions.items():
-            served[name] = tower.served(logits[name][:, 0], surface)[:, tf.newaxis]
+            served[name] = tf.transpose(tower.served(tf.transpose(logits[name]), surface))
         return {
             task.name: self.objectives[task.name].output(served[task.name], task_context(task, features))
             for task in self.tasks
@@ -424,8 +413,8 @@ class RankingModel(tfrs.models.Model):
         surface = None if self._surface_id is None else inputs[self._surface_id]
         shown = {**logits}
         for name, tower in self.positions.items():
-            row = tower(logits[name][:, 0], inputs[ft.POSITION], surface, training=training)
-            shown[name] = row[:, tf.newaxis]
+            row = tower(tf.transpose(logits[name]), inputs[ft.POSITION], surface, training=training)
+            shown[name] = tf.transpose(row)
         return {
             task.name: labelled_loss(
                 self.objectives[task.name],

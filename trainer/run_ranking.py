@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import tensorflow as tf
 import tensorflow_transform as tft
 
 from schema.contract import DatasetSpec, dataset_spec_from_json
-from schema.errors import CheckpointError
+from schema.errors import CheckpointError, ConfigError
 from trainer import features
 from trainer.calibration import Calibrator
 from trainer.catalogue import Catalogue
@@ -30,7 +31,7 @@ from trainer.checkpoint import (
     write_checkpoint,
 )
 from trainer.config import RankingConfig
-from trainer.debiasing import PositionStatistics, position_statistics
+from trainer.debiasing import PositionStatistics, has_position_bias, position_statistics
 from trainer.distillation import distil, latest_requests
 from trainer.encoder import embedding_width
 from trainer.fingerprint import (
@@ -72,6 +73,8 @@ _PRERANKER = "preranker/"
 _PRERANKER_SCORES = "preranker_scores"
 # About so many candidates in a golden request.
 _GOLDEN_ITEMS = 20
+
+_logger = logging.getLogger(__name__)
 
 
 def run_fn(fn_args: Any) -> None:
@@ -312,11 +315,24 @@ def read_positions(
     spec: DatasetSpec,
     config: RankingConfig,
 ) -> dict[str, PositionStatistics] | None:
-    """The training labels by position, by task; None without a position tower."""
+    """The training labels by position, by task that gets a position tower; None where positions are not used.
+
+    Raises:
+      ConfigError: no task gets a tower.
+    """
     if config.position.kind == "none":
         return None
+    tasks = [task for task in spec.tasks if has_position_bias(config.position, task)]
+    others = ", ".join(task.name for task in spec.tasks if task not in tasks)
+    if not tasks:
+        raise ConfigError(
+            f"ranking.position.kind {config.position.kind!r} suits no task of the dataset {spec.name!r} "
+            f"({others}); see docs/debiasing.md, or remove the setting."
+        )
+    if others:
+        _logger.warning("phase=positions kind=%s tasks_without_tower=%s", config.position.kind, others)
     return position_statistics(
-        train_windows.as_numpy_iterator(), spec.tasks, config.position, *_surfaces(transform_output, spec)
+        train_windows.as_numpy_iterator(), tasks, config.position, *_surfaces(transform_output, spec)
     )
 
 

@@ -29,6 +29,11 @@ from trainer.off_policy import effective_sample_size
 NAN = math.nan
 CLICK = TaskSpec(name="click", label="y", kind=TaskKind.BINARY)
 WATCH = TaskSpec(name="watch", label="t", kind=TaskKind.WATCH_TIME)
+SHARE = TaskSpec(name="share", label="c", kind=TaskKind.COMPLETION)
+ORDINAL = TaskSpec(name="ordinal", label="t", kind=TaskKind.WATCH_TIME, method="ordinal")
+RANKS = TaskSpec(
+    name="ranks", label="t", kind=TaskKind.WATCH_TIME, method="duration_quantiles", duration_feature="length"
+)
 STARS = TaskSpec(name="stars", label="r", kind=TaskKind.REGRESSION)
 PAL = PositionConfig(kind="pal", max_position=3)
 ADDITIVE = PositionConfig(kind="additive", max_position=3)
@@ -194,14 +199,14 @@ def test_smoothing_pads_beyond_the_data_and_gives_up_on_one_position_or_no_posit
 
 
 def test_pal_starts_as_the_product_of_the_relative_click_rate_and_relevance() -> None:
-    bias = PositionBias(PAL, TaskKind.BINARY, STATISTICS)
+    bias = PositionBias(PAL, CLICK, STATISTICS)
     for position, factor in ((1, 1.0), (2, 0.75), (3, 0.25)):
         assert sigmoid(at(bias, position)) == pytest.approx(factor * sigmoid(0.3), rel=1e-5)
     np.testing.assert_allclose(bias.examination_curve(), [[NAN, 1.0, 0.75, 0.25]], rtol=1e-5)
 
 
 def test_additive_starts_with_the_log_odds_of_the_click_rates_around_their_mean() -> None:
-    bias = PositionBias(ADDITIVE, TaskKind.BINARY, STATISTICS)
+    bias = PositionBias(ADDITIVE, CLICK, STATISTICS)
     odds = log_odds([0.4, 0.3, 0.1])
     mean = 0.5 * odds[0] + 0.3 * odds[1] + 0.2 * odds[2]
     for position in (1, 2, 3):
@@ -209,15 +214,15 @@ def test_additive_starts_with_the_log_odds_of_the_click_rates_around_their_mean(
 
 
 def test_expected_watch_time_is_multiplied() -> None:
-    pal = PositionBias(PAL, TaskKind.WATCH_TIME, STATISTICS)
+    pal = PositionBias(PAL, WATCH, STATISTICS)
     assert at(pal, 3) == pytest.approx(0.3 + math.log(0.25), rel=1e-5)
-    additive = PositionBias(ADDITIVE, TaskKind.WATCH_TIME, STATISTICS)
+    additive = PositionBias(ADDITIVE, WATCH, STATISTICS)
     # Both forms are the same family; they differ in what is served.
     np.testing.assert_allclose(additive.examination_curve(), pal.examination_curve(), rtol=1e-5)
 
 
 def test_served_probability_is_that_of_the_average_training_position() -> None:
-    bias = PositionBias(PAL, TaskKind.BINARY, STATISTICS)
+    bias = PositionBias(PAL, CLICK, STATISTICS)
     mean = 0.5 * 1 + 0.3 * 0.75 + 0.2 * 0.25
     logits = tf.constant([[0.3, -2.0]])
     np.testing.assert_allclose(sigmoid(bias.served(logits)), mean * sigmoid(logits), rtol=1e-5)
@@ -227,20 +232,20 @@ def test_served_probability_is_that_of_the_average_training_position() -> None:
 
 
 def test_additive_tower_is_left_out_of_serving() -> None:
-    bias = PositionBias(ADDITIVE, TaskKind.BINARY, STATISTICS)
+    bias = PositionBias(ADDITIVE, CLICK, STATISTICS)
     logits = tf.constant([0.3, -2.0])
     np.testing.assert_array_equal(bias.served(logits), logits)
 
 
 @pytest.mark.parametrize("config", [PAL, ADDITIVE], ids=["pal", "additive"])
 def test_unknown_position_counts_as_the_average_one(config: PositionConfig) -> None:
-    bias = PositionBias(config, TaskKind.BINARY, STATISTICS)
+    bias = PositionBias(config, CLICK, STATISTICS)
     assert at(bias, -1) == pytest.approx(float(bias.served(tf.constant(0.3))), rel=1e-6)
     assert at(bias, 3) != pytest.approx(at(bias, -1), abs=0.1)
 
 
 def test_positions_beyond_the_maximum_read_the_last_row() -> None:
-    bias = PositionBias(PAL, TaskKind.BINARY, STATISTICS)
+    bias = PositionBias(PAL, CLICK, STATISTICS)
     assert at(bias, 40) == at(bias, 3)
 
 
@@ -249,7 +254,7 @@ def test_each_surface_has_its_curve_and_an_unknown_one_stands_at_the_average_of_
         rows=[[0, 0, 0, 0], [0, 60, 20, 0], [0, 10, 10, 0]],
         mean_label=[[None] * 4, [0.8, 0.8, 0.4, 0.4], [0.3, 0.3, 0.27, 0.27]],
     )
-    bias = PositionBias(PAL, TaskKind.BINARY, statistics)
+    bias = PositionBias(PAL, CLICK, statistics)
     curve = bias.examination_curve()
     np.testing.assert_allclose(curve[1:, 1:3], [[1, 0.5], [1, 0.9]], rtol=1e-5)
     assert np.isnan(curve[0]).all()
@@ -262,7 +267,7 @@ def test_each_surface_has_its_curve_and_an_unknown_one_stands_at_the_average_of_
 
 def test_best_position_is_certain_even_if_it_is_not_the_first() -> None:
     statistics = PositionStatistics(rows=[[0, 5, 5, 5]], mean_label=[[0.9, 0.2, 0.4, 0.1]])
-    bias = PositionBias(PAL, TaskKind.BINARY, statistics)
+    bias = PositionBias(PAL, CLICK, statistics)
     assert at(bias, 2) == pytest.approx(0.3, abs=1e-6)
     # Position 0 was never shown: it neither sets the scale nor is it more than certain.
     assert at(bias, 0) == pytest.approx(0.3, abs=1e-6)
@@ -270,7 +275,7 @@ def test_best_position_is_certain_even_if_it_is_not_the_first() -> None:
 
 
 def test_additive_curve_compares_the_same_rows_at_both_positions() -> None:
-    bias = PositionBias(ADDITIVE, TaskKind.BINARY, STATISTICS)
+    bias = PositionBias(ADDITIVE, CLICK, STATISTICS)
     logits = np.array([-3.0, 0.0, 4.0])
     odds = log_odds([0.4, 0.3, 0.1])
     b = odds - odds @ [0.5, 0.3, 0.2]
@@ -282,7 +287,7 @@ def test_additive_curve_compares_the_same_rows_at_both_positions() -> None:
 
 def test_additive_curve_of_a_surface_averages_over_its_own_rows() -> None:
     two = PositionStatistics([[0, 5, 5, 0]] * 2, [[0.5, 0.5, 0.2, 0.2]] * 2)
-    bias = PositionBias(ADDITIVE, TaskKind.BINARY, two)
+    bias = PositionBias(ADDITIVE, CLICK, two)
     curve = bias.examination_curve([-6.0, -6.0, 3.0], [0, 0, 1])
     # Where clicks are rare the ratio is that of the odds; where they are frequent it is near 1.
     odds = log_odds([0.5, 0.2])
@@ -291,25 +296,25 @@ def test_additive_curve_of_a_surface_averages_over_its_own_rows() -> None:
 
 
 def test_position_where_everything_is_clicked_has_finite_log_odds() -> None:
-    bias = PositionBias(ADDITIVE, TaskKind.BINARY, PositionStatistics([[0, 5, 5]], [[1.01, 1.01, 0.5]]))
+    bias = PositionBias(ADDITIVE, CLICK, PositionStatistics([[0, 5, 5]], [[1.01, 1.01, 0.5]]))
     assert np.isfinite([at(bias, 1), at(bias, 2)]).all()
 
 
 def test_untrained_tower_and_head_serve_the_mean_label() -> None:
     for config in (PAL, ADDITIVE):
-        for task, served in ((TaskKind.BINARY, log_odds(0.3)), (TaskKind.WATCH_TIME, 0.0)):
+        for task, served in ((CLICK, log_odds(0.3)), (WATCH, 0.0), (ORDINAL, log_odds(0.3))):
             bias = PositionBias(config, task, STATISTICS)
             body = tf.constant(bias.initial_bias(float(served)), tf.float32)
             assert float(bias.served(body)) == pytest.approx(served, abs=1e-5)
 
 
 def test_initial_bias_stays_finite_when_nearly_everything_is_clicked() -> None:
-    assert np.isfinite(PositionBias(PAL, TaskKind.BINARY, STATISTICS).initial_bias(4.0))
+    assert np.isfinite(PositionBias(PAL, CLICK, STATISTICS).initial_bias(4.0))
 
 
 def test_dropped_positions_read_as_unknown_in_training_only() -> None:
     config = PositionConfig(kind="pal", max_position=3, dropout_fraction=0.25)
-    bias = PositionBias(config, TaskKind.BINARY, STATISTICS)
+    bias = PositionBias(config, CLICK, STATISTICS)
     logits, position = tf.zeros([4000]), tf.fill([4000], 3)
     tf.random.set_seed(1)
     trained = bias(logits, position, training=True).numpy()
@@ -322,12 +327,12 @@ def test_dropped_positions_read_as_unknown_in_training_only() -> None:
 
 def test_exploration_curve_is_not_trained() -> None:
     config = PositionConfig(kind="pal", max_position=3, learn_from="exploration")
-    assert PositionBias(config, TaskKind.BINARY, STATISTICS).trainable_variables == []
-    assert len(PositionBias(PAL, TaskKind.BINARY, STATISTICS).trainable_variables) == 1
+    assert PositionBias(config, CLICK, STATISTICS).trainable_variables == []
+    assert len(PositionBias(PAL, CLICK, STATISTICS).trainable_variables) == 1
 
 
 def test_weights_survive_saving_in_a_module(tmp_path: Any) -> None:
-    bias = PositionBias(PAL, TaskKind.BINARY, STATISTICS)
+    bias = PositionBias(PAL, CLICK, STATISTICS)
     bias.set_weights([np.array([[0, 0.0, -0.05, 0.1]], np.float32)])
     module = tf.Module()
     module.weights = bias.weights
@@ -341,26 +346,52 @@ def test_weights_survive_saving_in_a_module(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("kind", "task", "expected"),
     [
-        ("none", TaskKind.BINARY, False),
-        ("additive", TaskKind.BINARY, True),
-        ("additive", TaskKind.REGRESSION, True),
-        ("pal", TaskKind.BINARY, True),
-        ("pal", TaskKind.WATCH_TIME, True),
-        ("pal", TaskKind.REGRESSION, False),
+        ("none", CLICK, False),
+        ("additive", CLICK, True),
+        ("additive", STARS, True),
+        ("additive", ORDINAL, True),
+        ("pal", CLICK, True),
+        ("pal", SHARE, True),
+        ("pal", WATCH, True),
+        ("pal", ORDINAL, True),
+        ("pal", RANKS, False),
+        ("pal", STARS, False),
     ],
 )
-def test_tasks_that_get_a_tower(kind: Any, task: TaskKind, expected: bool) -> None:
+def test_tasks_that_get_a_tower(kind: Any, task: TaskSpec, expected: bool) -> None:
     config = PositionConfig(kind=kind, max_position=3)
     assert has_position_bias(config, task) is expected
     if not expected:
-        with pytest.raises(ConfigError, match=f"'{kind}' does not suit a task of kind '{task.value}'"):
+        with pytest.raises(ConfigError, match=f"'{kind}' does not suit the task '{task.name}'"):
             PositionBias(config, task, STATISTICS)
+
+
+def test_being_seen_multiplies_the_probability_of_every_threshold() -> None:
+    bias = PositionBias(PAL, ORDINAL, STATISTICS)
+    # Two thresholds of three rows, at positions with e = 1, .75 and .25 and, on average, .775.
+    logits = log_odds([[0.8, 0.8, 0.8], [0.2, 0.2, 0.2]]).astype(np.float32)
+    shown = bias(tf.constant(logits), tf.constant([1, 2, 3]))
+    np.testing.assert_allclose(sigmoid(shown), [[0.8, 0.6, 0.2], [0.2, 0.15, 0.05]], rtol=1e-5)
+    served = bias.served(tf.constant(logits))
+    np.testing.assert_allclose(sigmoid(served), [[0.62] * 3, [0.155] * 3], rtol=1e-5)
+    np.testing.assert_allclose(bias.examination_curve(), [[NAN, 1.0, 0.75, 0.25]], rtol=1e-5)
+
+
+def test_a_shift_of_many_thresholds_is_the_same_for_each_and_has_no_curve() -> None:
+    bias = PositionBias(ADDITIVE, ORDINAL, STATISTICS)
+    shift = at(bias, 1) - at(bias, 3)
+    logits = tf.constant([[0.5, 0.5], [-1.0, -1.0]])
+    shown = bias(logits, tf.constant([1, 3])).numpy()
+    np.testing.assert_allclose(shown[:, 0] - shown[:, 1], [shift, shift], rtol=1e-5)
+    np.testing.assert_allclose(bias.served(logits), logits, rtol=1e-6)
+    with pytest.raises(ConfigError, match="no examination curve"):
+        bias.examination_curve()
 
 
 def test_position_shifts_a_regression_task_and_has_no_curve() -> None:
     windows = windows_of(position=[1, 2, 1, 2], r=[-4.0, 3.0, 2.0, 1.0])
     statistics = position_statistics(windows, [STARS], ADDITIVE)["stars"]
-    bias = PositionBias(ADDITIVE, TaskKind.REGRESSION, statistics)
+    bias = PositionBias(ADDITIVE, STARS, statistics)
     assert at(bias, 2) == pytest.approx(0.3)
     bias.set_weights([np.array([[0, 0.1, -0.1, 0]], np.float32)])
     assert at(bias, 1) - at(bias, 2) == pytest.approx(2.0, rel=1e-5)
@@ -390,7 +421,7 @@ def trained_curve(
 ) -> np.ndarray:
     """The curve of a logistic regression on one feature, trained along with the tower."""
     windows = [{"position": position, "y": clicks, **more}]
-    bias = PositionBias(config, TaskKind.BINARY, position_statistics(windows, [CLICK], config)["click"])
+    bias = PositionBias(config, CLICK, position_statistics(windows, [CLICK], config)["click"])
     weight, intercept = tf.Variable(0.0), tf.Variable(0.0)
     x = tf.constant(feature, tf.float32)
     optimizer = tf.keras.optimizers.Adam(0.03)

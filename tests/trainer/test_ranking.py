@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from schema.contract import WatchTimeMethod
 from schema.errors import ConfigError, DataError
 from tests.trainer import ranking_world as world
 from trainer import baselines, features, metrics
 from trainer.body_config import ExpertsConfig, InteractionConfig, PastConfig
 from trainer.calibration_config import CalibrationConfig
 from trainer.config import RankingConfig
+from trainer.debiasing import PositionStatistics
+from trainer.debiasing_config import PositionConfig
 from trainer.label_statistics import LabelStatistics, label_statistics
 from trainer.ranking import RankingModel, calibrate, evaluate, train
 
@@ -112,6 +115,29 @@ def test_loss_is_the_weighted_sum_of_mean_task_losses_over_labelled_rows() -> No
     expected = math.log(2) + 0.5 * 4.0 + 2 * math.log(2)
     assert model.compute_loss(rows).numpy() == pytest.approx(expected, rel=1e-5)
     assert evaluate(model, world.batches(rows, 10))["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_being_seen_is_in_the_loss_of_every_threshold_and_averaged_in_what_is_served() -> None:
+    *others, watch = SPEC.tasks
+    watch = watch.model_copy(update={"method": WatchTimeMethod.ORDINAL, "num_thresholds": 3})
+    spec = world.spec(tasks=[task.model_dump() for task in (*others, watch)])
+    rows = world.rows(256, seed=1)
+    rows["position"] = np.arange(256) % 3 + 1
+    statistics = label_statistics([rows], spec.tasks)
+    # Seen with a chance of 1, .75 and .25; the average impression with one of .775.
+    positions = PositionStatistics([[0, 50, 30, 20]] * 4, [[8.0, 8.0, 6.0, 2.0]] * 4)
+    config = CONFIG.model_copy(update={"position": PositionConfig(kind="pal", max_position=3)})
+    by_task = {"click": positions, "watch": positions}
+    model = RankingModel(spec, world.VOCABULARY_SIZES, statistics, world.attributes(spec), config, by_task)
+    served = outputs_of(model, rows)["watch"]
+    np.testing.assert_allclose(served, rows["watch_time_s"].mean(), rtol=1e-4)
+    rates = np.array(statistics["watch"].exceedance)
+    assert rates.max() / 0.775 < 0.99
+    shown = np.array([1.0, 0.75, 0.25])[rows["position"] - 1, np.newaxis] * rates / 0.775
+    above = rows["watch_time_s"][:, np.newaxis] > np.array(statistics["watch"].thresholds[0])
+    expected = -np.where(above, np.log(shown), np.log1p(-shown)).mean()
+    total, weight = model.task_losses(model(rows), rows)["watch"]
+    assert float(total / weight) == pytest.approx(expected, rel=1e-4)
 
 
 def test_task_without_labels_in_a_batch_leaves_its_head_alone() -> None:

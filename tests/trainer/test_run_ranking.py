@@ -57,7 +57,13 @@ SPEC = DatasetSpec.model_validate(
         "positive": "click",
         "tasks": [
             {"name": "click", "label": "click", "kind": "binary", "score_weight": 1.0},
-            {"name": "watch", "label": "watch_time_s", "kind": "watch_time", "score_weight": 0.01},
+            {
+                "name": "watch",
+                "label": "watch_time_s",
+                "kind": "watch_time",
+                "method": "ordinal",
+                "score_weight": 0.01,
+            },
         ],
         "split": {"fractions": [0.8, 0.1, 0.1]},
         "counters": {"keys": ["item_id", "creator_id"], "windows_days": [1]},
