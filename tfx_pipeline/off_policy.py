@@ -21,6 +21,7 @@ from tfx_pipeline.batch_score import SCORE, load_ranker, predict_rows, read_know
 from trainer.features import EVENT_TIME, EXPLORATION, ITEM_ID, POSITION, PROPENSITY, SURFACE, USER_ID
 from trainer.off_policy import LoggedActions, PolicyFacts, evaluate_policy, greedy_probabilities
 from trainer.ranking_comparison import why_not_numbers
+from trainer.score import is_negative_feedback
 
 POPULARITY = "popularity"
 SCREEN = "screen"
@@ -54,8 +55,9 @@ def evaluate_ranker(
       on_progress: called with the number of rows scored after each batch.
 
     Returns:
-      Estimates by what picks: `score`, each task, and POPULARITY, the items with most positives in training.
-      Refused is what the log has too few screens for, and a task that predicts no numbers.
+      Estimates by what picks: `score`, each task (of negative feedback the least likely), and POPULARITY, the
+      items with most positives in training. Refused is what the log has too few screens for, and a task that
+      predicts no numbers.
 
     Raises:
       ConfigError: the dataset has no such label.
@@ -75,9 +77,10 @@ def evaluate_ranker(
         name="positives"
     )
     counted = screens.select(ITEM_ID).join(positives, on=ITEM_ID, how="left", maintain_order="left")
+    against = {task.name for task in spec.tasks if is_negative_feedback(task)}
     scores = {
         SCORE: predictions.pop(SCORE),
-        **predictions,
+        **{name: -values if name in against else values for name, values in predictions.items()},
         POPULARITY: counted["positives"].fill_null(0).to_numpy(),
     }
     screen = screens[SCREEN].to_numpy()

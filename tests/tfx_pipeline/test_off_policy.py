@@ -106,7 +106,9 @@ def run(tmp_path, monkeypatch):
     def predict(table, knowledge, spec, ranker, on_progress):
         on_progress(len(table))
         second = (table["position"].to_numpy() == 2).astype(np.float32)
-        return {"click": second, "like": -second, "watch_time": 0 * second, "score": second}
+        # Negative feedback speaks for what has the least of it.
+        disliked = {"completion": 0 * second, "dislike": -second}
+        return {"click": second, "like": -second, "watch_time": 0 * second, "score": second, **disliked}
 
     monkeypatch.setattr(off_policy, "predict_rows", predict)
     monkeypatch.setattr(off_policy, "load_ranker", lambda folder, spec: None)
@@ -126,12 +128,14 @@ def evaluate(run, **change):
 
 def test_value_of_the_first_choice_worked_by_hand(run):
     found = evaluate(run)
-    assert list(found.estimates) == ["score", "click", "like", "watch_time", "popularity"]
+    tasks = ["click", "like", "watch_time", "completion", "dislike"]
+    assert list(found.estimates) == ["score", *tasks, "popularity"]
     assert (found.refused, found.absent) == ({}, "")
     # Half of the second rows were clicked, no first row, and a constant task picks either with half.
     values = {name: estimate.values[IPS].value for name, estimate in found.estimates.items()}
     assert values == pytest.approx(
-        {"score": 0.5, "click": 0.5, "like": 0.0, "watch_time": 0.25, "popularity": 0.25}
+        {"score": 0.5, "click": 0.5, "like": 0.0, "dislike": 0.5}
+        | dict.fromkeys(("watch_time", "completion", "popularity"), 0.25)
     )
     of_score = found.estimates["score"]
     assert of_score.logged.value == pytest.approx(0.25)
@@ -152,8 +156,8 @@ def test_a_policy_with_poor_support_or_without_numbers_is_refused_and_the_others
 
     monkeypatch.setattr(off_policy, "predict_rows", with_gaps)
     found = evaluate(run)
-    assert set(found.estimates) == {"watch_time", "popularity"}
-    assert set(found.refused) == {"score", "click", "like"}
+    assert set(found.estimates) == {"watch_time", "completion", "popularity"}
+    assert set(found.refused) == {"score", "click", "like", "dislike"}
     assert "80 rows weigh as much as 40.0 of equal weight, fewer than 50" in found.refused["score"]
     assert found.refused["like"] == "3 of 80 predictions of like are NaN or infinite"
 
