@@ -172,7 +172,8 @@ def recommendations_table(
             _title(titles, item.item_id),
             reason,
             f"{item.retrieval_score:.3f}",
-            *(f"{item.predictions[task]:.3f}" for task in tasks),
+            # Not three decimals: a rare task would be 0.000 in every row.
+            *(f"{item.predictions[task]:.3g}" for task in tasks),
             f"[bold]{item.score:.3f}[/bold]",
         )
     return table

@@ -10,6 +10,7 @@ import time
 import pytest
 from rich.console import Console
 
+from serving.answers import Recommendation, Recommendations
 from tfx_pipeline import console
 from tfx_pipeline.console import ComponentProgress, shown
 from tfx_pipeline.run_result import ComponentTiming
@@ -81,3 +82,14 @@ def test_a_finished_component_leaves_a_line_and_hears_no_more() -> None:
     components.stop()
     components.stop()
     assert heard == before
+
+
+def test_recommendations_show_what_a_rare_task_predicts() -> None:
+    item = Recommendation("v1", 1, 3.1, "v2", {"click": 0.8674, "dislike": 0.000312}, 0.8643, True)
+    answer = Recommendations((item,), user_is_known=True, history_length=1, model_versions={})
+    screen = io.StringIO()
+    table = console.recommendations_table(answer, {"v1": "a title"}, ["click", "dislike"], "user u1")
+    Console(file=screen, width=100).print(table)
+    (row,) = (line for line in screen.getvalue().splitlines() if "a title" in line)
+    expected = ["1", "a title", "v2", "3.100", "0.867", "0.000312", "0.864"]
+    assert [cell.strip() for cell in row.strip("│").split("│")] == expected
