@@ -80,27 +80,40 @@ class _ShowInTerminal(logging.Handler):
         self._task = display.add_task(f"{title} …", total=None)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Replaces what stands beside the spinner."""
+        """Replaces what stands beside the spinner; work that is over leaves the spinner alone."""
         progress: Progress | None = getattr(record, ATTRIBUTE, None)
         task = self._display.tasks[self._task]
+        if progress is not None and progress.done == progress.total:
+            # What comes next may tell nothing, and is not the work that was told last.
+            task.total, task.description = None, f"{self._title} …"
+            return
         task.total = None if progress is None else progress.total
         task.completed = 0 if progress is None else progress.done
         task.description = f"{self._title} … [dim]{escape(record.getMessage())}[/dim]"
 
 
 class _PrintProgress(logging.Handler):
-    """Prints how far the work has come, a line at a time and not too often."""
+    """Prints how far the work has come, a line at a time and not too often, and the end of what it began."""
 
     def __init__(self, title: str, console: Console) -> None:
         super().__init__(logging.INFO)
         self._title = title
         self._console = console
         self._printed_s = time.monotonic()
+        # The work of the last line, unless it was over.
+        self._begun: str | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         """Prints a line, if the record tells how far the work has come."""
-        if hasattr(record, ATTRIBUTE) and time.monotonic() - self._printed_s > _LINE_INTERVAL_S:
+        progress: Progress | None = getattr(record, ATTRIBUTE, None)
+        if progress is None:
+            return
+        is_over = progress.done == progress.total
+        if (is_over and progress.what == self._begun) or (
+            time.monotonic() - self._printed_s > _LINE_INTERVAL_S
+        ):
             self._printed_s = time.monotonic()
+            self._begun = None if is_over else progress.what
             self._console.print(f"  {self._title}: {escape(record.getMessage())}", soft_wrap=True)
 
 

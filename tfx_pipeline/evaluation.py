@@ -329,7 +329,7 @@ def retrieved(folder: Path, examples: Sequence[bytes], k: int) -> np.ndarray:
         raise ServingError(
             f"{folder} is no retrieval model: it has no signature {_SIGNATURE} with the output {_ITEM_IDS}"
         )
-    for batch in batches(len(examples), _USERS_PER_CALL, "users"):
+    for batch in batches(len(examples), _USERS_PER_CALL, "users given lists"):
         try:
             answer = signature(examples=tf.constant(examples[batch], tf.string))
         except tf.errors.InvalidArgumentError as error:
@@ -345,7 +345,7 @@ def predicted(folder: Path, examples: Sequence[bytes], spec: DatasetSpec) -> dic
       ServingError: as `retrieved`.
     """
     ranker = load_ranker(folder, spec)
-    parts = [ranker(examples[batch]) for batch in batches(len(examples), _ROWS_PER_CALL, "rows")]
+    parts = [ranker(examples[batch]) for batch in batches(len(examples), _ROWS_PER_CALL, "rows scored")]
     return {
         task.name: np.concatenate([part[task.name] for part in parts]).astype(np.float64)
         for task in spec.tasks

@@ -18,7 +18,12 @@ logger = logging.getLogger(__name__)
 
 
 class Progress(NamedTuple):
-    """So many of all the things of some work are done."""
+    """So many of all the things of some work are done.
+
+    Attributes:
+      done, total: numbers of things; where they are equal, the work is over.
+      what: the things, plural, and what is done to them: "users ranked".
+    """
 
     done: int
     total: int
@@ -29,26 +34,33 @@ class Progress(NamedTuple):
 
 
 def batches(total: int, size: int, what: str) -> Iterator[slice]:
-    """Cuts things into batches, and tells how many are done, once a second at most.
+    """Cuts things into batches, and tells how many are done: once a second at most, and at the end.
+
+    Work that is over within a second tells nothing, not even its end.
 
     Args:
       total: number of the things.
       size: number of those in a batch; the last may be smaller.
-      what: their name, plural.
+      what: see `Progress`.
 
     Yields:
       The place of each batch among all, in order.
     """
-    told_s = time.monotonic()
+    told_s, has_told = time.monotonic(), False
     for start in range(0, total, size):
         if time.monotonic() - told_s > _INTERVAL_S:
-            told_s = time.monotonic()
-            progress = Progress(start, total, what)
-            logger.info("%s", progress, extra={ATTRIBUTE: progress})
+            told_s, has_told = time.monotonic(), True
+            _tell(Progress(start, total, what))
         yield slice(start, min(start + size, total))
+    if has_told:
+        _tell(Progress(total, total, what))
 
 
 def tracked(things: Sequence[_T], what: str) -> Iterator[_T]:
     """The things, one by one; tells how many are done as `batches` does."""
     for one in batches(len(things), 1, what):
         yield things[one.start]
+
+
+def _tell(progress: Progress) -> None:
+    logger.info("%s", progress, extra={ATTRIBUTE: progress})

@@ -129,7 +129,7 @@ def baseline_predictions(
     # Trees grow in a thread beside the linear models, which take as long.
     with ThreadPoolExecutor(max_workers=1) as beside:
         grown: dict[str, Future[FloatArray]] = {}
-        for task in tracked(tables.spec.tasks, "tasks of the baselines"):
+        for task in tracked(tables.spec.tasks, "linear baselines fitted"):
             labels = tables.labels(task.label)
             known = train[~np.isnan(labels[train])]
             has_train, has_eval = ~np.isnan(labels[fitted_on]), ~np.isnan(labels[judged_on])

@@ -76,7 +76,7 @@ def compare_ranking(
         raise ShapeError(f"predictions of {', '.join(judged.predictions)}; expected some of {CANDIDATE!r}.")
     users = np.unique(judged.rows[USER_ID].to_numpy(), return_inverse=True)[1]
     results = []
-    for part in tracked(slices_of(judged.rows, by), "slices"):
+    for part in tracked(slices_of(judged.rows, by), "slices compared"):
         measured: dict[str, Measured] = {}
         for task in tasks:
             measured |= _measure(judged, task, users, part.mask)

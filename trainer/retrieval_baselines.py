@@ -118,11 +118,11 @@ def baseline_lists(
     matrix = train.matrix()
     knn = {
         f"K={NUM_NEIGHBOURS} K1={BM25_K1:g} B={b:g}": item_knn(matrix, b=b)
-        for b in tracked(KNN_CHOICES, "settings of item-kNN")
+        for b in tracked(KNN_CHOICES, "settings of item-kNN fitted")
     }
     factors = {
         f"{IALS_FACTORS} factors, alpha={alpha:g}, ridge={alpha * ridge:g}": ials(matrix, alpha, ridge, seed)
-        for alpha, ridge in tracked(IALS_CHOICES, "settings of iALS")
+        for alpha, ridge in tracked(IALS_CHOICES, "settings of iALS fitted")
     }
     num_cold = sum(not len(codes) for codes in seen)
     fitted = f"on {int(matrix.nnz):,} of {len(train.users):,} train positives"

@@ -85,7 +85,7 @@ def compare_retrieval(
     is_cold = judged.positives["is_cold"].to_numpy()
     of_lists = _list_metrics(judged, min(ks))
     results = []
-    for part in tracked(slices_of(judged.positives, by), "slices"):
+    for part in tracked(slices_of(judged.positives, by), "slices compared"):
         measured = _measure(judged, ranks, of_lists, user, is_cold, part, ks)
         num_users = len(np.unique(user[part.mask]))
         results.append(slice_result(part.key, num_users, num_users, measured, settings))

@@ -128,7 +128,7 @@ def validate(
             _rank_unseen(
                 tf.constant(query_vectors[batch]), candidates, tf.constant(users.seen_rows[batch])
             ).numpy()
-            for batch in batches(len(users), batch_size, "users")
+            for batch in batches(len(users), batch_size, "validation users ranked")
         ]
     )
     hits, num_positives = metrics.match_positives(ranked, users.positive_rows)

@@ -29,11 +29,11 @@ def _terminal(screen: io.StringIO) -> Console:
     return Console(file=screen, force_terminal=True, width=100)
 
 
-def _frame_seen(screen: io.StringIO, text: str) -> str:
-    """The line on the screen once it shows a text; it is drawn ten times a second."""
+def _frame_seen(screen: io.StringIO, text: str, start: int = 0) -> str:
+    """The line on the screen, from a place on, once it shows a text; it is drawn ten times a second."""
     deadline_s = time.monotonic() + 5
     while time.monotonic() < deadline_s:
-        for line in re.split(r"[\r\n]", screen.getvalue()):
+        for line in re.split(r"[\r\n]", screen.getvalue()[start:]):
             plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line)
             if text in plain:
                 return plain
@@ -54,6 +54,19 @@ def test_a_terminal_shows_what_is_logged_and_a_bar_once_the_total_is_known() -> 
     assert "later" not in screen.getvalue()
 
 
+def test_a_terminal_has_a_plain_spinner_again_once_all_is_done() -> None:
+    screen = io.StringIO()
+    with shown("Evaluator.retrieval", _terminal(screen)):
+        batches = progress.batches(1_000, 500, "users ranked")
+        next(batches), next(batches)
+        _frame_seen(screen, "500 of 1,000 users ranked (50 %)")
+        assert list(batches) == []
+        # The frame that was begun before may still have the bar.
+        _frame_seen(screen, "Evaluator.retrieval …", len(screen.getvalue()))
+        frame = _frame_seen(screen, "Evaluator.retrieval …", len(screen.getvalue()))
+    assert re.fullmatch(r"\S Evaluator\.retrieval …\s*", frame)
+
+
 def test_elsewhere_progress_is_plain_lines_and_not_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
@@ -62,9 +75,12 @@ def test_elsewhere_progress_is_plain_lines_and_not_too_many(monkeypatch: pytest.
         LOGGER.info("epoch 1")
         for _ in progress.batches(1_000, 100, "users"):
             clock[0] += 2
-    # Steps of 2 seconds, lines at least 5 apart.
+        for _ in progress.batches(2, 1, "slices compared"):
+            clock[0] += 1
+    # Steps of 2 seconds, lines at least 5 apart; at the end a line for what had lines, and for nothing else.
     assert screen.getvalue().splitlines() == [
-        f"  judging the retrieval model: {done} of 1,000 users ({done // 10} %)" for done in (300, 600, 900)
+        f"  judging the retrieval model: {done:,} of 1,000 users ({done // 10} %)"
+        for done in (300, 600, 900, 1_000)
     ]
 
 

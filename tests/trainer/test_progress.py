@@ -27,14 +27,27 @@ def test_batches_cover_everything_once_and_the_last_may_be_smaller() -> None:
     assert list(progress.batches(0, 3, "users")) == []
 
 
-def test_every_second_it_is_told_how_many_are_done(
+def test_every_second_and_at_the_end_it_is_told_how_many_are_done(
     now_s: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, progress.logger.name):
-        for _ in progress.batches(10_000, 1_000, "users"):
+        for _ in progress.batches(10_000, 1_000, "users ranked"):
             now_s[0] += 0.4
-    assert _told(caplog) == [Progress(done, 10_000, "users") for done in (3_000, 6_000, 9_000)]
-    assert caplog.messages[0] == "3,000 of 10,000 users (30 %)"
+    told = [Progress(done, 10_000, "users ranked") for done in (3_000, 6_000, 9_000, 10_000)]
+    assert _told(caplog) == told
+    assert caplog.messages[0] == "3,000 of 10,000 users ranked (30 %)"
+    assert caplog.messages[-1] == "10,000 of 10,000 users ranked (100 %)"
+
+
+def test_work_that_breaks_off_is_not_told_to_be_done(
+    now_s: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, progress.logger.name):
+        for batch in progress.batches(10, 1, "users ranked"):
+            now_s[0] += 2
+            if batch.start == 2:
+                break
+    assert _told(caplog) == [Progress(1, 10, "users ranked"), Progress(2, 10, "users ranked")]
 
 
 def test_work_that_is_done_in_a_second_tells_nothing(
@@ -47,6 +60,6 @@ def test_work_that_is_done_in_a_second_tells_nothing(
 
 def test_things_that_are_tracked_count_one_each(now_s: list[float], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, progress.logger.name):
-        for _ in progress.tracked(["popularity", "iALS", "item-kNN"], "baselines"):
+        for _ in progress.tracked(["popularity", "iALS", "item-kNN"], "baselines fitted"):
             now_s[0] += 2
-    assert _told(caplog) == [Progress(1, 3, "baselines"), Progress(2, 3, "baselines")]
+    assert _told(caplog) == [Progress(done, 3, "baselines fitted") for done in (1, 2, 3)]

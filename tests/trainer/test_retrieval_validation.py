@@ -51,8 +51,10 @@ def test_small_steps_give_the_same_figures_and_tell_how_far_they_are(
     with caplog.at_level(logging.INFO):
         assert validate(QUERIES, CANDIDATES, USERS) == whole
     told = [record.message for record in caplog.records if record.name == progress.logger.name]
-    percents = {0: 0, 6: 26, 12: 52, 18: 78}
-    assert told == [f"{done} of 23 users ({percent} %)" for done, percent in percents.items()]
+    percents = {0: 0, 6: 26, 12: 52, 18: 78, 23: 100}
+    assert told == [
+        f"{done} of 23 validation users ranked ({percent} %)" for done, percent in percents.items()
+    ]
 
 
 def test_a_catalogue_smaller_than_the_list_is_ranked_as_far_as_it_goes() -> None:
