@@ -32,12 +32,13 @@ from aiohttp import web
 from schema.errors import ConfigError, FunnelError, ServingError
 from serving.batching_config import BatchingParameters, read_batching_parameters
 from serving.config import ModelConfig, parse_model_config, read_model_config
+from serving.cores import deal_out_cpus
 from serving.flags import OFF, parse_flags
 from serving.status import RequestError
 from serving.thread_pool import ThreadPool
 from serving.tls import read_server_credentials
 from serving.versions import check_has_version
-from serving.workers import Supervisor, WorkerLink, deal_out_cores, reserve_port, shared_metrics
+from serving.workers import Supervisor, WorkerLink, reserve_port, shared_metrics
 
 if TYPE_CHECKING:
     from serving.batching import Batcher
@@ -72,18 +73,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run_worker(
     flags: argparse.Namespace,
-    cores: Sequence[int],
+    cpus: Sequence[int],
     connection: Connection,
     config: bytes | None,
     check_labels: bool,
 ) -> None:
-    """What a process of a server with several workers runs, on some cores; it never returns."""
+    """What a process of a server with several workers runs, on some CPUs; it never returns."""
     _quiet_libraries()
     _log("%(asctime)s %(levelname)s worker=%(process)d %(name)s: %(message)s")
-    if cores:
+    if cpus:
         # Threads inherit it from the one that starts them: before there are any.
-        os.sched_setaffinity(0, cores)
-        logger.info("runs on cores %s", ",".join(map(str, cores)))
+        os.sched_setaffinity(0, cpus)
+        logger.info("runs on CPUs %s", ",".join(map(str, cpus)))
     _exit(_exit_code(_serve(flags, WorkerLink(connection, config, check_labels))))
 
 
@@ -121,7 +122,7 @@ async def _supervise(flags: argparse.Namespace) -> int:
     """Runs the server as several workers behind the same two ports."""
     _batching_parameters(flags)
     _server_credentials(flags)
-    cores = deal_out_cores(flags.num_workers) if flags.pin_workers else [[]] * flags.num_workers
+    cpus = deal_out_cpus(flags.num_workers) if flags.pin_workers else [[]] * flags.num_workers
     for config in _model_configs(flags).values():
         check_has_version(config)
     if flags.grpc_socket_path:
@@ -137,7 +138,7 @@ async def _supervise(flags: argparse.Namespace) -> int:
         def start(
             place: int, connection: Connection, config: bytes | None, check_labels: bool
         ) -> SpawnProcess:
-            arguments = (flags, cores[place], connection, config, check_labels)
+            arguments = (flags, cpus[place], connection, config, check_labels)
             return processes.Process(target=_run_worker, args=arguments)
 
         return await Supervisor(flags.num_workers, start).run(lambda versions: _announce(flags, versions))

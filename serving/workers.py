@@ -25,7 +25,7 @@ from typing import Any, Final, TypeAlias
 
 import grpc
 
-from schema.errors import ConfigError, ServingError
+from schema.errors import ServingError
 from serving.status import RequestError
 
 logger = logging.getLogger(__name__)
@@ -314,24 +314,6 @@ class Supervisor:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)  # the loop itself holds it weakly
         task.add_done_callback(self._tasks.discard)
-
-
-def deal_out_cores(num_workers: int) -> list[list[int]]:
-    """Deals out the cores that this process may use evenly among workers, neighbours together.
-
-    Raises:
-      ConfigError: there are more workers than cores, or the system has no way to keep a process on cores.
-    """
-    if not hasattr(os, "sched_setaffinity"):
-        raise ConfigError("--pin_workers needs a system that keeps processes on cores, as Linux does")
-    cores = sorted(os.sched_getaffinity(0))
-    if num_workers > len(cores):
-        raise ConfigError(
-            f"--pin_workers gives each worker a core, but --num_workers={num_workers} and there are "
-            f"{len(cores)} to use; have at most that many workers, or leave --pin_workers out"
-        )
-    bounds = [number * len(cores) // num_workers for number in range(num_workers + 1)]
-    return [cores[first:end] for first, end in itertools.pairwise(bounds)]
 
 
 @contextlib.contextmanager

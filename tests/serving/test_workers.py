@@ -1,6 +1,7 @@
 """Two real workers behind one pair of ports, and the supervisor with made-up ones."""
 
 import asyncio
+import itertools
 import multiprocessing
 import os
 import re
@@ -24,7 +25,8 @@ from tensorflow_serving.apis import (
     prediction_service_pb2_grpc,
 )
 
-from schema.errors import ConfigError, ServingError
+from schema.errors import ServingError
+from serving.cores import deal_out_cpus
 from serving.process import ModelServerProcess
 from serving.status import RequestError
 from serving.workers import (
@@ -33,7 +35,6 @@ from serving.workers import (
     _Ready,
     _Reload,
     _Reloaded,
-    deal_out_cores,
     reserve_port,
 )
 
@@ -112,13 +113,12 @@ def test_new_connections_are_dealt_out_among_the_workers_and_metrics_are_summed(
 
 @pytest.mark.skipif(not TWO_CORES, reason="two workers need two cores to be kept apart")
 def test_all_threads_of_a_pinned_worker_stay_on_its_share_of_the_cores(server):
-    usable = sorted(os.sched_getaffinity(0))
-    half = len(usable) // 2
-    shares = [cores for pid in workers_of(server) for cores in cores_of(pid)]
-    assert sorted(map(sorted, shares)) == [usable[:half], usable[half:]]
-    assert cores_of(server.pid) == {frozenset(usable)}
-    for share in (usable[:half], usable[half:]):
-        assert f"runs on cores {','.join(map(str, share))}\n" in server.log
+    shares = deal_out_cpus(2)
+    threads = [cores for pid in workers_of(server) for cores in cores_of(pid)]
+    assert sorted(map(sorted, threads)) == sorted(map(sorted, shares))
+    assert cores_of(server.pid) == {frozenset(itertools.chain(*shares))}
+    for share in shares:
+        assert f"runs on CPUs {','.join(map(str, share))}\n" in server.log
 
 
 def test_all_workers_take_up_a_new_version(server, base_path, echo_versions):
@@ -178,27 +178,6 @@ def test_a_model_that_does_not_load_is_told_once_and_ends_the_server(tmp_path, e
     ):
         pass
     assert str(caught.value).count("error: ") == 1
-
-
-@pytest.mark.parametrize(
-    ("num_workers", "expected"),
-    [(2, [[1, 3], [4, 6, 9]]), (5, [[1], [3], [4], [6], [9]]), (1, [[1, 3, 4, 6, 9]])],
-)
-def test_usable_cores_are_dealt_out_evenly_in_their_order(monkeypatch, num_workers, expected):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {9, 3, 1, 6, 4})
-    assert deal_out_cores(num_workers) == expected
-
-
-def test_more_workers_than_cores_cannot_be_pinned(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
-    with pytest.raises(ConfigError, match="--num_workers=3 and there are 2 to use"):
-        deal_out_cores(3)
-
-
-def test_workers_cannot_be_pinned_where_the_system_has_no_call_for_it(monkeypatch):
-    monkeypatch.delattr(os, "sched_setaffinity")
-    with pytest.raises(ConfigError, match="as Linux does"):
-        deal_out_cores(2)
 
 
 def test_a_port_that_somebody_has_cannot_be_reserved():
