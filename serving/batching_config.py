@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -11,6 +10,7 @@ from google.protobuf import descriptor_pb2, message_factory, wrappers_pb2
 
 from schema.errors import ConfigError
 from serving.config import read_text_proto
+from serving.cores import usable_cpus
 
 _MICROSECONDS: Final = 1e6
 
@@ -23,7 +23,7 @@ class BatchingParameters:
       max_batch_size: most rows of a batch; a request with more is refused.
       batch_timeout_s: seconds that a batch waits for more rows while a thread is free.
       max_enqueued_batches: most batches of one signature that wait for a thread; requests beyond are refused.
-      num_batch_threads: batches that run at the same time, over all models.
+      num_batch_threads: batches that run at the same time, over all models; one per usable CPU by default.
       allowed_batch_sizes: ascending, the last is max_batch_size; a batch is filled up to the next of them
         with copies of its first row, so that a model sees no other sizes. Empty: no filling up.
       pad_variable_length_inputs: whether requests whose arrays differ beyond the first dimension may share a
@@ -35,7 +35,7 @@ class BatchingParameters:
     max_batch_size: int = 1000
     batch_timeout_s: float = 0.0
     max_enqueued_batches: int = 10
-    num_batch_threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+    num_batch_threads: int = field(default_factory=lambda: len(usable_cpus()))
     allowed_batch_sizes: tuple[int, ...] = ()
     pad_variable_length_inputs: bool = False
 

@@ -7,15 +7,12 @@ an unknown one. Imports nothing heavy: a mistake on the command line shows at on
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 AUTO: Final = 0  # of a port, after parsing: any free one
 OFF: Final = -1  # of the REST port, after parsing
-
-_NUM_THREADS: Final = max(8, 4 * (os.cpu_count() or 1))  # per API; the official default is 4 per core
 
 # Official flags whose other values need what a Python server over TensorFlow's wheel does not have. The value
 # given here says what this server does anyway, so asking for it is fine.
@@ -172,13 +169,15 @@ def _add_requests(parser: argparse.ArgumentParser) -> None:
         help="time for one REST call, then 504; 0: none",
     )
     group.add_argument(
-        "--rest_api_num_threads", type=_positive, default=_NUM_THREADS, help="threads that answer REST"
+        "--rest_api_num_threads",
+        type=_positive,
+        help="threads that answer REST; None: 4 per core, 8 at least",
     )
     group.add_argument(
         "--rest_api_enable_cors_support", **_BOOLEAN, default=False, help="send CORS headers over REST"
     )
     group.add_argument(
-        "--grpc_max_threads", type=_positive, default=_NUM_THREADS, help="threads that answer gRPC"
+        "--grpc_max_threads", type=_positive, help="threads that answer gRPC; None: 4 per core, 8 at least"
     )
     group.add_argument(
         "--grpc_channel_arguments",

@@ -32,7 +32,7 @@ from aiohttp import web
 from schema.errors import ConfigError, FunnelError, ServingError
 from serving.batching_config import BatchingParameters, read_batching_parameters
 from serving.config import ModelConfig, parse_model_config, read_model_config
-from serving.cores import deal_out_cpus
+from serving.cores import deal_out_cpus, usable_cpus
 from serving.flags import OFF, parse_flags
 from serving.status import RequestError
 from serving.thread_pool import ThreadPool
@@ -82,7 +82,7 @@ def _run_worker(
     _quiet_libraries()
     _log("%(asctime)s %(levelname)s worker=%(process)d %(name)s: %(message)s")
     if cpus:
-        # Threads inherit it from the one that starts them: before there are any.
+        # Before there are threads: they inherit it, and how many there will be follows from it.
         os.sched_setaffinity(0, cpus)
         logger.info("runs on CPUs %s", ",".join(map(str, cpus)))
     _exit(_exit_code(_serve(flags, WorkerLink(connection, config, check_labels))))
@@ -243,7 +243,7 @@ def _add_services(
     add_services(
         server,
         models,
-        ThreadPool(flags.grpc_max_threads, "grpc"),
+        ThreadPool(flags.grpc_max_threads or _default_num_threads(), "grpc"),
         loader,
         batcher=batcher,
         reload=reload_everywhere if link is not None else None,
@@ -274,6 +274,11 @@ def _batching_parameters(flags: argparse.Namespace) -> BatchingParameters | None
     if flags.batching_parameters_file is None:
         return BatchingParameters()
     return read_batching_parameters(flags.batching_parameters_file)
+
+
+def _default_num_threads() -> int:
+    """Threads of each API: the official server's 4 per core, and 8 at least."""
+    return max(8, 4 * len(usable_cpus()))
 
 
 def _server_credentials(flags: argparse.Namespace) -> grpc.ServerCredentials | None:
@@ -335,7 +340,7 @@ async def _start_rest(
         max_concurrent_requests=_MAX_CONCURRENT_REQUESTS,
         metrics_path=flags.monitoring_config_file and read_metrics_path(flags.monitoring_config_file),
     )
-    threads = ThreadPool(flags.rest_api_num_threads, "rest")
+    threads = ThreadPool(flags.rest_api_num_threads or _default_num_threads(), "rest")
     runner = create_runner(models, threads, settings, shutdown_timeout_s=_DRAIN_S, batcher=batcher)
     await runner.setup()
     await web.SockSite(runner, rest_socket).start()

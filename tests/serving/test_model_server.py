@@ -26,6 +26,8 @@ from tensorflow_serving.apis import (
 from tensorflow_serving.config import model_server_config_pb2  # noqa: F401  the protos load side by side
 
 from schema.errors import ServingError
+from serving import model_server
+from serving.flags import parse_flags
 from serving.model_server import main
 from serving.process import ModelServerProcess
 from serving.warmup import WARMUP_FILE, write_warmup_requests
@@ -506,3 +508,24 @@ def test_a_start_that_was_stopped_for_a_while_is_not_given_up(tmp_path, monkeypa
 
 def test_ready_line_tells_the_versions(server, base_paths):
     assert server.versions == dict.fromkeys(base_paths, 1)
+
+
+def test_a_pinned_worker_has_threads_for_its_own_cpus_not_for_those_of_the_machine(monkeypatch):
+    """16 of them with 16 threads each would take turns on 16 cores."""
+    usable, served = set(range(16)), []
+
+    async def serve(flags, link):
+        served.append((model_server._batching_parameters(flags), model_server._default_num_threads()))
+        return 0
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: usable)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: usable.intersection_update(cpus))
+    monkeypatch.setattr(model_server, "_serve", serve)
+    for name in ("_quiet_libraries", "_log", "_exit"):  # they are for a process that ends with the worker
+        monkeypatch.setattr(model_server, name, lambda *_: None)
+    flags = parse_flags(["--num_workers=16", "--pin_workers", "--enable_batching"])
+    assert (flags.grpc_max_threads, flags.rest_api_num_threads) == (None, None)  # told before it is pinned
+    for cpus, num_batch_threads, num_api_threads in ([], 16, 64), ([4, 12, 5], 3, 12), ([5], 1, 8):
+        model_server._run_worker(flags, cpus, connection=None, config=None, check_labels=True)
+        parameters, num_threads = served.pop()
+        assert (parameters.num_batch_threads, num_threads) == (num_batch_threads, num_api_threads)
