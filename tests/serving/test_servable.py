@@ -40,3 +40,52 @@ def test_a_model_of_tensorflow_1_loads_and_answers(tmp_path, control_flow_v2, us
     inputs = {"x": np.array([1.0, 3.0], np.float32), "times": np.array([2, 2], np.int32)}
     outputs = Servable("old", 1, tmp_path / "1").predict("", inputs)
     assert outputs["y"].tolist() == [4.5, 12.5]
+
+
+class Collatz(tf.Module):
+    """Counts the steps from `n` to 1: half of an even number, three times an odd one and 1 more."""
+
+    @tf.function(input_signature=[tf.TensorSpec([], tf.int64, name="n")])
+    def serve(self, n):
+        _, steps = tf.while_loop(
+            lambda n, _: n > 1, lambda n, steps: (self.after(n), steps + 1), (n, tf.constant(0, tf.int64))
+        )
+        return {"steps": steps}
+
+    @tf.function
+    def after(self, n):
+        return tf.cond(n % 2 == 0, lambda: n // 2, lambda: 3 * n + 1)
+
+
+def test_branches_and_loops_of_tensorflow_2_run_by_the_executor_for_one_thread(tmp_path):
+    model = Collatz()
+    tf.saved_model.save(model, str(tmp_path / "1"), signatures=model.serve)
+    graph = _read_meta_graph(tmp_path / "1").graph_def
+    ops = {node.op for function in graph.library.function for node in function.node_def}
+    assert any(op.endswith("While") for op in ops), ops
+    assert any(op.endswith("If") for op in ops), ops
+    assert _session_config(graph).experimental.executor_type == "SINGLE_THREADED_EXECUTOR"
+    servable = Servable("collatz", 1, tmp_path / "1")
+    # 6, 3, 10, 5, 16, 8, 4, 2, 1
+    for n, steps in ((1, 0), (2, 1), (6, 8), (27, 111)):
+        assert servable.predict("", {"n": np.array(n, np.int64)})["steps"] == steps
+
+
+@pytest.mark.parametrize(
+    ("num_threads", "gpus", "inter_op_threads", "executor"),
+    [
+        (0, [], -1, "SINGLE_THREADED_EXECUTOR"),
+        (1, [], 1, ""),
+        (2, [], 2, ""),
+        (0, ["GPU:0"], -1, ""),
+    ],
+    ids=["neither", "one thread asked for", "two threads asked for", "GPU"],
+)
+def test_the_executor_for_one_thread_needs_calls_in_their_own_thread_and_no_gpu(
+    monkeypatch, num_threads, gpus, inter_op_threads, executor
+):
+    monkeypatch.setattr(tf.config.threading, "get_inter_op_parallelism_threads", lambda: num_threads)
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: gpus if kind == "GPU" else ["CPU:0"])
+    config = _session_config(tf.Graph().as_graph_def())
+    assert config.inter_op_parallelism_threads == inter_op_threads
+    assert config.experimental.executor_type == executor
