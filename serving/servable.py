@@ -88,8 +88,8 @@ def _session_config(graph: graph_pb2.GraphDef) -> tf.compat.v1.ConfigProto:
 
     Requests run in parallel anyway. Handing operations to a pool costs a small model more than it gains: 1.90
     instead of 1.65 ms of CPU for a retrieval request over gRPC. So does splitting an operation: the whole
-    funnel in one call takes 5.2 ms with one thread and 6.6 with two, on an idle machine. The executor that is
-    made for one thread keeps no account of which operation may run next: .2 of 4.6 ms.
+    funnel in one call takes 4.4 ms with one thread and 5.1 to 6.1 with two, on an idle machine. The executor
+    that is made for one thread keeps no account of which operation may run next: .2 of 4.6 ms.
     """
     threading = tf.config.threading
     num_threads = threading.get_inter_op_parallelism_threads()
