@@ -99,13 +99,15 @@ class ValidationConfig(_Config):
     """What a model must meet besides `gates`; null switches a condition off.
 
     Attributes:
-      confidence: of all two-sided intervals; max_drop and beats hold at (1 + confidence) / 2, one-sided.
+      confidence: of all two-sided intervals; max_drop and beats hold at (1 + confidence) / 2, one-sided, and
+        so does what max_relative_ece leaves to chance.
       num_resamples: draws of the bootstrap over users.
       min_index_recall: share of the exact results that the index finds.
       min_index_slice_recall: the same among head, torso, tail and cold items, each by itself; it does not
         apply where fewer than 30 exact results of a slice are known.
-      max_relative_ece: largest calibration error of a binary task, as a share of the mean of its label,
-        beyond what true probabilities would have by chance.
+      max_relative_ece: largest calibration error of a binary task as a share of the mean of its label, or
+        what true probabilities would have by chance if that is more; and largest error of the sum of its
+        predictions as a share of the positives, besides what chance makes of a count.
       drift: null does not compare the data.
       leakage: null does not look for leaks.
       accept_incomparable_blessed: let a model pass `max_drop` when the last blessed one exists but cannot be

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -361,34 +362,45 @@ def _index(recall: Mapping[str, float | None] | None, config: ValidationConfig) 
 def _calibration(
     comparison: Comparison, config: ValidationConfig, tasks: Sequence[TaskSpec]
 ) -> Iterator[GateResult]:
-    """Probabilities are what they say: the calibration error is small for the rate of the label.
+    """Probabilities are what they say: the calibration error, and that of their sum, are small for the label.
 
-    What chance adds is allowed: of a rare label it alone makes the error almost as large as the rate.
+    Of a rare label chance alone makes the ECE almost as large as the rate, whatever the model says: there it
+    may be what true probabilities have at the confidence of the gates. That is no room for a bias beside it.
+    The sum tells of biases: many rows average out, and what chance leaves is the standard deviation of a
+    count, its root. It is the root of the smaller of what is predicted and what came: a head that says too
+    much, or nothing, gets no room by that.
     """
     if config.max_relative_ece is None:
         return
+    deviations = statistics.NormalDist().inv_cdf((1 + config.confidence) / 2)
     for task in tasks:
         if task.kind is not TaskKind.BINARY:
             continue
-        limit = f"at most {config.max_relative_ece:g} of the mean of the label beyond chance"
-        name = f"ece of {task.name} {limit}"
+        limit = f"off by at most {config.max_relative_ece:g} of the mean of the label, but for chance"
+        name = f"probabilities of {task.name} {limit}"
         key = metric_key(RANKING, "ece", task=task.name)
         metric = next(m for m in comparison.whole.metrics if m.key == key)
         rate = comparison.facts.get(f"{task.name}/mean_label")
         if not rate:
             yield _not_applied("calibration", name, limit, f"{task.name} has no positive to compare with")
             continue
-        if metric.value is None:
+        predicted_rate = comparison.facts.get(f"{task.name}/mean_prediction")
+        if metric.value is None or predicted_rate is None:
             reason = f"ece of {task.name} is undefined: {metric.note}"
             yield _result("calibration", name, False, None, limit, reason)
             continue
-        share, by_chance = metric.value / rate, chance_ece(rate, metric.count) / rate
+        share, by_chance = metric.value / rate, chance_ece(rate, metric.count, deviations=deviations) / rate
+        allowed = max(config.max_relative_ece, by_chance)
+        positives, predicted = rate * metric.count, predicted_rate * metric.count
+        gap = abs(predicted - positives) / positives
+        allowed_gap = config.max_relative_ece + deviations * math.sqrt(min(predicted, positives)) / positives
+        side = "many" if predicted > positives else "few"
         reason = (
-            f"ece of {task.name} {metric.value:.4f} is {share:.3g} of the mean label {rate:.4f}, "
-            f"required: {limit}, which makes {by_chance:.2g}"
+            f"ece of {task.name} {metric.value:.4f} is {share:.3g} of the mean label {rate:.4f}, required: "
+            f"at most {allowed:.3g}; its predictions expect {predicted:,.1f} positives where there are "
+            f"{positives:,.0f}, {gap:.3g} of these too {side}, required: at most {allowed_gap:.3g}"
         )
-        passed = share <= config.max_relative_ece + by_chance
-        yield _result("calibration", name, passed, share, limit, reason)
+        yield _result("calibration", name, share <= allowed and gap <= allowed_gap, share, limit, reason)
 
 
 def _serving(reason: str) -> GateResult:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from schema.contract import TaskKind, TaskSpec
@@ -26,6 +27,7 @@ from tfx_pipeline.gates import (
 )
 from tfx_pipeline.leakage.findings import Check, LeakageReport
 from trainer.comparison import Against, Comparison, MetricResult, Rival, SliceResult
+from trainer.metrics import FloatArray, ece
 
 
 def gate(verdict: Verdict, name: str = "one") -> GateResult:
@@ -81,6 +83,7 @@ RECALL, DISTINCT, AUC, ECE = (
     "ranking/click/auc",
     "ranking/click/ece",
 )
+CALIBRATION = "probabilities of click off by at most 0.5 of the mean of the label, but for chance"
 TASKS = (TaskSpec(name="click", label="click", kind=TaskKind.BINARY),)
 RETRIEVAL_GATES = (
     Gate(metric=RECALL, min=0.2, max_drop=0.02, beats=("popularity",)),
@@ -105,7 +108,8 @@ def comparison(model: str, metrics: tuple[MetricResult, ...], **changes: Any) ->
     whole = SliceResult((), 500, 500, "", metrics)
     baseline = {"retrieval": "popularity", "ranking": "item_mean"}[model]
     rivals = (Rival("last_blessed", ""), Rival(baseline, ""))
-    facts = {"click/prediction_std": 0.2, "click/label_std": 0.5, "click/mean_label": 0.4}
+    facts = {"click/prediction_std": 0.2, "click/label_std": 0.5}
+    facts |= {"click/mean_label": 0.4, "click/mean_prediction": 0.4}
     found = Comparison(model, metrics[0].key, 0.95, 1_000, rivals, {}, (whole,), facts)
     return dataclasses.replace(found, **changes)
 
@@ -204,9 +208,13 @@ def with_facts(evidence: Evidence = HEALTHY["ranking"], **facts: float | None) -
     return dataclasses.replace(evidence, comparison=changed)
 
 
-def with_ece(ece: float, mean_label: float) -> Evidence:
-    changed = metric(ECE, ece, last_blessed=change(ece, 0.0))
-    return with_facts(with_metrics("ranking", ece=changed), click_mean_label=mean_label)
+def with_ece(error: float, mean_label: float, mean_prediction: float, num_rows: int = 500) -> Evidence:
+    changed = dataclasses.replace(metric(ECE, error, last_blessed=change(error, 0.0)), count=num_rows)
+    return with_facts(
+        with_metrics("ranking", ece=changed),
+        click_mean_label=mean_label,
+        click_mean_prediction=mean_prediction,
+    )
 
 
 def with_evidence(model: str, **changes: Any) -> Evidence:
@@ -332,12 +340,31 @@ SABOTAGES = [
         id="no-index-facts",
     ),
     pytest.param(
-        # 50 labels of 500: chance makes √(2 · 20 · .9 / (π · 50)) = .48 of the mean label.
-        with_ece(0.099, mean_label=0.1),
+        # 50 labels of 500: chance makes √(2 · 20 · .9 / (π · 50)) = .479 of the mean label, and 1 + 1.96 ·
+        # √((π / 2 − 1) / 20) = 1.331 times that at 97.5 %.
+        with_ece(0.064, mean_label=0.1, mean_prediction=0.1),
         "calibration",
-        "ece of click 0.0990 is 0.99 of the mean label 0.1000, "
-        "required: at most 0.5 of the mean of the label beyond chance, which makes 0.48",
+        "ece of click 0.0640 is 0.64 of the mean label 0.1000, required: at most 0.637; its predictions "
+        "expect 50.0 positives where there are 50, 0 of these too few, required: at most 0.777",
         id="miscalibrated-head",
+    ),
+    pytest.param(
+        # .5 + 1.96 / √50 = .777
+        with_ece(0.06, mean_label=0.1, mean_prediction=0.178),
+        "calibration",
+        "ece of click 0.0600 is 0.6 of the mean label 0.1000, required: at most 0.637; "
+        "its predictions expect 89.0 positives where there are 50, 0.78 of these too many, "
+        "required: at most 0.777",
+        id="head-that-is-too-high",
+    ),
+    pytest.param(
+        # .5 + 1.96 · √10 / 50 = .624
+        with_ece(0.06, mean_label=0.1, mean_prediction=0.02),
+        "calibration",
+        "ece of click 0.0600 is 0.6 of the mean label 0.1000, required: at most 0.637; "
+        "its predictions expect 10.0 positives where there are 50, 0.8 of these too few, "
+        "required: at most 0.624",
+        id="head-that-is-too-low",
     ),
     pytest.param(
         with_evidence("ranking", serving_reason="a golden request of ranking is answered otherwise"),
@@ -513,16 +540,51 @@ def test_without_a_blessed_model_or_positives_there_is_nothing_to_apply() -> Non
     assert found[name].reason.endswith("is compared with nothing: no model was blessed before")
     assert found["index recall of cold items at least 0.9"].verdict is Verdict.NOT_APPLIED
     no_clicks = judged(with_facts(click_mean_label=0.0, click_label_std=0.0))
-    ece = "ece of click at most 0.5 of the mean of the label beyond chance"
-    assert no_clicks[ece].verdict is Verdict.NOT_APPLIED
+    assert no_clicks[CALIBRATION].verdict is Verdict.NOT_APPLIED
     assert no_clicks["spread of click at least 1% of that of the labels"].verdict is Verdict.NOT_APPLIED
 
 
 def test_of_a_rare_label_the_calibration_error_of_chance_passes_and_no_multiple_of_it() -> None:
-    # 10 labels of 500: chance makes √(2 · 20 · .98 / (π · 10)) = 1.117 of the mean label.
-    name = "ece of click at most 0.5 of the mean of the label beyond chance"
-    assert judged(with_ece(0.032, mean_label=0.02))[name].verdict is Verdict.PASSED
-    assert judged(with_ece(0.033, mean_label=0.02))[name].verdict is Verdict.FAILED
+    # 10 labels of 500: chance makes √(2 · 20 · .98 / (π · 10)) = 1.117 of the mean label, at 97.5 % 1.487.
+    for error, verdict in ((0.0297, Verdict.PASSED), (0.0298, Verdict.FAILED)):
+        assert judged(with_ece(error, mean_label=0.02, mean_prediction=0.02))[CALIBRATION].verdict is verdict
+
+
+def rare_probabilities(num_rows: int, positives: int, rng: np.random.Generator) -> FloatArray:
+    """Probabilities that differ and add up to the expected positives."""
+    weights = rng.lognormal(sigma=0.5, size=num_rows)
+    return positives * weights / weights.sum()
+
+
+def with_head(labels: FloatArray, predictions: FloatArray) -> Evidence:
+    error = ece(labels, predictions)
+    return with_ece(error, float(labels.mean()), float(predictions.mean()), len(labels))
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "positives", "factor"),
+    [(12_000, 16, 0.0), (12_000, 16, 0.2), (12_000, 16, 2.2), (60_000, 100, 1.8)],
+)
+def test_a_rare_head_that_is_off_by_a_factor_fails(num_rows: int, positives: int, factor: float) -> None:
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        truth = rare_probabilities(num_rows, positives, rng)
+        labels = np.zeros(num_rows)
+        labels[rng.choice(num_rows, positives, replace=False, p=truth / positives)] = 1
+        found = judged(with_head(labels, factor * truth))[CALIBRATION]
+        assert found.verdict is Verdict.FAILED, found.reason
+
+
+@pytest.mark.parametrize("positives", [16, 60, 600])
+def test_true_probabilities_pass_but_for_the_share_that_the_confidence_leaves(positives: int) -> None:
+    passed = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        truth = rare_probabilities(12_000, positives, rng)
+        labels = (rng.random(12_000) < truth).astype(float)
+        passed += judged(with_head(labels, truth))[CALIBRATION].verdict is Verdict.PASSED
+    # Each half of the gate stops 1 in 40.
+    assert passed >= 38
 
 
 def test_no_objective_or_a_failure_before_its_load_leaves_latency_to_nobody() -> None:

@@ -49,23 +49,29 @@ def ece(labels: npt.ArrayLike, predictions: npt.ArrayLike, num_bins: int = NUM_B
     return float(np.abs(np.bincount(equal_mass_bins(p, num_bins), weights=y - p)).sum() / len(y))
 
 
-def chance_ece(rate: float, num_examples: int, num_bins: int = NUM_BINS) -> float:
+def chance_ece(rate: float, num_examples: int, num_bins: int = NUM_BINS, deviations: float = 0.0) -> float:
     """The ECE that true probabilities would have by the chance of the labels alone.
 
     Formula: √(2 · num_bins · rate · (1 − rate) / (π n)): the mean absolute deviation of a normal variable is
     √(2 / π) of its standard deviation, and the mean label of a bin has one of √(rate · (1 − rate) · num_bins
-    / n) where its examples are as likely as all. Likelihoods that differ give less, by Jensen.
+    / n) where its examples are as likely as all. Likelihoods that differ give less, by Jensen. The standard
+    deviation of such an ECE is √((π / 2 − 1) / num_bins) of its mean: the absolute value of a normal variable
+    has √(1 − 2 / π) of the variable's, and the bins are independent.
     Range: 0 (rate 0 or 1) up. As a share of a small rate it is √(2 · num_bins / (π · positives)).
 
     Args:
       rate: share of positive labels.
       num_examples: n, at least 1.
       num_bins: as `ece`.
+      deviations: how many of its standard deviations above its mean; 1.96 is met by 97.5 % of the draws.
 
     >>> round(chance_ece(0.5, 1_000, num_bins=10), 4)
     0.0399
+    >>> round(chance_ece(0.5, 1_000, num_bins=10, deviations=1.96), 4)
+    0.0586
     """
-    return math.sqrt(2 * num_bins * rate * (1 - rate) / (math.pi * num_examples))
+    mean = math.sqrt(2 * num_bins * rate * (1 - rate) / (math.pi * num_examples))
+    return mean * (1 + deviations * math.sqrt((math.pi / 2 - 1) / num_bins))
 
 
 @dataclasses.dataclass(frozen=True)
