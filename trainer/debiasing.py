@@ -22,7 +22,7 @@ import tensorflow as tf
 from schema.contract import TaskKind, TaskSpec, WatchTimeMethod
 from schema.errors import ConfigError, DataError, ShapeError
 from trainer import features as ft
-from trainer.debiasing_config import PositionConfig
+from trainer.debiasing_config import PositionConfig, has_position_bias
 from trainer.off_policy import effective_sample_size
 
 FloatArray = npt.NDArray[np.float64]
@@ -345,21 +345,6 @@ class PositionBias(tf.keras.layers.Layer):
 
     def _apply(self, logits: tf.Tensor, effect: tf.Tensor) -> tf.Tensor:
         return product_logit(logits, effect) if self._is_product else logits + effect
-
-
-def has_position_bias(config: PositionConfig, task: TaskSpec) -> bool:
-    """Whether a task gets a `PositionBias`.
-
-    A rating or another regression label exists only where somebody looked and answered: it is no product of
-    being seen and something else, and "pal" leaves it alone. Of the watch time methods, the position has a
-    place in the odds of `weighted_logistic` and in the probabilities of `ordinal`: the others serve ranks or
-    seconds by themselves, which being seen neither multiplies nor shifts.
-    """
-    if config.kind == "none":
-        return False
-    if task.kind is TaskKind.WATCH_TIME:
-        return _is_ordinal(task) or task.watch_time_method is WatchTimeMethod.WEIGHTED_LOGISTIC
-    return config.kind == "additive" or task.kind is not TaskKind.REGRESSION
 
 
 def _is_ordinal(task: TaskSpec) -> bool:

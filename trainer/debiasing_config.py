@@ -1,10 +1,12 @@
-"""Settings of the ranker's position tower."""
+"""Settings of the ranker's position tower, and the tasks that have a place for one."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import pydantic
+
+from schema.contract import TaskKind, TaskSpec, WatchTimeMethod
 
 
 class PositionConfig(pydantic.BaseModel):
@@ -37,3 +39,18 @@ class PositionConfig(pydantic.BaseModel):
                 "'additive' needs log odds of single rows; set kind to 'pal', or learn_from to 'all'"
             )
         return self
+
+
+def has_position_bias(config: PositionConfig, task: TaskSpec) -> bool:
+    """Whether a task gets a position tower, a `PositionBias`.
+
+    A rating or another regression label exists only where somebody looked and answered: it is no product of
+    being seen and something else, and "pal" leaves it alone. Of the watch time methods, the position has a
+    place in the odds of `weighted_logistic` and in the probabilities of `ordinal`: the others serve ranks or
+    seconds by themselves, which being seen neither multiplies nor shifts.
+    """
+    if config.kind == "none":
+        return False
+    if task.kind is TaskKind.WATCH_TIME:
+        return task.watch_time_method in (WatchTimeMethod.ORDINAL, WatchTimeMethod.WEIGHTED_LOGISTIC)
+    return config.kind == "additive" or task.kind is not TaskKind.REGRESSION

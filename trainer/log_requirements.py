@@ -6,10 +6,11 @@ from schema.contract import DatasetSpec, TaskKind
 from schema.errors import ConfigError
 from trainer import features as ft
 from trainer.config import RankingConfig
+from trainer.debiasing_config import has_position_bias
 
 
 def check_log(config: RankingConfig, spec: DatasetSpec) -> None:
-    """Checks that a dataset logs what the settings need.
+    """Checks that a dataset logs what the settings need, and has tasks that they suit.
 
     Raises:
       ConfigError: it does not; the text says what to declare, or which setting to remove.
@@ -25,6 +26,12 @@ def check_log(config: RankingConfig, spec: DatasetSpec) -> None:
                 f"ranking.{setting} needs the column {column!r}, which the dataset {spec.name!r} does not "
                 f"map; map interactions.columns.{column}, or remove the setting."
             )
+    kind = config.position.kind
+    if kind != "none" and not any(has_position_bias(config.position, task) for task in spec.tasks):
+        raise ConfigError(
+            f"ranking.position.kind {kind!r} suits no task of the dataset {spec.name!r} "
+            f"({', '.join(task.name for task in spec.tasks)}); see docs/debiasing.md, or remove the setting."
+        )
     if config.negative_rate < 1 and not any(task.kind is TaskKind.BINARY for task in spec.tasks):
         raise ConfigError(
             f"ranking.negative_rate is {config.negative_rate:g}, but no task is binary, so that no row is a "

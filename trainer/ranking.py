@@ -22,7 +22,8 @@ from trainer.behaviour import behaviour
 from trainer.calibration import Calibrator, fit_tasks
 from trainer.calibration_config import CalibrationConfig
 from trainer.config import RankingConfig
-from trainer.debiasing import PositionBias, PositionStatistics, has_position_bias
+from trainer.debiasing import PositionBias, PositionStatistics
+from trainer.debiasing_config import has_position_bias
 from trainer.encoder import (
     CrossEncoder,
     EmbeddingTables,

@@ -17,8 +17,8 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_transform as tft
 
-from schema.contract import DatasetSpec, dataset_spec_from_json
-from schema.errors import CheckpointError, ConfigError
+from schema.contract import DatasetSpec, TaskSpec, dataset_spec_from_json
+from schema.errors import CheckpointError
 from trainer import features
 from trainer.calibration import Calibrator
 from trainer.catalogue import Catalogue
@@ -31,7 +31,8 @@ from trainer.checkpoint import (
     write_checkpoint,
 )
 from trainer.config import RankingConfig
-from trainer.debiasing import PositionStatistics, has_position_bias, position_statistics
+from trainer.debiasing import PositionStatistics, position_statistics
+from trainer.debiasing_config import has_position_bias
 from trainer.distillation import distil, latest_requests
 from trainer.encoder import embedding_width
 from trainer.fingerprint import (
@@ -89,7 +90,7 @@ def run_fn(fn_args: Any) -> None:
     pre-ranker also `preranker.json` (`log` and `survival`, see `trainer.distillation.Distilled`).
 
     Raises:
-      ConfigError: the settings need what the dataset does not log.
+      ConfigError: the settings need what the dataset does not log, or suit none of its tasks.
       DataError: a task cannot be learnt from its training labels, the eval split is empty, or the loss
       diverged.
     """
@@ -315,25 +316,27 @@ def read_positions(
     spec: DatasetSpec,
     config: RankingConfig,
 ) -> dict[str, PositionStatistics] | None:
-    """The training labels by position, by task that gets a position tower; None where positions are not used.
-
-    Raises:
-      ConfigError: no task gets a tower.
-    """
+    """The training labels by position, by task with a position tower; None where positions are not used."""
     if config.position.kind == "none":
         return None
-    tasks = [task for task in spec.tasks if has_position_bias(config.position, task)]
-    others = ", ".join(task.name for task in spec.tasks if task not in tasks)
-    if not tasks:
-        raise ConfigError(
-            f"ranking.position.kind {config.position.kind!r} suits no task of the dataset {spec.name!r} "
-            f"({others}); see docs/debiasing.md, or remove the setting."
-        )
-    if others:
-        _logger.warning("phase=positions kind=%s tasks_without_tower=%s", config.position.kind, others)
+    tasks = position_tasks(spec, config)
     return position_statistics(
         train_windows.as_numpy_iterator(), tasks, config.position, *_surfaces(transform_output, spec)
     )
+
+
+def position_tasks(spec: DatasetSpec, config: RankingConfig) -> list[TaskSpec]:
+    """The tasks that get a position tower; warns of those that a tower has no place in."""
+    tasks = [task for task in spec.tasks if has_position_bias(config.position, task)]
+    others = [task.name for task in spec.tasks if task not in tasks]
+    if others:
+        _logger.warning(
+            "ranking.position.kind %r has no place in the tasks %s: they learn without the position; see "
+            "docs/debiasing.md.",
+            config.position.kind,
+            ", ".join(others),
+        )
+    return tasks
 
 
 def read_statistics(

@@ -16,14 +16,13 @@ from trainer.debiasing import (
     PositionBias,
     PositionStatistics,
     correct_sampled_logit,
-    has_position_bias,
     inverse_propensity_weights,
     position_statistics,
     product_logit,
     sample_negatives,
     smooth_mean_label,
 )
-from trainer.debiasing_config import PositionConfig
+from trainer.debiasing_config import PositionConfig, has_position_bias
 from trainer.off_policy import effective_sample_size
 
 NAN = math.nan

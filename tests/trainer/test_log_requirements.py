@@ -49,6 +49,24 @@ def test_positions_of_random_screens_need_to_know_which_are_random() -> None:
         check_log(config, only(SIMULATED, interactions=interactions))
 
 
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [
+        ("pal", {"name": "stars", "label": "completion", "kind": "regression"}),
+        (
+            "additive",
+            {"name": "watch", "label": "watch_time_s", "kind": "watch_time", "method": "regression"},
+        ),
+    ],
+)
+def test_a_position_that_suits_no_task_is_refused_with_their_names(kind: str, task: dict[str, Any]) -> None:
+    config = RankingConfig.model_validate({"position": {"kind": kind}})
+    message = rf"position\.kind '{kind}' suits no task of the dataset 'simulated' \({task['name']}\)"
+    with pytest.raises(ConfigError, match=message):
+        check_log(config, only(SIMULATED, tasks=[task]))
+    check_log(config, only(SIMULATED, tasks=[task, {"name": "click", "label": "click", "kind": "binary"}]))
+
+
 def test_without_a_binary_task_no_row_is_a_negative() -> None:
     tasks = [{"name": "watch", "label": "watch_time_s", "kind": "watch_time"}]
     with pytest.raises(ConfigError, match=r"negative_rate is 0\.5, but no task is binary"):

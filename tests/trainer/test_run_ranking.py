@@ -16,7 +16,7 @@ import tensorflow_transform as tft
 import tensorflow_transform.beam as tft_beam
 from tensorflow_transform.tf_metadata import dataset_metadata, metadata_io
 
-from schema.contract import DatasetSpec
+from schema.contract import DatasetSpec, load_dataset_spec
 from schema.errors import CheckpointError
 from trainer import features, raw_inputs, run_ranking
 from trainer.balancing_config import BalancingConfig
@@ -29,7 +29,7 @@ from trainer.distillation import SURVIVAL
 from trainer.preprocessing import preprocessing_fn
 from trainer.preranker_config import PrerankerConfig
 from trainer.ranking import RankingModel
-from trainer.run_ranking import PRERANKER_LOG, TRAINING_LOG, refresh, run_fn
+from trainer.run_ranking import PRERANKER_LOG, TRAINING_LOG, position_tasks, refresh, run_fn
 from trainer.tfx_schema import interactions_schema
 
 TRAIN_END = 1_704_067_200
@@ -356,3 +356,19 @@ def test_another_catalogue_keeps_the_outputs_of_the_items_that_did_not_change(
     for place in (3, 7, 12):
         assert np.all(np.isfinite(after["score"][:, place]))
         assert np.any(np.abs(after["score"][:, place] - before["score"][:, place]) > 1e-6)
+
+
+def test_tasks_without_a_place_for_the_position_are_named_in_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    movies = load_dataset_spec("movielens-1m")
+    pal, additive = (RankingConfig(position=PositionConfig(kind=kind)) for kind in ("pal", "additive"))
+    assert [task.name for task in position_tasks(movies, pal)] == ["like"]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert caplog.messages == [
+        "ranking.position.kind 'pal' has no place in the tasks rating: they learn without the position; see "
+        "docs/debiasing.md."
+    ]
+    caplog.clear()
+    assert position_tasks(movies, additive) == list(movies.tasks)
+    assert not caplog.records
