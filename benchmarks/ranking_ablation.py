@@ -2,7 +2,8 @@
 
 Each variant is trained on the examples of a finished run, stopped early on its eval split, and judged on the
 test split, whose rows know the events before them. Nothing is exported and no output calibrated. Variants
-that need what the log does not have, such as positions, are left out unless they are named. Needs no extra.
+that need what the log does not have, such as positions, are left out unless they are named. A model of one
+task alone still reads what became of earlier impressions in all tasks. Needs no extra.
 
 Example, from the root of the repository:
   python -m benchmarks.ranking_ablation --run-dir runs/kuairand --json ablation.json
@@ -10,26 +11,28 @@ Example, from the root of the repository:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import click
 import numpy as np
 import tensorflow as tf
 import tensorflow_transform as tft
 
-from schema.contract import TaskKind
+from schema.contract import DatasetSpec, TaskKind
 from schema.errors import ConfigError, DataError
 from tfx_pipeline.config import RunPaths
 from tfx_pipeline.outcome import read_artifact_uris
 from tfx_pipeline.retraining import merged
 from tfx_pipeline.run_result import RunResult, read_run
+from trainer import encoder, metrics, ranking
 from trainer import features as ft
-from trainer import metrics
 from trainer.config import RankingConfig
 from trainer.input_pipeline import load_catalogue, ordered_batches, windows
 from trainer.log_requirements import check_log
@@ -45,10 +48,49 @@ class Variant:
     Attributes:
       overrides: settings of RankingConfig; nested mappings are merged.
       hidden: transformed features that are 0 in every row, which means that nothing is known.
+      hides_user_features: whether the declared features of users are hidden as well.
+      has_powers: whether a continuous feature and a counter are read as x, x² and √x, or as x alone.
+      only_task: the only task that is learnt; None for all.
     """
 
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     hidden: Sequence[str] = ()
+    hides_user_features: bool = False
+    has_powers: bool = True
+    only_task: str | None = None
+
+    def hides(self, spec: DatasetSpec) -> tuple[str, ...]:
+        """All transformed features that are 0 in every row.
+
+        Raises:
+          ConfigError: the dataset has no such features.
+        """
+        space = ft.feature_space(spec)
+        users = [space.find(f.name) for f in spec.users.features] if self.hides_user_features else []
+        if self.hides_user_features and not users:
+            raise ConfigError(f"the dataset {spec.name!r} declares no features of users")
+        known = {name for feature in space.all for name in feature.transformed_names}
+        known |= {*ft.impression_names(spec), *ft.COUNTER_NAMES}
+        for name in self.hidden:
+            if name not in known:
+                raise ConfigError(f"the dataset {spec.name!r} has no feature {name!r} to hide")
+        return (*self.hidden, *(name for feature in users for name in feature.transformed_names))
+
+    def learns(self, spec: DatasetSpec) -> DatasetSpec:
+        """The declaration, in which every task that is not learnt has a loss that counts nothing.
+
+        Raises:
+          ConfigError: there is no task of this name.
+        """
+        if self.only_task is None:
+            return spec
+        if self.only_task not in {task.name for task in spec.tasks}:
+            raise ConfigError(f"the dataset {spec.name!r} has no task {self.only_task!r}")
+        tasks = [
+            task if task.name == self.only_task else task.model_copy(update={"loss_weight": 0.0})
+            for task in spec.tasks
+        ]
+        return spec.model_copy(update={"tasks": tuple(tasks)})
 
 
 BASE = "as in the run"
@@ -59,6 +101,11 @@ VARIANTS: Mapping[str, Variant] = {
     "without the user's impressions": Variant(hidden=(ft.IMPRESSION_IDS,)),
     "without the history of positives": Variant(hidden=(f"{ft.HISTORY}_ids",)),
     "without counters of the log": Variant(hidden=(ft.COUNTERS,)),
+    "without features of users": Variant(hides_user_features=True),
+    "without surface": Variant(hidden=(f"{ft.SURFACE}_id", ft.IMPRESSION_SURFACE_IDS)),
+    "without hour of day": Variant(hidden=(f"{ft.HOUR_OF_DAY}_id",)),
+    "without item age": Variant(hidden=(f"{ft.ITEM_AGE}_cdf", f"{ft.ITEM_AGE}_bucket")),
+    "without x² and √x": Variant(has_powers=False),
     "without crosses of two features": Variant({"crosses": ()}),
     "without interactions": Variant({"interaction": {"kind": "none"}}),
     "without id dropout": Variant({"id_dropout_fraction": 0.0}),
@@ -83,6 +130,10 @@ VARIANTS: Mapping[str, Variant] = {
     "position tower, PAL": Variant({"position": {"kind": "pal"}}),
     "inverse propensities up to 30": Variant({"propensity_clip": 30.0}),
     "half of the negatives": Variant({"negative_rate": 0.5}),
+    **{
+        f"{task} alone": Variant(only_task=task)
+        for task in ("click", "long_view", "like", "completion", "watch_time")
+    },
 }
 Measured = dict[str, float]
 
@@ -121,8 +172,10 @@ class Ablation:
         """The settings of a variant.
 
         Raises:
-          ConfigError: they need what the log does not have.
+          ConfigError: it needs what the dataset does not have.
         """
+        variant.hides(self.spec)
+        variant.learns(self.spec)
         config = RankingConfig.model_validate(merged(self.settings, variant.overrides))
         check_log(config, self.spec)
         return config
@@ -131,25 +184,26 @@ class Ablation:
         """Trains a variant and judges it on the test split.
 
         Returns:
-          `<task>/<metric>`; `cpu_s` of training, `epochs` until it stopped.
+          `<task>/<metric>` of the tasks that are learnt; `cpu_s` of training, `epochs` until it stopped.
 
         Raises:
           ConfigError: as `config`.
         """
-        config = self.config(variant)
-        data = {split: _without(window, variant.hidden) for split, window in self.windows.items()}
+        config, spec, hidden = self.config(variant), variant.learns(self.spec), variant.hides(self.spec)
+        data = {split: _without(window, hidden) for split, window in self.windows.items()}
         tf.keras.utils.set_random_seed(config.seed)
-        source = (self.windows["train"], self.transform_output, self.spec, config)
+        source = (self.windows["train"], self.transform_output, spec, config)
         positions, vectors = read_positions(*source), item_vectors(*source)
-        model = build(
-            self.spec, self.transform_output, self.catalogue, self.statistics, config, positions, vectors
-        )
-        batches = training_batches(data["train"], self.spec, config)
-        start = time.process_time()
-        log = train(model, batches, ordered_batches(data["eval"], config.batch_size), config)
-        measured: Measured = {"cpu_s": time.process_time() - start, "epochs": float(len(log))}
-        judged = judge(model, ordered_batches(data["test"], config.batch_size))
-        for task in self.spec.tasks:
+        with contextlib.nullcontext() if variant.has_powers else _no_powers():
+            model = build(
+                spec, self.transform_output, self.catalogue, self.statistics, config, positions, vectors
+            )
+            batches = training_batches(data["train"], spec, config)
+            start = time.process_time()
+            log = train(model, batches, ordered_batches(data["eval"], config.batch_size), config)
+            measured: Measured = {"cpu_s": time.process_time() - start, "epochs": float(len(log))}
+            judged = judge(model, ordered_batches(data["test"], config.batch_size))
+        for task in (task for task in spec.tasks if task.loss_weight > 0):
             label, output = judged.labels[task.label], judged.outputs[task.name]
             known = ~np.isnan(label)
             truth, served = label[known].astype(np.float64), output[known].astype(np.float64)
@@ -159,6 +213,17 @@ class Ablation:
                 measured[f"{task.name}/xauc"] = metrics.xauc(truth, served)
                 measured[f"{task.name}/mae"] = metrics.mae(truth, served)
         return measured
+
+
+@contextlib.contextmanager
+def _no_powers() -> Iterator[None]:
+    """Has models that are built and traced inside read x where x, x² and √x are read otherwise."""
+
+    def alone(x: tf.Tensor) -> tf.Tensor:
+        return x
+
+    with mock.patch.object(encoder, "with_powers", alone), mock.patch.object(ranking, "with_powers", alone):
+        yield
 
 
 def able(ablation: Ablation) -> list[str]:
@@ -192,13 +257,19 @@ def _without(data: tf.data.Dataset, hidden: Sequence[str]) -> tf.data.Dataset:
 
 
 def to_markdown(results: Mapping[str, Measured]) -> str:
-    """One line per variant, with the difference to the base behind each metric but those of time."""
+    """One line per variant, with the difference to the base behind each metric but those of time.
+
+    A cell is empty where the variant learns no such task.
+    """
     base = results.get(BASE)
-    columns = list(next(iter(results.values())))
+    columns = list(dict.fromkeys(column for measured in results.values() for column in measured))
     lines = [f"| | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
     for name, measured in results.items():
         cells = []
         for column in columns:
+            if column not in measured:
+                cells.append("")
+                continue
             digits = 0 if column in ("cpu_s", "epochs") else 2 if column.endswith("/mae") else 4
             cell = f"{measured[column]:.{digits}f}"
             if digits and base is not None and measured is not base:
