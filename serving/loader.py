@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 State = get_model_status_pb2.ModelVersionStatus.State
 
-_Fingerprint = tuple[tuple[str, int, int], ...]
+_FileStats = tuple[tuple[str, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class VersionStatus:
 
 @dataclass(frozen=True)
 class _Failure:
-    fingerprint: _Fingerprint
+    files: _FileStats
     num_tries: int
     time_s: float
 
@@ -137,10 +137,10 @@ class Model:
         return "; ".join(reasons) or "there is none that the version policy allows"
 
     def _try_to_load(self, version: int, path: Path) -> bool:
-        fingerprint = _fingerprint(path)
+        files = _file_stats(path)
         failure = self._failures.get(version)
         num_tries = 0
-        if failure is not None and failure.fingerprint == fingerprint:
+        if failure is not None and failure.files == files:
             num_tries = failure.num_tries
             due_s = failure.time_s + self._settings.retry_interval_s
             if num_tries > self._settings.max_num_retries or time.monotonic() < due_s:
@@ -148,7 +148,7 @@ class Model:
         if self._load(version, path, is_last_try=num_tries == self._settings.max_num_retries):
             self._failures.pop(version, None)
             return True
-        self._failures[version] = _Failure(fingerprint, num_tries + 1, time.monotonic())
+        self._failures[version] = _Failure(files, num_tries + 1, time.monotonic())
         _free_memory()
         return False
 
@@ -220,7 +220,7 @@ def _code_of(error: Exception) -> grpc.StatusCode:
     return grpc.StatusCode.UNKNOWN
 
 
-def _fingerprint(path: Path) -> _Fingerprint:
+def _file_stats(path: Path) -> _FileStats:
     """Name, size and time of every file below: changes when a half-copied or damaged version is completed."""
     files = sorted(file for file in path.rglob("*") if file.is_file())
     stats = [(file, file.stat()) for file in files]

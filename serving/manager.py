@@ -11,11 +11,12 @@ from pathlib import Path
 import grpc
 from tensorflow_serving.apis import model_pb2
 
-from schema.errors import ConfigError, ServingError
+from schema.errors import BundleError, ConfigError, ServingError
 from serving.config import ModelConfig, read_model_config
 from serving.loader import LoadSettings, Model, VersionStatus
 from serving.servable import Servable
 from serving.status import RequestError, invalid_argument, not_found
+from trainer.fingerprint import check_together
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class ModelManager:
         self._models: dict[str, Model] = {}
         self._successors: dict[str, Model] = {}  # at a new base path, until a version of it is loaded
         self._configs: dict[str, ModelConfig] = {}
+        self._mismatch = ""  # of the bundles that are served, as the log tells it
         self._loading = threading.Lock()  # one thread at a time loads and unloads
         self._closing = threading.Event()
 
@@ -69,6 +71,7 @@ class ModelManager:
             for name, model in (models | successors).items():
                 model.config = configs[name]
             self._models, self._successors, self._configs = models, successors, dict(configs)
+            self._check_together()
         if failures:
             raise RequestError(grpc.StatusCode.UNKNOWN, " ".join(failures))
 
@@ -179,6 +182,29 @@ class ModelManager:
             if loaded:
                 self._models = self._models | loaded
                 self._successors = {n: model for n, model in self._successors.items() if n not in loaded}
+            self._check_together()
+
+    def _check_together(self) -> None:
+        """Warns, once, when the newest versions of the bundles are of different releases.
+
+        They are served all the same: while a release is pushed, one bundle after the other, that is so for a
+        moment, and a server may have models of several products.
+        """
+        fingerprints = {
+            name: fingerprint
+            for name, version in self.serving_versions()
+            if (fingerprint := self._models[name].servable(version).fingerprint) is not None
+        }
+        try:
+            check_together(fingerprints)
+            mismatch = ""
+        except BundleError as error:
+            mismatch = str(error)
+        if mismatch and mismatch != self._mismatch:
+            logger.warning("mixed releases: %s", mismatch)
+        elif self._mismatch and not mismatch:
+            logger.info("the bundles belong together again")
+        self._mismatch = mismatch
 
     def _reload(self, path: Path) -> None:
         try:

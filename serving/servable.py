@@ -24,6 +24,7 @@ from tensorflow.python.framework import op_def_registry
 from schema.errors import ServingError
 from serving import metrics
 from serving.status import RequestError, code_from_number, invalid_argument
+from trainer.fingerprint import FINGERPRINT_FILE, Fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +160,11 @@ class Servable:
       version: number of the version directory.
       path: the version directory itself.
 
+    Attributes:
+      fingerprint: hashes of the bundle's parts; None for a model that is no bundle of Funnel's.
+
     Raises:
+      BundleError: the file with the fingerprint is damaged.
       ServingError, OSError, ValueError, tf.errors.OpError: the SavedModel cannot be loaded.
     """
 
@@ -167,6 +172,7 @@ class Servable:
         self.name = name
         self.version = version
         self.path = path
+        self.fingerprint = Fingerprint.read(path) if (path / FINGERPRINT_FILE).exists() else None
         meta_graph = _read_meta_graph(path)
         self.signature_defs = dict(meta_graph.signature_def)
         with tf.Graph().as_default():

@@ -59,7 +59,7 @@ class Fingerprint:
         """Reads the fingerprint of an exported or pushed model.
 
         Raises:
-          BundleError: there is none, or its parts do not give its id.
+          BundleError: there is none, or it is damaged: no such JSON, or its parts do not give its id.
         """
         path = Path(model_dir) / FINGERPRINT_FILE
         if not path.is_file():
@@ -67,9 +67,12 @@ class Fingerprint:
                 f"{model_dir} has no fingerprint ({path} is absent): an older version of Funnel exported it; "
                 "'funnel run' makes one that has"
             )
-        content = json.loads(path.read_text(encoding="utf-8"))
-        fingerprint = cls(content["parts"])
-        if fingerprint.id != content[ID]:
+        try:
+            content = json.loads(path.read_bytes())
+            fingerprint, id_ = cls(dict(content["parts"])), content[ID]
+        except (ValueError, KeyError, TypeError) as error:
+            raise BundleError(f"{path} is damaged: {error!r}; push the bundle anew") from error
+        if fingerprint.id != id_:
             raise BundleError(f"{path} is damaged: its parts do not give its id; push the bundle anew")
         return fingerprint
 

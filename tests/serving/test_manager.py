@@ -1,6 +1,7 @@
 """Version policies, labels, retries and reloads, on real models in this process."""
 
 import gc
+import json
 import shutil
 import time
 import weakref
@@ -18,6 +19,7 @@ from serving.loader import LoadSettings, Model
 from serving.manager import ModelManager
 from serving.status import RequestError
 from serving.versions import find_versions
+from trainer.fingerprint import FINGERPRINT_FILE, Fingerprint
 
 State = get_model_status_pb2.ModelVersionStatus
 ALL = VersionPolicy(limit=None)
@@ -161,6 +163,64 @@ def test_a_version_whose_signature_names_what_its_graph_lacks_does_not_load(worl
     manager._refresh()
     assert answer(manager) == 1
     assert "nowhere" in manager.statuses(spec())[2].message
+
+
+def test_a_version_with_a_damaged_fingerprint_does_not_load_until_it_is_repaired(world):
+    world.add(1)
+    manager = ModelManager(NO_RETRY)
+    manager.load(world.config())
+    world.add(2)
+    fingerprint = Fingerprint({"catalogue": "c1"})
+    fingerprint.write(world.base_path / "2")
+    file = world.base_path / "2" / FINGERPRINT_FILE
+    file.write_text(json.dumps({"id": fingerprint.id, "parts": {"catalogue": "c2"}}))
+    manager._refresh()
+    assert answer(manager) == 1
+    assert "its parts do not give its id" in manager.statuses(spec())[2].message
+    fingerprint.write(world.base_path / "2")
+    manager._refresh()
+    assert answer(manager) == 2
+    assert manager.servable(spec()).fingerprint == fingerprint
+
+
+def test_bundles_of_different_releases_are_served_with_one_warning_until_they_belong_together(
+    world, tmp_path, echo_versions, caplog
+):
+    caplog.set_level("INFO", "serving.manager")
+
+    def add(model, version, catalogue):
+        model.add(version)
+        Fingerprint({"catalogue": catalogue}).write(model.base_path / str(version))
+
+    (tmp_path / "other").mkdir()
+    other = World(tmp_path / "other", echo_versions)
+    add(world, 1, "c1")
+    add(other, 1, "c1")
+    world.add(2)  # no bundle of Funnel's belongs to any other
+    policy = specific(1, 3)
+    manager = ModelManager()
+    manager.load(
+        world.config(policy)
+        | {"other": ModelConfig("other", other.base_path, policy)}
+        | {"plain": ModelConfig("plain", world.base_path, specific(2))}
+    )
+    assert "mixed releases" not in caplog.text
+    add(world, 3, "c2")
+    for _ in range(2):
+        manager._refresh()
+        assert (answer(manager), answer(manager, name="other")) == (3, 1)
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert "bundles 'echo' and 'other' do not belong together: their catalogue differs (c2 and c1)" in warning
+    assert "belong together again" not in caplog.text
+    add(other, 3, "c2")
+    manager._refresh()
+    assert "the bundles belong together again" in caplog.text
+    # A config at the start is looked at as a swap is.
+    caplog.clear()
+    ModelManager().load(
+        world.config(specific(1)) | {"other": ModelConfig("other", other.base_path, specific(3))}
+    )
+    assert "mixed releases" in caplog.text
 
 
 def test_a_version_is_tried_again_as_often_as_asked_and_once_its_files_change(world, monkeypatch):

@@ -204,6 +204,16 @@ def test_flags_after_two_dashes_go_to_the_server(run_dir: Path, capfd: pytest.Ca
     assert "argument --num_workers: must be at least 1, got 0" in result.output + capfd.readouterr().err
 
 
+def test_bundles_of_different_runs_are_not_served(run_dir: Path) -> None:
+    push_empty_bundles(run_dir)
+    for model, ranker in (("ranking", "r1"), ("funnel", "r2")):
+        Fingerprint({"ranker": ranker}).write(RunPaths(run_dir).serving_models / model / "1")
+    result = funnel("serve", "--output-dir", run_dir)
+    assert result.exit_code == 1
+    # Whatever the width of the lines.
+    assert "'ranking' and 'funnel' do not belong together" in " ".join(result.output.split())
+
+
 @pytest.mark.parametrize("flag", ["--port", "--rest-api-port"])
 def test_a_port_that_is_taken_is_named(run_dir: Path, flag: str, capfd: pytest.CaptureFixture[str]) -> None:
     push_empty_bundles(run_dir)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from schema.contract import DatasetSpec
-from schema.errors import CheckpointError, DataError, IndexBuildError, ServingError
+from schema.errors import BundleError, CheckpointError, DataError, IndexBuildError, ServingError
 from schema.point_in_time import count_names, log_count_names
 from schema.tables import read_items
 from tests.tfx_pipeline import taste_world
@@ -173,6 +173,19 @@ def with_checkpoints(monkeypatch: pytest.MonkeyPatch) -> dict[str, DatasetSpec]:
     monkeypatch.setattr(refresh, "read_checkpoint", lambda folder: Stub(specs[folder.parent.name]))
     monkeypatch.setattr(refresh, "catalogue_files", lambda folder: [])
     return specs
+
+
+def test_bundles_of_different_runs_are_not_refreshed(
+    run: RunResult, tmp_path: Path, with_checkpoints: dict[str, DatasetSpec]
+) -> None:
+    paths = RunPaths(tmp_path / "run")
+    push(paths, *BUNDLES)
+    for name, catalogue in ((RETRIEVAL, "c1"), (RANKING, "c2")):
+        Fingerprint({"catalogue": catalogue}).write(paths.serving_models / name / "1")
+    with pytest.raises(
+        BundleError, match="'retrieval' and 'ranking' do not belong together: their catalogue"
+    ):
+        refresh_index(run, paths, [items_file(tmp_path)], complete=False)
 
 
 @pytest.mark.parametrize("failing", ["run_retrieval.refresh", "run_ranking.refresh", "validate_serving"])
