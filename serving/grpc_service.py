@@ -33,7 +33,7 @@ from serving.inference import Call
 from serving.manager import ModelManager
 from serving.predict_request import PredictRequest
 from serving.servable import Servable
-from serving.status import RequestError, invalid_argument, short_text
+from serving.status import RequestError, deadline_exceeded, invalid_argument, short_text
 from serving.thread_pool import ThreadPool
 
 logger = logging.getLogger(__name__)
@@ -74,6 +74,8 @@ def add_services(
     reload: Reload | None = None,
     check_method_name: bool = False,
     stopping: asyncio.Event | None = None,
+    max_calls: int = 1000,
+    message_timeout_s: float = 60.0,
 ) -> None:
     """Registers both services. Methods not defined here, such as PredictStreamed, answer UNIMPLEMENTED.
 
@@ -87,36 +89,34 @@ def add_services(
       reload: has a config loaded; by default by `models` alone.
       check_method_name: see `inference.classify`.
       stopping: once set, calls that come are refused with UNAVAILABLE.
+      max_calls: calls that are read, wait for a thread, run or are being sent; others get RESOURCE_EXHAUSTED.
+      message_timeout_s: time in which the message of a call must be there, else DEADLINE_EXCEEDED: a client
+        without a deadline would otherwise hold its place among the calls at once for ever.
     """
     stopping = stopping or asyncio.Event()
+    method = functools.partial(
+        _method, stopping=stopping, places=_Places(max_calls), message_timeout_s=message_timeout_s
+    )
     prediction = PredictionService(models, threads, batcher, check_method_name)
     model = ModelService(models, loader, reload)
     for service, methods in (
         (
             "tensorflow.serving.PredictionService",
             [
-                _method(prediction.Predict, PredictRequest.FromString, stopping),
-                _method(prediction.Classify, classification_pb2.ClassificationRequest.FromString, stopping),
-                _method(prediction.Regress, regression_pb2.RegressionRequest.FromString, stopping),
-                _method(prediction.MultiInference, inference_pb2.MultiInferenceRequest.FromString, stopping),
-                _method(
-                    prediction.GetModelMetadata,
-                    get_model_metadata_pb2.GetModelMetadataRequest.FromString,
-                    stopping,
+                method(prediction.Predict, PredictRequest.FromString),
+                method(prediction.Classify, classification_pb2.ClassificationRequest.FromString),
+                method(prediction.Regress, regression_pb2.RegressionRequest.FromString),
+                method(prediction.MultiInference, inference_pb2.MultiInferenceRequest.FromString),
+                method(
+                    prediction.GetModelMetadata, get_model_metadata_pb2.GetModelMetadataRequest.FromString
                 ),
             ],
         ),
         (
             "tensorflow.serving.ModelService",
             [
-                _method(
-                    model.GetModelStatus, get_model_status_pb2.GetModelStatusRequest.FromString, stopping
-                ),
-                _method(
-                    model.HandleReloadConfigRequest,
-                    model_management_pb2.ReloadConfigRequest.FromString,
-                    stopping,
-                ),
+                method(model.GetModelStatus, get_model_status_pb2.GetModelStatusRequest.FromString),
+                method(model.HandleReloadConfigRequest, model_management_pb2.ReloadConfigRequest.FromString),
             ],
         ),
     ):
@@ -287,21 +287,53 @@ def reload_config(
     return model_management_pb2.ReloadConfigResponse()
 
 
+class _Places:
+    """How many calls there may be at once; for the event loop alone.
+
+    `maximum_concurrent_rpcs` of grpc.aio.server (1.65) does not hold: each refusal makes room for one more.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._num_taken = 0
+
+    async def take(self, context: grpc.aio.ServicerContext) -> None:
+        """Takes a place until the answer is sent, or ends the call with RESOURCE_EXHAUSTED."""
+        if self._num_taken >= self._number:
+            full = f"{self._number} calls are being answered; try again later"
+            await _abort(context, RequestError(grpc.StatusCode.RESOURCE_EXHAUSTED, full))
+        self._num_taken += 1
+        context.add_done_callback(self._leave)
+
+    def _leave(self, context: grpc.aio.ServicerContext) -> None:
+        self._num_taken -= 1
+
+
 def _method(
     answer: Callable[[_Request, grpc.aio.ServicerContext], Awaitable[Message | bytes]],
     read: Callable[[bytes], _Request],
+    *,
     stopping: asyncio.Event,
+    places: _Places,
+    message_timeout_s: float,
 ) -> tuple[str, grpc.RpcMethodHandler]:
-    """Name and handler of a method, as generated code registers it, but for bytes that are no such message.
+    """Name and handler of a method, as generated code registers it, but for two things.
 
-    gRPC would answer these with UNKNOWN, and log a stack trace for each.
+    To bytes that are no such message gRPC would answer UNKNOWN, and log a stack trace for each. And it would
+    wait for a message as long as the connection lasts: a method that takes a stream, which on the wire is the
+    same, reads its one message itself.
     """
 
-    async def call(data: bytes, context: grpc.aio.ServicerContext) -> Message | bytes:
+    async def call(
+        messages: object, context: grpc.aio.ServicerContext[bytes, Message | bytes]
+    ) -> Message | bytes:
         if stopping.is_set():
             await _abort(context, RequestError(grpc.StatusCode.UNAVAILABLE, "the server is stopping"))
+        await places.take(context)
         try:
-            request = read(data)
+            request = read(await _read_message(context, message_timeout_s))
+        except RequestError as error:
+            await _abort(context, error)
         except DecodeError as error:
             await _abort(
                 context, invalid_argument(f"the message is not one that {answer.__name__} takes: {error}")
@@ -311,7 +343,31 @@ def _method(
     def encode(message: Message | bytes) -> bytes:
         return message if isinstance(message, bytes) else message.SerializeToString()
 
-    return answer.__name__, grpc.unary_unary_rpc_method_handler(call, response_serializer=encode)
+    return answer.__name__, grpc.stream_unary_rpc_method_handler(call, response_serializer=encode)
+
+
+async def _read_message(context: grpc.aio.ServicerContext, timeout_s: float) -> bytes:
+    """Returns the first message of a call.
+
+    By a timer, which takes 1 µs; `asyncio.wait_for` makes a task, which takes 7.
+
+    Raises:
+      RequestError: DEADLINE_EXCEEDED, it did not come in time; INVALID_ARGUMENT, the call ended without one.
+    """
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    timer = loop.call_later(timeout_s, task.cancel)
+    try:
+        message = await context.read()
+    except asyncio.CancelledError:
+        if loop.time() < timer.when():  # the client has gone
+            raise
+        raise deadline_exceeded(f"the message was not complete after {timeout_s:g} s") from None
+    finally:
+        timer.cancel()
+    if not isinstance(message, bytes):
+        raise invalid_argument("the call ended without a message")
+    return message
 
 
 async def _at_once(function: Callable[..., _Answer], *args: object) -> _Answer:

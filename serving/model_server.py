@@ -167,7 +167,6 @@ async def _serve(flags: argparse.Namespace, link: WorkerLink | None = None) -> i
             ("grpc.so_reuseport", int(link is not None)),
             *flags.grpc_channel_arguments,
         ),
-        maximum_concurrent_rpcs=_MAX_CONCURRENT_REQUESTS,
     )
     with contextlib.ExitStack() as stack:
         if link is None:
@@ -249,6 +248,7 @@ def _add_services(
         reload=reload_everywhere if link is not None else None,
         check_method_name=flags.enable_signature_method_name_check,
         stopping=stop,
+        max_calls=_MAX_CONCURRENT_REQUESTS,
     )
 
 

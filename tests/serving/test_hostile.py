@@ -9,6 +9,7 @@ import struct
 import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from urllib.parse import urlsplit
 
@@ -24,8 +25,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
-from serving import grpc_service  # noqa: F401  its filter of grpc's log is under test
 from serving.config import ModelConfig
+from serving.grpc_service import add_services  # its filter of grpc's log is under test, too
 from serving.manager import ModelManager
 from serving.rest import RestSettings, create_runner
 from serving.thread_pool import ThreadPool
@@ -85,6 +86,14 @@ def half_request(values):
     request.model_spec.name = "echo"
     request.model_spec.signature_name = "half"
     request.inputs["x"].CopyFrom(tf.make_tensor_proto(np.array(values, np.float32)))
+    return request
+
+
+def sleep_request(seconds):
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name = "echo"
+    request.model_spec.signature_name = "sleep"
+    request.inputs["seconds"].CopyFrom(tf.make_tensor_proto(np.float32(seconds)))
     return request
 
 
@@ -312,31 +321,42 @@ def answers_rest(server):
 
 
 @pytest.fixture(scope="module")
-def limited(echo_versions):
-    """Address of a REST API whose timeouts are 0.3 s, with bodies up to 10 kB and 3 requests at once."""
+def loop():
+    """An event loop that runs in a thread of its own."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield loop
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.run_until_complete(end_other_tasks())
+    loop.close()
+
+
+@pytest.fixture(scope="module")
+def echo_manager(echo_versions):
     manager = ModelManager()
     manager.load({"echo": ModelConfig("echo", echo_versions)})
+    return manager
+
+
+@pytest.fixture(scope="module")
+def limited(loop, echo_manager):
+    """Address of a REST API whose timeouts are 0.3 s, with bodies up to 10 kB and 3 requests at once."""
     limits = RestSettings(
         max_concurrent_requests=3, max_body_bytes=10_000, body_timeout_s=0.3, idle_timeout_s=0.3
     )
     listener = socket.create_server(("127.0.0.1", 0))
 
     async def start():
-        runner = create_runner(manager, ThreadPool(4, "rest"), limits, shutdown_timeout_s=1)
+        runner = create_runner(echo_manager, ThreadPool(4, "rest"), limits, shutdown_timeout_s=1)
         await runner.setup()
         await web.SockSite(runner, listener).start()
         return runner
 
-    loop = asyncio.new_event_loop()
-    runner = loop.run_until_complete(start())
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
+    runner = asyncio.run_coroutine_threadsafe(start(), loop).result()
     yield listener.getsockname()
     asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result()
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.run_until_complete(end_other_tasks())
-    loop.close()
 
 
 async def end_other_tasks():
@@ -444,6 +464,101 @@ def test_grpc_logs_no_stack_trace_of_a_client_that_has_gone_and_any_other_one(ca
     assert [record.args for record in caplog.records] == [("ValueError",)]
 
 
+# gRPC: messages that do not come
+
+
+@pytest.fixture(scope="module")
+def limited_grpc(loop, echo_manager):
+    """Address of a gRPC API that waits 1.5 s for a message and takes 3 calls at once."""
+
+    async def start():
+        server = grpc.aio.server()
+        limits = {"max_calls": 3, "message_timeout_s": 1.5}
+        add_services(server, echo_manager, ThreadPool(8, "grpc"), ThreadPoolExecutor(1), **limits)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        return server, ("127.0.0.1", port)
+
+    server, address = asyncio.run_coroutine_threadsafe(start(), loop).result()
+    yield address
+    asyncio.run_coroutine_threadsafe(server.stop(1), loop).result()
+
+
+def http2_frame(kind, flags, stream, payload):
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+
+def predict_without_its_message(*streams, claimed=None):
+    """HTTP/2 of Predict calls without deadline: their heads, and the length of their messages at the most."""
+    head = b"".join(
+        b"\x00" + bytes([len(name)]) + name + bytes([len(value)]) + value  # literal, not indexed
+        for name, value in (
+            (b":method", b"POST"),
+            (b":scheme", b"http"),
+            (b":path", b"/tensorflow.serving.PredictionService/Predict"),
+            (b":authority", b"localhost"),
+            (b"content-type", b"application/grpc"),
+            (b"te", b"trailers"),
+        )
+    )
+    sent = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + http2_frame(4, 0, 0, b"")
+    for stream in streams:
+        sent += http2_frame(1, 4, stream, head)  # HEADERS, END_HEADERS
+        if claimed is not None:
+            sent += http2_frame(0, 0, stream, b"\x00" + claimed.to_bytes(4, "big") + b"\x0a\x06\x0a")
+    return sent
+
+
+def code_of_a_call(address):
+    with grpc.insecure_channel(f"{address[0]}:{address[1]}") as channel:
+        stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+        return stub.Predict.future(half_request([1.0]), timeout=5).code()
+
+
+@pytest.mark.parametrize("claimed", [None, 2**31 - 2], ids=["no message", "2 GiB"])
+def test_calls_whose_message_does_not_come_are_ended_and_leave_their_place(limited_grpc, claimed):
+    assert code_of_a_call(limited_grpc) == grpc.StatusCode.OK
+    with socket.create_connection(limited_grpc, timeout=5) as connection:
+        connection.sendall(predict_without_its_message(1, 3, 5, claimed=claimed))
+        answer, started = b"", time.monotonic()
+        wait_for(lambda: code_of_a_call(limited_grpc) == grpc.StatusCode.RESOURCE_EXHAUSTED)
+        while answer.count(b"was not complete after 1.5 s") < 3:  # gRPC does not compress these texts
+            answer += (received := connection.recv(2**16))
+            assert received, "closed without a word"
+        assert time.monotonic() - started < 5
+        # The connection is still open.
+        wait_for(lambda: code_of_a_call(limited_grpc) == grpc.StatusCode.OK, timeout_s=2)
+
+
+def test_refused_calls_leave_the_limit_as_it_is(limited_grpc):
+    with grpc.insecure_channel(f"{limited_grpc[0]}:{limited_grpc[1]}") as channel:
+        stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+        for _ in range(3):
+            codes = [future.code() for future in [stub.Predict.future(sleep_request(0.2)) for _ in range(12)]]
+            assert codes.count(grpc.StatusCode.OK) == 3
+            assert codes.count(grpc.StatusCode.RESOURCE_EXHAUSTED) == 9
+
+
+def test_a_message_that_claims_two_gigabytes_does_not_get_them(server):
+    host, _, port = server.grpc_target.removeprefix("grpc://").rpartition(":")
+    before = psutil.Process(server.pid).memory_info().rss
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        streams = range(1, 201, 2)
+        connection.sendall(predict_without_its_message(*streams, claimed=2**31 - 2))
+        assert ask_rest(server) == [0.5]
+        assert code_of_a_call((host, port)) == grpc.StatusCode.OK
+        assert psutil.Process(server.pid).memory_info().rss < before + 50 * 2**20
+
+
+def test_a_call_that_ends_without_a_message_is_an_invalid_argument(channel):
+    call = channel.stream_unary(
+        "/tensorflow.serving.PredictionService/Predict", request_serializer=bytes, response_deserializer=bytes
+    )
+    with pytest.raises(grpc.RpcError, match="without a message") as caught:
+        call(iter([]), timeout=10)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
 tensors = st.builds(
     tf.make_tensor_proto(0.0).__class__,
     dtype=st.integers(0, 30),
@@ -516,10 +631,7 @@ def test_garbage_on_the_grpc_port_is_not_answered(server, garbage):
 
 
 def test_calls_beyond_a_thousand_at_once_are_refused_and_not_queued(channel):
-    request = predict_pb2.PredictRequest()
-    request.model_spec.name = "echo"
-    request.model_spec.signature_name = "sleep"
-    request.inputs["seconds"].CopyFrom(tf.make_tensor_proto(np.float32(1.0)))
+    request = sleep_request(1.0)
     stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
     codes = [future.code() for future in [stub.Predict.future(request, timeout=5) for _ in range(1100)]]
     assert set(codes) <= {
@@ -531,10 +643,7 @@ def test_calls_beyond_a_thousand_at_once_are_refused_and_not_queued(channel):
 
 
 def test_calls_cancelled_in_the_middle_leave_nothing_behind(channel):
-    request = predict_pb2.PredictRequest()
-    request.model_spec.name = "echo"
-    request.model_spec.signature_name = "sleep"
-    request.inputs["seconds"].CopyFrom(tf.make_tensor_proto(np.float32(0.05)))
+    request = sleep_request(0.05)
     stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
     for future in [stub.Predict.future(request, timeout=10) for _ in range(100)]:
         future.cancel()
