@@ -73,6 +73,7 @@ VARIANTS: Mapping[str, Variant] = {
     "in-batch negatives": Variant({"loss": {"uniform_negatives": 0}}),
     "1,000 uniform negatives": Variant({"loss": {"uniform_negatives": 1_000}}),
     "full softmax": Variant({"loss": {"uniform_negatives": "all"}}),
+    "temperature .5": Variant({"loss": {"temperature": 0.5}}),
     "5 hard negatives": Variant({"loss": {"hard_negatives": 5}}),
     "streaming probabilities": Variant(
         {"loss": {"sampling_probability": "streaming", "uniform_negatives": 0}}

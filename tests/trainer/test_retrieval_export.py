@@ -15,7 +15,7 @@ import tensorflow as tf
 from schema.errors import ConfigError, IndexBuildError
 from tests.trainer import retrieval_world as world
 from trainer.allow_lists import AllowLists
-from trainer.config import IndexConfig, RetrievalConfig
+from trainer.config import HistoryConfig, IndexConfig, RetrievalConfig
 from trainer.fingerprint import Fingerprint
 from trainer.index import CandidateIndex, Effort, ExactIndex, ExactItems, ScannIndex
 from trainer.index_build import build_index
@@ -124,6 +124,36 @@ def test_served_ids_and_scores_are_those_of_the_model(
         assert (outputs["scores"].numpy()[user, k:] == 0).all()
     assert outputs["user_is_known"].numpy().tolist() == [1, 0, 1]
     assert outputs["history_length"].numpy().tolist() == [3, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "history",
+    [HistoryConfig(interests=3), HistoryConfig(encoder="transformer")],
+    ids=["interests", "transformer"],
+)
+def test_every_way_to_read_a_history_is_served_as_it_was_trained(
+    history: HistoryConfig, model: RetrievalModel, tmp_path: Path
+) -> None:
+    tf.keras.utils.set_random_seed(1)
+    config = model.config.model_copy(update={"history": history})
+    log_q = np.full(world.VOCABULARY_SIZES["item_id"], -6.0, np.float32)
+    other = RetrievalModel(config, world.SPACE, world.VOCABULARY_SIZES, log_q)
+    export(*_served(other, IndexConfig()), tmp_path / "model", Fingerprint({}))
+    loaded = tf.saved_model.load(str(tmp_path / "model"))
+    request = _request(k=[5, 5, 5], exclude_item_ids=[[""]] * 3)
+    del request["allow_genres"]
+    outputs = loaded.signatures["serving_default"](**request)
+
+    query = world.query_columns(np.array([7, 0, 8]), np.array([[3, 9, -1], [4, -1, -1], [-1, -1, -1]]))
+    query["segment_id"] = np.array([3, 0, 4])
+    query["history_item_ids_ids"][0, 2] = 1
+    scores = other.encode_users(query) @ other.encode_catalogue(world.catalogue()).T
+    if history.interests > 1:  # the best of a user's query vectors counts
+        assert scores.shape == (3, history.interests, world.NUM_ITEMS)
+        scores = scores.max(axis=1)
+    expected = np.argsort(-scores, axis=1)[:, :5]
+    assert _text(outputs["item_ids"]).tolist() == [[f"i{row}" for row in rows] for rows in expected]
+    np.testing.assert_allclose(outputs["scores"], np.take_along_axis(scores, expected, 1), rtol=1e-4)
 
 
 def test_reason_is_the_watched_item_with_the_largest_cosine(signatures: Any, model: RetrievalModel) -> None:
