@@ -27,6 +27,7 @@ from schema.tables import INTERACTIONS, ITEMS, USERS, read_summary
 from tfx_pipeline.batch_score import load_ranker
 from tfx_pipeline.config import CUTOFFS, RunConfig
 from trainer import features
+from trainer.collapse import CANDIDATE_RANK, MIN_VECTORS, effective_rank
 from trainer.comparison import (
     CANDIDATE,
     LAST_BLESSED,
@@ -44,6 +45,7 @@ from trainer.ranking_comparison import JudgedRows, compare_ranking, predictions_
 from trainer.ranking_features import RankingTables
 from trainer.retrieval_baselines import EvalUsers, TrainPositives, baseline_lists
 from trainer.retrieval_comparison import JudgedLists, compare_retrieval, lists_table, positives_table
+from trainer.served_index import LOOKUP
 from trainer.slices import (
     ACTIVITY,
     ITEM_POPULARITY,
@@ -165,6 +167,9 @@ def judge_retrieval(
     )
     comparison = compare_retrieval(judged, settings.cutoffs, by, notes, absent, settings.bootstrap)
     item_ids = list(code_of)
+    vectors = item_vectors(candidate, item_ids)
+    rank = effective_rank(vectors) if len(vectors) >= MIN_VECTORS else None
+    comparison = dataclasses.replace(comparison, facts={CANDIDATE_RANK: rank})
     return Judgement(
         comparison,
         {PREDICTIONS_FILE: positives_table(judged, item_ids), LISTS_FILE: lists_table(judged, item_ids)},
@@ -336,6 +341,23 @@ def retrieved(folder: Path, examples: Sequence[bytes], k: int) -> np.ndarray:
             raise ServingError(f"{folder} refuses the examples: {error.message}") from error
         parts.append(answer[_ITEM_IDS].numpy()[:, :k])
     return np.concatenate(parts).astype(str)
+
+
+def item_vectors(folder: Path, item_ids: Sequence[str]) -> np.ndarray:
+    """What the index of a retrieval model holds of items, by `lookup_items`.
+
+    Args:
+      folder: exported SavedModel of a retrieval model.
+      item_ids: items to look up.
+
+    Returns:
+      float32 [I, D], of the items that it knows, in their order; item bias and factors are dimensions.
+    """
+    lookup, parts = tf.saved_model.load(str(folder)).signatures[LOOKUP], []
+    for batch in batches(len(item_ids), _ROWS_PER_CALL, "items looked up"):
+        found = lookup(item_ids=tf.constant(item_ids[batch], tf.string))
+        parts.append(found["vectors"].numpy()[found[_ITEM_IDS].numpy() != b""])
+    return np.concatenate(parts)
 
 
 def predicted(folder: Path, examples: Sequence[bytes], spec: DatasetSpec) -> dict[str, np.ndarray]:

@@ -18,6 +18,7 @@ from serving.slo import Slo
 from tfx_pipeline.config import RANKING, RETRIEVAL, Gate, ValidationConfig
 from tfx_pipeline.drift_facts import LAST_RUN, TRAIN_TO_EVAL, DriftFacts, FeatureDrift
 from tfx_pipeline.leakage.findings import LeakageReport
+from trainer.collapse import CANDIDATE_RANK, MIN_EFFECTIVE_RANK, MIN_VECTORS
 from trainer.comparison import LAST_BLESSED, NO_BLESSED_MODEL, Against, Comparison, MetricResult
 from trainer.facts_file import read_facts, write_facts
 from trainer.metrics import chance_ece, has_interval, lower_is_better, metric_key
@@ -316,6 +317,7 @@ def _collapse(comparison: Comparison, tasks: Sequence[TaskSpec]) -> Iterator[Gat
         value = metric.value or 0.0
         reason = f"{key} {value:g}, required: {limit}"
         yield _result("collapse", f"{key} against one list", value > one_list, value, limit, reason)
+        yield _item_rank(comparison.facts[CANDIDATE_RANK])
         return
     for task in tasks:
         spread = comparison.facts.get(f"{task.name}/prediction_std")
@@ -334,6 +336,16 @@ def _collapse(comparison: Comparison, tasks: Sequence[TaskSpec]) -> Iterator[Gat
             f"{of_labels:.4g}, required: {limit}"
         )
         yield _result("collapse", name, spread >= _MIN_STD_SHARE * of_labels, spread, limit, reason)
+
+
+def _item_rank(rank: float | None) -> GateResult:
+    """The served item vectors differ in more than one direction: along one, there are two lists for all."""
+    limit = f"at least {MIN_EFFECTIVE_RANK:g}"
+    name = f"{CANDIDATE_RANK} {limit}"
+    if rank is None:
+        return _not_applied("collapse", name, limit, f"the catalogue has fewer than {MIN_VECTORS} items")
+    reason = f"{CANDIDATE_RANK} {rank:.2f}, required: {limit}"
+    return _result("collapse", name, rank >= MIN_EFFECTIVE_RANK, rank, limit, reason)
 
 
 def _index(recall: Mapping[str, float | None] | None, config: ValidationConfig) -> Iterator[GateResult]:

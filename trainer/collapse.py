@@ -25,7 +25,7 @@ MIN_EFFECTIVE_RANK = 1.5
 # Differences below this share of the vectors' length are rounding errors of float32 sums.
 _ROUNDING = 1e-5
 # Fewer vectors than this say nothing about the tower that made them.
-_MIN_VECTORS = 10
+MIN_VECTORS = 10
 
 
 def effective_rank(vectors: npt.ArrayLike) -> float:
@@ -97,9 +97,9 @@ def check_not_collapsed(measured: Mapping[str, float], num_users: int, num_items
         f"the {count:,} {kind} vectors differ in {measured[key]:.2f} directions (effective rank), "
         f"fewer than {MIN_EFFECTIVE_RANK}"
         for kind, key, count in (("query", QUERY_RANK, num_users), ("candidate", CANDIDATE_RANK, num_items))
-        if count >= _MIN_VECTORS and measured[key] < MIN_EFFECTIVE_RANK
+        if count >= MIN_VECTORS and measured[key] < MIN_EFFECTIVE_RANK
     ]
-    if num_users >= _MIN_VECTORS and num_items > DISTINCT_K >= measured[DISTINCT_ITEMS]:
+    if num_users >= MIN_VECTORS and num_items > DISTINCT_K >= measured[DISTINCT_ITEMS]:
         reasons.append(
             f"the top {DISTINCT_K} of {num_users:,} users hold {measured[DISTINCT_ITEMS]:.0f} of "
             f"{num_items:,} items"

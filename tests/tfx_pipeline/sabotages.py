@@ -144,6 +144,11 @@ class Soundness:
         return evaluation.retrieved(self.models[RETRIEVAL], self.asked_users, K)
 
     @functools.cached_property
+    def item_vectors(self) -> np.ndarray:
+        """What the sound model holds of the items, float32 [I, D]."""
+        return evaluation.item_vectors(self.models[RETRIEVAL], self.tables.items[ft.ITEM_ID].to_list())
+
+    @functools.cached_property
     def predictions(self) -> Predictions:
         """What the sound ranker predicts for the test rows."""
         return evaluation.predicted(self.models[RANKING], self.asked_rows, self.config.dataset)
@@ -219,9 +224,11 @@ class Checks:
             check_vocabularies(sound.graph, rows, spec), check_quantiles(sound.graph, rows, spec)
         )
 
-    def retrieval(self, lists: Lists) -> list[str]:
-        """The gates of a retrieval model that recommends these lists."""
+    def retrieval(self, lists: Lists, item_vectors: np.ndarray | None = None) -> list[str]:
+        """The gates of a retrieval model that recommends these lists, by default with sound item vectors."""
         sound = self.sound
+        vectors = sound.item_vectors if item_vectors is None else item_vectors
+        self._patch.setattr(evaluation, "item_vectors", lambda *_: vectors)
         answers = {"candidate": lists, "blessed": sound.lists}
         self._patch.setattr(evaluation, "retrieved", lambda folder, *_: answers[folder.name])
         self._patch.setattr(evaluation, "_baseline_lists", sound.once(evaluation._baseline_lists))
@@ -486,6 +493,19 @@ def _collapsed(checks: Checks) -> list[str]:
             weights.assign(tf.zeros_like(weights))
 
     return checks.retrieval(_spoilt_lists(checks, change))
+
+
+@sabotage("item vectors on a line")
+def _collapsed_items(checks: Checks) -> list[str]:
+    """Query vectors are as they were: whoever looks the one way gets one list, whoever the other, another."""
+    vectors = checks.sound.item_vectors
+    centre, line = vectors.mean(axis=0), np.eye(vectors.shape[1], dtype=np.float32)[0]
+    flat = centre + (vectors - centre) @ np.outer(line, line)
+    loaded = checks.sound.loaded[RETRIEVAL]
+    served = loaded.index.index.exact.vectors
+    with _restored([served]):
+        served.assign(flat)
+        return checks.retrieval(_lists_of(loaded, checks.sound.asked_users), flat)
 
 
 @sabotage("NaN in the query tower")

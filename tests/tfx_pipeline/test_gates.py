@@ -83,6 +83,7 @@ RECALL, DISTINCT, AUC, ECE = (
     "ranking/click/auc",
     "ranking/click/ece",
 )
+ITEM_RANK = "retrieval/candidate_effective_rank"
 CALIBRATION = "probabilities of click off by at most 0.5 of the mean of the label, but for chance"
 TASKS = (TaskSpec(name="click", label="click", kind=TaskKind.BINARY),)
 RETRIEVAL_GATES = (
@@ -110,6 +111,7 @@ def comparison(model: str, metrics: tuple[MetricResult, ...], **changes: Any) ->
     rivals = (Rival("last_blessed", ""), Rival(baseline, ""))
     facts = {"click/prediction_std": 0.2, "click/label_std": 0.5}
     facts |= {"click/mean_label": 0.4, "click/mean_prediction": 0.4}
+    facts |= {ITEM_RANK: 40.0}
     found = Comparison(model, metrics[0].key, 0.95, 1_000, rivals, {}, (whole,), facts)
     return dataclasses.replace(found, **changes)
 
@@ -206,6 +208,13 @@ def with_facts(evidence: Evidence = HEALTHY["ranking"], **facts: float | None) -
     named = {name.replace("click_", "click/"): value for name, value in facts.items()}
     changed = dataclasses.replace(evidence.comparison, facts={**evidence.comparison.facts, **named})
     return dataclasses.replace(evidence, comparison=changed)
+
+
+def with_item_rank(rank: float | None) -> Evidence:
+    healthy = HEALTHY["retrieval"]
+    return dataclasses.replace(
+        healthy, comparison=dataclasses.replace(healthy.comparison, facts={ITEM_RANK: rank})
+    )
 
 
 def with_ece(error: float, mean_label: float, mean_prediction: float, num_rows: int = 500) -> Evidence:
@@ -313,6 +322,13 @@ SABOTAGES = [
         "retrieval/distinct_items_at_10 40, required: more than 40, "
         "one list for everybody less what each has seen",
         id="collapsed-towers",
+    ),
+    pytest.param(
+        # Two lists, one for each end of the line: more items than popularity gives.
+        with_item_rank(1.4),
+        "collapse",
+        "retrieval/candidate_effective_rank 1.40, required: at least 1.5",
+        id="item-vectors-on-a-line",
     ),
     pytest.param(
         with_facts(click_prediction_std=0.0),
@@ -539,6 +555,11 @@ def test_without_a_blessed_model_or_positives_there_is_nothing_to_apply() -> Non
     assert found[name].verdict is Verdict.NOT_APPLIED
     assert found[name].reason.endswith("is compared with nothing: no model was blessed before")
     assert found["index recall of cold items at least 0.9"].verdict is Verdict.NOT_APPLIED
+    few_items = judged(with_item_rank(None))[f"{ITEM_RANK} at least 1.5"]
+    assert (few_items.verdict, few_items.reason) == (
+        Verdict.NOT_APPLIED,
+        "the catalogue has fewer than 10 items",
+    )
     no_clicks = judged(with_facts(click_mean_label=0.0, click_label_std=0.0))
     assert no_clicks[CALIBRATION].verdict is Verdict.NOT_APPLIED
     assert no_clicks["spread of click at least 1% of that of the labels"].verdict is Verdict.NOT_APPLIED
