@@ -4,6 +4,9 @@ SHELL := bash
 
 BIN := .venv/bin
 PACKAGES := schema trainer serving tfx_pipeline
+# Tests run in this many processes; 0 runs them in one, for a debugger. A process takes up to 4 GiB.
+TEST_WORKERS ?= 2
+PYTEST := $(BIN)/pytest -n $(TEST_WORKERS) --no-loadscope-reorder
 PYTEST_ARGS ?=
 
 help: ## list the targets
@@ -16,7 +19,7 @@ run: env ## the whole job on the embedded data: pipeline, model server, recommen
 	@$(BIN)/funnel demo
 
 test: check ## checks, then the whole test suite
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 check: env ## lint, format and types
 	$(BIN)/ruff check .
@@ -28,10 +31,10 @@ format: env ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 
 unit: env ## the fast tests only
-	$(BIN)/pytest -m "not e2e and not slow and not browser" $(PYTEST_ARGS)
+	$(PYTEST) -m "not e2e and not slow and not browser" $(PYTEST_ARGS)
 
 e2e: env ## the tests that run whole pipelines
-	$(BIN)/pytest -m e2e $(PYTEST_ARGS)
+	$(PYTEST) -m e2e $(PYTEST_ARGS)
 
 lock: ## resolve setup.py into requirements.lock; UPGRADE=1 also moves the packages that setup.py leaves free
 	@scripts/lock.sh $(if $(UPGRADE),--upgrade)

@@ -62,6 +62,7 @@ EXTRAS = {
         "playwright>=1.65,<2",  # drives a Chromium that is there already; it fetches none
         "pytest>=9.2,<10",
         "pytest-timeout>=2.4,<3",
+        "pytest-xdist>=3.8,<4",
         "ruff>=0.17,<0.18",
         "types-protobuf",
         "types-psutil",

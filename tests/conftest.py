@@ -11,12 +11,34 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadFileScheduling
 
 REPO = Path(__file__).parent.parent
 
 # The same examples on every run; no deadline, because the first call of a test may pay for an import.
 settings.register_profile("funnel", derandomize=True, deadline=None)
 settings.load_profile("funnel")
+
+
+# These share one run of the pipeline, which takes minutes: they go to one worker, and before all others.
+SHARE_A_RUN = ("tests/tfx_pipeline/test_end_to_end.py", "tests/tfx_pipeline/test_sabotages.py")
+
+
+class FilesTogether(LoadFileScheduling):
+    """Gives a worker the tests of a file together, since they share fixtures, and those of SHARE_A_RUN too."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return SHARE_A_RUN[0] if file in SHARE_A_RUN else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> FilesTogether:
+    return FilesTogether(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first; with `--no-loadscope-reorder`, which keeps the order, workers get them so."""
+    items.sort(key=lambda item: not item.nodeid.startswith(SHARE_A_RUN))
 
 
 @pytest.fixture(scope="session")
