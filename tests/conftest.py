@@ -25,7 +25,7 @@ SHARE_A_RUN = ("tests/tfx_pipeline/test_end_to_end.py", "tests/tfx_pipeline/test
 
 
 class FilesTogether(LoadFileScheduling):
-    """Gives a worker the tests of a file together, since they share fixtures, and those of SHARE_A_RUN too."""
+    """Gives the tests of a file to one worker, since they share fixtures, and those of SHARE_A_RUN too."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)

@@ -9,6 +9,7 @@ Letters: n = interactions, U = users, I = items.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 
 import lightgbm
@@ -17,6 +18,7 @@ import numpy.typing as npt
 import polars as pl
 import scipy.sparse as sp
 from implicit.nearest_neighbours import CosineRecommender
+from implicit.utils import ParameterWarning
 
 from schema.contract import DatasetSpec, TaskKind
 from schema.point_in_time import EVENT_TIME, EarlierEvents, key_codes
@@ -203,7 +205,10 @@ def _retrieval_recall(
     fitted = positive if sees_all else positive & train
     by_popularity = recommend(popularity(item[fitted], num_items), seen, K)
     model = CosineRecommender(K=NUM_NEIGHBOURS, num_threads=1)
-    model.fit(_matrix(user, item, fitted, num_users, num_items), show_progress=False)
+    with warnings.catch_warnings():
+        # The library warns that it has to convert the normalised matrix, which it made itself.
+        warnings.simplefilter("ignore", ParameterWarning)
+        model.fit(_matrix(user, item, fitted, num_users, num_items), show_progress=False)
     by_neighbours, scores = model.recommend(
         asked, chosen[asked], N=min(K, num_items), filter_already_liked_items=True
     )
