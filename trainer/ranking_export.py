@@ -21,7 +21,7 @@ from trainer.catalogue import Catalogue
 from trainer.fingerprint import Fingerprint
 from trainer.golden import GoldenRequest
 from trainer.item_table import ItemTable
-from trainer.ranking import SCORE, EncodedQuery, RankingModel
+from trainer.ranking import SCORE, EncodedItems, EncodedQuery, RankingModel
 from trainer.request_logits import request_logits
 from trainer.score import SCORE_WEIGHTS, final_score, request_weights
 
@@ -29,6 +29,7 @@ CANDIDATES = "candidate_item_ids"
 IS_KNOWN = "item_is_known"
 EXAMPLES = "examples"
 WEIGHTED = "serving_weighted"
+DESCRIBED = "serving_candidates"
 PRE_RANK = "pre_rank"
 SCORE_TASKS = "score_tasks"
 
@@ -100,12 +101,39 @@ class CatalogueRanker(tf.Module):
         Returns:
           float32 [B, N] per task and `score`.
         """
-        model, shape = self._model(), tf.shape(rows)
+        upload_time = tf.gather(self.upload_time_unix_s, rows) if self._model().cross_features else None
+        return self.rank_items(
+            query, features, event_time_unix_s, self.items.gather(rows), upload_time, score_weights
+        )
+
+    def rank_items(
+        self,
+        query: EncodedQuery,
+        features: Mapping[str, tf.Tensor],
+        event_time_unix_s: tf.Tensor,
+        items: EncodedItems,
+        upload_time_unix_s: tf.Tensor | None,
+        score_weights: tf.Tensor,
+    ) -> dict[str, tf.Tensor]:
+        """Judges N items for each of B requests, wherever what is known of them comes from.
+
+        Args:
+          query: as of `rank`, like the other arguments.
+          features: see there.
+          event_time_unix_s: int64 [B].
+          items: B × N encoded items.
+          upload_time_unix_s: int64 [B, N]; None for a dataset without upload times.
+          score_weights: float32 [B, T].
+
+        Returns:
+          float32 [B, N] per task and `score`.
+        """
+        model, at_request = self._model(), {}
+        shape = tf.shape(items.label_means)[:2]
         num_candidates = shape[1]
-        items, at_request = self.items.gather(rows), {}
         if model.cross_features:
             event_time = tf.repeat(event_time_unix_s, num_candidates)
-            upload_time = tf.gather(self.upload_time_unix_s, tf.reshape(rows, [-1]))
+            upload_time = tf.reshape(upload_time_unix_s, [-1])
             crossed = raw_inputs.transform_cross(self._layer(), event_time, upload_time, self._spec)
             at_request = {name: tf.reshape(column, shape) for name, column in crossed.items()}
         parts = model.parts(query, items, at_request)
@@ -165,9 +193,36 @@ class ServedRanker(ServedModel):
         features = raw_inputs.transform_request(self._layer(), raw, self._spec)
         query = self.ranker.model.encode_query(features)
         outputs = self.ranker.rank(query, features, raw[ft.EVENT_TIME], rows, score_weights)
-        outputs[IS_KNOWN] = self._is_known(rows)
-        is_item = tf.not_equal(candidate_item_ids, "")
-        return {name: tf.where(is_item, value, tf.zeros_like(value)) for name, value in outputs.items()}
+        return _padded({**outputs, IS_KNOWN: self._is_known(rows)}, candidate_item_ids)
+
+    def rank_described(self, raw: Tensors) -> dict[str, tf.Tensor]:
+        """Judges N candidates, which the request describes, for each of B requests.
+
+        They need not be in the catalogue; what it holds of them is not read.
+
+        Args:
+          raw: raw query features and impressions, see `raw_inputs.ranking_signature`; candidates, see
+            `raw_inputs.candidate_signature`, of which those without an ITEM_ID are padding; score weights.
+
+        Returns:
+          As `rank`.
+        """
+        model, ids = self.ranker.model, raw[ft.ITEM_ID]
+        features = raw_inputs.transform_request(self._layer(), raw, self._spec)
+        described = model.encode_items(self._described(raw_inputs.candidate_rows(raw, self._spec)))
+
+        def grouped(column: tf.Tensor) -> tf.Tensor:
+            return tf.reshape(column, tf.concat([tf.shape(ids), tf.shape(column)[1:]], axis=0))
+
+        outputs = self.ranker.rank_items(
+            model.encode_query(features),
+            features,
+            raw[ft.EVENT_TIME],
+            tf.nest.map_structure(grouped, described),
+            raw.get(ft.UPLOAD_TIME),
+            raw[SCORE_WEIGHTS],
+        )
+        return _padded({**outputs, IS_KNOWN: self._is_known(self.rows.lookup(ids))}, ids)
 
     def rank_examples(self, examples: tf.Tensor) -> dict[str, tf.Tensor]:
         """Judges serialized interaction tf.Examples, string [B]: one candidate each.
@@ -181,11 +236,7 @@ class ServedRanker(ServedModel):
         model = self.ranker.model
         raw = raw_inputs.parse_interaction_examples(examples, self._spec)
         transformed = raw_inputs.transform_request(self._layer(), raw, self._spec)
-        transformed |= raw_inputs.transform_candidates(self._layer(), raw, self._spec)
-        counts = raw[ft.ITEM_COUNTS]
-        has_counts = tf.reduce_any(~tf.math.is_nan(counts), axis=1, keepdims=True)
-        counters = raw_inputs.transform_counts(self._layer(), counts)
-        transformed |= {n: tf.where(has_counts, counters[n], unmet) for n, unmet in self._unmet().items()}
+        transformed |= self._described(raw)
         if ft.feature_space(self._spec).cross:
             transformed |= raw_inputs.transform_cross(
                 self._layer(), raw[ft.EVENT_TIME], raw[ft.UPLOAD_TIME], self._spec
@@ -197,10 +248,20 @@ class ServedRanker(ServedModel):
             IS_KNOWN: self._is_known(self.rows.lookup(raw[ft.ITEM_ID])),
         }
 
+    def _described(self, raw: Tensors) -> dict[str, tf.Tensor]:
+        """Transformed features and counters of M described candidates, [M], lists [M, L]."""
+        counts = raw[ft.ITEM_COUNTS]
+        has_counts = tf.reduce_any(~tf.math.is_nan(counts), axis=1, keepdims=True)
+        counters = raw_inputs.transform_counts(self._layer(), counts)
+        return {
+            **raw_inputs.transform_candidates(self._layer(), raw, self._spec),
+            **{name: tf.where(has_counts, counters[name], unmet) for name, unmet in self._unmet().items()},
+        }
+
     def calls(self) -> dict[str, Signature]:
         """See the base class."""
-        request = raw_inputs.ranking_signature(self._spec)
-        request[CANDIDATES] = tf.TensorSpec([None, None], tf.string, name=CANDIDATES)
+        query = raw_inputs.ranking_signature(self._spec)
+        request = {**query, CANDIDATES: tf.TensorSpec([None, None], tf.string, name=CANDIDATES)}
         weights = tf.TensorSpec([None, len(self._spec.tasks)], tf.float32, name=SCORE_WEIGHTS)
         examples = tf.TensorSpec([None], tf.string, name=EXAMPLES)
         calls = {
@@ -208,6 +269,10 @@ class ServedRanker(ServedModel):
             WEIGHTED: Signature(
                 lambda raw: self.rank(raw, raw[CANDIDATES], raw[SCORE_WEIGHTS]),
                 {**request, SCORE_WEIGHTS: weights},
+            ),
+            DESCRIBED: Signature(
+                self.rank_described,
+                {**query, **raw_inputs.candidate_signature(self._spec), SCORE_WEIGHTS: weights},
             ),
             "serving_examples": Signature(
                 lambda raw: self.rank_examples(raw[EXAMPLES]), {EXAMPLES: examples}
@@ -236,6 +301,12 @@ class ServedRanker(ServedModel):
     def _declared(self, candidate_item_ids: tf.Tensor) -> tf.Tensor:
         """What stands for the declared score weights, float32 [B, T]."""
         return tf.fill([tf.shape(candidate_item_ids)[0], len(self._spec.tasks)], math.nan)
+
+
+def _padded(outputs: Tensors, item_ids: tf.Tensor) -> dict[str, tf.Tensor]:
+    """Outputs [B, N], zeros where the id of the candidate is ""."""
+    is_item = tf.not_equal(item_ids, "")
+    return {name: tf.where(is_item, value, tf.zeros_like(value)) for name, value in outputs.items()}
 
 
 def score_tasks(spec: DatasetSpec) -> Signature:

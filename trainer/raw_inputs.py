@@ -48,6 +48,31 @@ def transform_candidates(layer: Any, raw: Mapping[str, tf.Tensor], spec: Dataset
     return _transform(layer, raw, inputs, features.feature_space(spec).candidate)
 
 
+def candidate_signature(spec: DatasetSpec) -> dict[str, tf.TensorSpec]:
+    """Tensor specs of described candidates: [B, N], lists [B, N, L]; ITEM_COUNTS may be of length 0."""
+    return {
+        raw.name: tf.TensorSpec([None] * (3 if raw.is_list else 2), _DTYPES[raw.dtype], name=raw.name)
+        for raw in (*features.raw_candidate_inputs(spec), _COUNTS)
+    }
+
+
+def candidate_rows(raw: Mapping[str, tf.Tensor], spec: DatasetSpec) -> dict[str, tf.Tensor]:
+    """Described candidates, see `candidate_signature`, one below the other: [B * N], lists [B * N, L].
+
+    Fails where a feature describes another number of candidates than ITEM_ID names.
+    """
+    shape = tf.shape(raw[features.ITEM_ID])
+    rows = {}
+    for name in candidate_signature(spec):
+        sizes = tf.shape(raw[name])
+        check = tf.debugging.assert_equal(
+            sizes[:2], shape, f"{name} must describe the candidates that {features.ITEM_ID} names, one each"
+        )
+        with tf.control_dependencies([check]):
+            rows[name] = tf.reshape(raw[name], tf.concat([[shape[0] * shape[1]], sizes[2:]], axis=0))
+    return rows
+
+
 def ranking_signature(spec: DatasetSpec) -> dict[str, tf.TensorSpec]:
     """Tensor specs of a request to the ranker: `query_signature`, and the impressions, lists [B, L]."""
     impressions = {
@@ -113,8 +138,7 @@ def _at(places: tf.Tensor, values: tf.Tensor, raw: RawInput) -> tf.Tensor:
 
 def transform_counts(layer: Any, counts: tf.Tensor) -> dict[str, tf.Tensor]:
     """Counters and label means of raw counts, float32 [M, C], NaN where a row has none."""
-    raw = RawInput(features.ITEM_COUNTS, "float32", True)
-    transformed = layer({raw.name: _to_sparse(counts, raw)})
+    transformed = layer({_COUNTS.name: _to_sparse(counts, _COUNTS)})
     return {name: to_dense(transformed[name]) for name in features.COUNTER_NAMES}
 
 

@@ -31,19 +31,21 @@ def request_outcomes(
     """As `layer(impressions, surface, candidates, label_means)`, up to rounding.
 
     Run eagerly it is the layer itself: so golden requests compare the two forms. So it is for the one
-    candidate of a training row, for which nothing needs to be grouped.
+    candidate of a training row, for which nothing needs to be grouped, and for candidates that a request
+    describes, which have any number of values.
 
     Args:
       layer: of the model.
       impressions: see `PastOutcomes.call`, as the following ones.
       surface: int [U] or None.
-      candidates: int [U, N, T] by key; T is known where N is not 1.
+      candidates: int [U, N, T] by key.
       label_means: float32 [U, N, S].
 
     Returns:
       float32 [U, N, D].
     """
-    if tf.executing_eagerly() or label_means.shape[1] == 1:
+    is_grouped = label_means.shape[1] != 1 and all(ids.shape[2] is not None for ids in candidates.values())
+    if tf.executing_eagerly() or not is_grouped:
         return layer(impressions, surface, candidates, label_means)
     return layer.describe(
         impressions, surface, _of_keys(impressions, layer.summands(impressions), candidates), label_means

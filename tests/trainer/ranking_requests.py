@@ -1,6 +1,7 @@
 """Raw items, users and requests of the ranking world, as source, example file and signature have them."""
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Mapping
 from typing import Any
@@ -84,6 +85,26 @@ def request(queries: list[dict[str, Any]], candidates: list[list[str]]) -> dict[
         else:
             inputs[name] = tf.constant(values, spec.dtype)
     inputs["candidate_item_ids"] = tf.constant(candidates, tf.string, [len(queries), len(candidates[0])])
+    return inputs
+
+
+def described_request(
+    queries: list[dict[str, Any]], candidates: list[list[dict[str, Any]]]
+) -> dict[str, tf.Tensor]:
+    """A request that describes its candidates; a feature that one lacks is missing."""
+    inputs = request(queries, [[""]] * len(queries))
+    del inputs["candidate_item_ids"]
+    for name, spec in raw_inputs.candidate_signature(SPEC).items():
+        missing = raw_inputs.MISSING[spec.dtype.name]
+        if spec.shape.rank == 2:
+            values = [[item.get(name, missing) for item in items] for items in candidates]
+            inputs[name] = tf.constant(values, spec.dtype, [len(queries), len(candidates[0])])
+        else:
+            lists = [[item.get(name, []) for item in items] for items in candidates]
+            longest = max((len(value) for items in lists for value in items), default=0)
+            values = [[[*v, *[missing] * (longest - len(v))] for v in items] for items in lists]
+            inputs[name] = tf.constant(values, spec.dtype, [len(queries), len(candidates[0]), longest])
+    inputs["score_weights"] = tf.fill([len(queries), len(SPEC.tasks)], math.nan)
     return inputs
 
 

@@ -17,6 +17,7 @@ from tests.trainer.ranking_requests import (
     SPEC,
     UNSHOWN,
     catalogue,
+    described_request,
     example,
     raw_item,
     raw_query,
@@ -45,6 +46,7 @@ class Exported:
     default: Any
     examples: Any
     weighted: Any
+    described: Any
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         signatures["serving_default"],
         signatures["serving_examples"],
         signatures["serving_weighted"],
+        signatures["serving_candidates"],
     )
 
 
@@ -119,6 +122,18 @@ def test_signatures_have_the_documented_names_types_and_shapes(exported: Exporte
     weighted = exported.weighted.structured_input_signature[1]
     assert {name: (s.dtype, s.shape.as_list()) for name, s in weighted.items()} == {
         **request_inputs,
+        "score_weights": (tf.float32, [None, 3]),
+    }
+    described = exported.described.structured_input_signature[1]
+    del request_inputs["candidate_item_ids"]
+    assert {name: (s.dtype, s.shape.as_list()) for name, s in described.items()} == {
+        **request_inputs,
+        "item_id": (tf.string, [None, None]),
+        "creator_id": (tf.string, [None, None]),
+        "tag": (tf.string, [None, None, None]),
+        "length": (tf.float32, [None, None]),
+        "upload_time_unix_s": (tf.int64, [None, None]),
+        "item_counts": (tf.float32, [None, None, None]),
         "score_weights": (tf.float32, [None, 3]),
     }
     outputs = exported.default(**request(QUERIES, [["i0", "i1"]] * 3))
@@ -182,6 +197,56 @@ def test_a_new_item_is_judged_by_the_features_that_an_example_brings(exported: E
         assert alone[name][0].numpy() == pytest.approx(unshown, rel=1e-5)
         assert of_another != pytest.approx(unshown, rel=1e-4), name
         assert shown != pytest.approx(unshown, rel=1e-4), name
+
+
+def test_candidates_described_as_in_the_catalogue_are_judged_like_their_ids(exported: Exported) -> None:
+    nothing = {"item_id": "nobody-has-seen-this", "item_counts": UNSHOWN}
+    items = [*map(raw_item, world.ITEMS), nothing, {}]
+    by_id = exported.default(**request(QUERIES, [[*world.ITEMS, "nobody-has-seen-this", ""]] * 3))
+    by_features = exported.described(**described_request(QUERIES, [items] * 3))
+    assert by_features.keys() == by_id.keys()
+    for name, values in by_features.items():
+        assert values.dtype == by_id[name].dtype
+        np.testing.assert_allclose(values, by_id[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    in_memory = exported.ranker.rank_described(described_request(QUERIES, [items] * 3))
+    for name, values in by_features.items():
+        np.testing.assert_allclose(values, in_memory[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_candidates_that_are_described_differ_from_request_to_request(exported: Exported) -> None:
+    new = {name: value for name, value in raw_item("i4").items() if name != "item_counts"}
+    new["item_id"] = "uploaded-just-now"
+    # Not what the catalogue says of i4.
+    changed = {**raw_item("i4"), "tag": ["t1"], "length": 3.0}
+    pairs = [(QUERIES[0], [new, changed, {}]), (QUERIES[1], [raw_item("i2"), new, changed])]
+    outputs = exported.described(**described_request(*map(list, zip(*pairs, strict=True))))
+    assert outputs["item_is_known"].numpy().tolist() == [[0, 1, 0], [1, 0, 1]]
+    for row, (query, items) in enumerate(pairs):
+        examples = [example({**query, **item}) for item in items if item]
+        expected = exported.examples(examples=tf.constant(examples))
+        for name in (*TASKS, "score"):
+            found = outputs[name][row, : len(examples)]
+            np.testing.assert_allclose(found, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    known = exported.default(**request(QUERIES[:1], [["i4"]]))
+    assert np.abs(known["score"][0, 0] - outputs["score"][0, 1]) > 1e-4
+
+
+def test_described_candidates_take_score_weights_and_may_be_none(exported: Exported) -> None:
+    inputs = described_request(QUERIES[:1], [[raw_item("i4")]])
+    outputs = exported.described(**{**inputs, "score_weights": tf.constant([[0.0, 0.0, 3.0]])})
+    np.testing.assert_allclose(outputs["score"], 3.0 * outputs["watch"], rtol=1e-6)
+    empty = exported.described(**described_request(QUERIES, [[], [], []]))
+    assert {name: value.shape.as_list() for name, value in empty.items()} == {
+        name: [3, 0] for name in (*TASKS, "score", "item_is_known")
+    }
+
+
+@pytest.mark.parametrize("name", ["creator_id", "tag", "upload_time_unix_s", "item_counts"])
+def test_features_of_another_number_of_candidates_are_refused(exported: Exported, name: str) -> None:
+    inputs = described_request(QUERIES, [[raw_item("i4"), raw_item("i5")]] * 3)
+    inputs[name] = inputs[name][:, :-1]
+    with pytest.raises(tf.errors.InvalidArgumentError, match=f"{name} must describe the candidates that"):
+        exported.described(**inputs)
 
 
 def test_padding_is_zero_in_every_output(exported: Exported) -> None:
@@ -328,7 +393,8 @@ def test_export_loads_in_a_fresh_process_that_has_only_tensorflow(exported: Expo
     command = [sys.executable, "-c", code, str(exported.path)]
     result = subprocess.run(command, capture_output=True, text=True, cwd="/", check=True)
     assert result.stdout.strip() == (
-        "['fingerprint', 'score_tasks', 'serving_default', 'serving_examples', 'serving_weighted'] set()"
+        "['fingerprint', 'score_tasks', 'serving_candidates', 'serving_default', 'serving_examples', "
+        "'serving_weighted'] set()"
     )
 
 
