@@ -37,7 +37,9 @@ PARTITION_AVQ = 1.5
 DIMENSIONS_PER_BLOCK = 2
 # How much more than the wanted items ScaNN is asked for, at most, before a restricted request is searched
 # exactly.
-_MAX_OVERFETCH = 10
+_MAX_OVERFETCH = 16
+# By so many standard deviations fewer items may pass an allow-list than are expected to.
+_SPREAD = 3.0
 # Attributes of ScaNN's state, in the order in which it is made of them.
 _STATE_TENSORS = (
     "scann_config", "serialized_partitioner", "datapoint_to_token", "ah_codebook", "hashed_dataset",
@@ -356,6 +358,26 @@ def _best(
     return tf.gather(rows, order, batch_dims=1), best
 
 
+def _enough_to_pass(k: tf.Tensor, shares: tf.Tensor) -> tf.Tensor:
+    """How many items to find so that k of them pass an allow-list, but for one request in a thousand.
+
+    Of n items about m = n * share pass, with a standard deviation of √(m (1 - share)); n is the least for
+    which m - 3 √(m (1 - share)) is k. Items with an allowed value need not be spread evenly: there may be
+    more or fewer of them near the query.
+
+    Args:
+      k: int32 [B], items wanted.
+      shares: float32 [B], share of the items that passes, 0 to 1.
+
+    Returns:
+      int32 [B], k where everything passes, and at most k * _MAX_OVERFETCH.
+    """
+    wanted = tf.cast(k, tf.float32)
+    margin = _SPREAD * tf.sqrt(1.0 - shares)
+    passing = wanted + margin * (margin + tf.sqrt(tf.square(margin) + 4.0 * wanted)) / 2.0
+    return tf.cast(tf.math.ceil(tf.minimum(passing / shares, _MAX_OVERFETCH * wanted)), tf.int32)
+
+
 def _cut(rows: tf.Tensor, scores: tf.Tensor, k: tf.Tensor, width: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Cuts each list at its own k and pads all to `width`, with NO_ROW and 0."""
     missing = [[0, 0], [0, width - tf.shape(rows)[1]]]
@@ -428,8 +450,7 @@ class CandidateIndex(tf.Module):
         def restricted() -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             num_excluded = restriction.num_excluded()
             shares = self.allow_lists.shares(restriction.allowed_values, tf.shape(k)[0])
-            overfetch = tf.minimum(1.0 / shares, _MAX_OVERFETCH)
-            enough = tf.cast(tf.math.ceil(tf.cast(k, tf.float32) * overfetch), tf.int32) + num_excluded
+            enough = _enough_to_pass(k, shares) + num_excluded
             rows, scores = approximate.search(queries, tf.reduce_max(enough))
             passes = self.allow_lists.passes(restriction.allowed_values, tf.maximum(rows, 0))
             refused = restriction.excludes(rows) | ~passes

@@ -274,6 +274,24 @@ def test_rare_values_are_found_by_exact_search_and_unknown_ones_give_nothing(lar
     assert found.exact_fallback.numpy().tolist() == [True, True, False]
 
 
+def test_a_list_that_many_items_pass_at_random_needs_no_exact_search() -> None:
+    """To find just k / share items is too few for about every second request."""
+    vectors = _vectors(LARGE)
+    rng = np.random.default_rng(2)
+    shelves = [
+        np.where(rng.random(LARGE) < share, name, "") for name, share in (("half", 0.5), ("tenth", 0.1))
+    ]
+    approximate = ScannIndex.build(vectors, 0)
+    approximate.efforts = [Effort(LARGE, 0, LARGE)]
+    index = CandidateIndex(ExactIndex(vectors), approximate, AllowLists({"shelf": np.stack(shelves, axis=1)}))
+    for name, excluded in (("half", 0), ("tenth", 0), ("half", 50)):
+        allowed = index.allow_lists.allowed_values({"allow_shelf": tf.fill([300, 1], name)})
+        restriction = Restriction(tf.tile(tf.range(excluded)[tf.newaxis], [300, 1]), allowed)
+        found = index.search(_queries(300), tf.fill([300], 20), restriction)
+        assert (found.rows.numpy() != NO_ROW).all()
+        assert found.exact_fallback.numpy().mean() < 0.02, name
+
+
 def test_shares_estimate_how_many_items_pass(small: CandidateIndex) -> None:
     allowed = {"language": [["de"], ["en", "fi"], []], "region": [["north"], ["north", "south"], []]}
     restriction = _restriction(small, [[], [], []], allowed)
