@@ -101,11 +101,19 @@ class Built:
 
 @dataclasses.dataclass
 class Contender:
-    """A loaded index and its measurements."""
+    """A loaded index and its measurements.
+
+    Attributes:
+      name: in the table.
+      search: what is measured.
+      built: what building it cost.
+      exact: what finds all that it should; None where that is the best items of all.
+    """
 
     name: str
     search: Search
     built: Built
+    exact: Search | None = None
     recall: float = float("nan")
     queries_per_cpu_s: dict[int, list[float]] = dataclasses.field(default_factory=lambda: {1: [], BATCH: []})
     p50_ms: list[float] = dataclasses.field(default_factory=list)
@@ -145,14 +153,19 @@ def _tuned(
     return next((e for e in efforts if recall(search_with(e), world.sample_exact) >= target), efforts[-1])
 
 
-class _ExportedIndex(tf.Module):
+class ExportedIndex(tf.Module):
     """The index as the retrieval model exports it, behind a query tower that does nothing."""
 
     def __init__(self, served: ServedIndex) -> None:
+        """Serves an index."""
         super().__init__()
         self.index = served
 
-    def signatures(self, width: int) -> dict[str, Any]:
+    def save(self, folder: Path, width: int) -> None:
+        """Writes the SavedModel, for queries of a width."""
+        tf.saved_model.save(self, str(folder), signatures=self._signatures(width), options=_SAVE_OPTIONS)
+
+    def _signatures(self, width: int) -> dict[str, Any]:
         def serve(exact: bool) -> Any:
             def search(queries: tf.Tensor, **request: tf.Tensor) -> dict[str, tf.Tensor]:
                 found = self.index.search(queries, request, exact)
@@ -174,10 +187,12 @@ def build_funnel(world: World, target: float, folder: Path) -> Settings:
     index, facts = build_index(
         ids, world.items, world.sample_queries, IndexConfig(min_recall=target), NEIGHBOURS
     )
-    module = _ExportedIndex(ServedIndex(index, ids, NEIGHBOURS))
-    tf.saved_model.save(
-        module, str(folder), signatures=module.signatures(world.items.shape[1]), options=_SAVE_OPTIONS
-    )
+    if not facts.settings["num_leaves"]:
+        raise click.ClickException(
+            f"among {len(ids):,} items of width {world.items.shape[1]} it takes least to score every one: "
+            "there is nothing to compare; give more --items or a larger --width"
+        )
+    ExportedIndex(ServedIndex(index, ids, NEIGHBOURS)).save(folder, world.items.shape[1])
     effort = dataclasses.asdict(facts.efforts[-1])
     del effort["recall"]
     return {**facts.settings, **effort}
@@ -372,8 +387,11 @@ def measure_in_turns(contenders: list[Contender], world: World) -> None:
         for size in (1, BATCH)
     }
     for contender in contenders:
-        found = [_rows(contender.search(batch)) for batch in batches[BATCH][:4]]
-        contender.recall = recall(np.concatenate(found), world.exact)
+        asked = batches[BATCH][:4]
+        exact = world.exact
+        if contender.exact is not None:
+            exact = np.concatenate([_rows(contender.exact(batch)) for batch in asked])
+        contender.recall = recall(np.concatenate([_rows(contender.search(batch)) for batch in asked]), exact)
         contender.search(batches[1][0])
     for repeat in range(_REPEATS):
         click.echo(f"measuring, round {repeat + 1} of {_REPEATS}", err=True)
@@ -446,7 +464,7 @@ def build(items: int, width: int, min_recall: float, seed: int, decay: float, fo
         partial = folder / "partial.npz"
         np.savez(partial, **vars(world))
         partial.rename(vectors)
-    world = _read_world(folder)
+    world = read_world(folder)
     for name, build_one in _BUILDS.items():
         if name in read_built(folder):
             continue
@@ -465,7 +483,7 @@ def measure(folder: Path, json_file: Path | None) -> None:
     """Measures all indexes of a folder and prints the table."""
     # As the model server does.
     tf.config.threading.set_intra_op_parallelism_threads(1)
-    world, built = _read_world(folder), read_built(folder)
+    world, built = read_world(folder), read_built(folder)
     contenders = [
         Contender(contender, search, built[name])
         for name in built
@@ -486,7 +504,8 @@ def measure(folder: Path, json_file: Path | None) -> None:
         )
 
 
-def _read_world(folder: Path) -> World:
+def read_world(folder: Path) -> World:
+    """The vectors that `build` has drawn."""
     with np.load(folder / "vectors.npz") as arrays:
         return World(**arrays)
 
