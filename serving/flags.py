@@ -201,7 +201,7 @@ def _add_requests(parser: argparse.ArgumentParser) -> None:
         "--enable_batching",
         **_BOOLEAN,
         default=False,
-        help="run Predict requests that arrive together as one",
+        help="run requests (Predict, Classify, Regress, MultiInference) that arrive together as one",
     )
     group.add_argument(
         "--batching_parameters_file",

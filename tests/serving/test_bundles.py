@@ -13,6 +13,8 @@ from serving.process import ModelServerProcess
 from serving.replay import check_golden_requests
 from tests.trainer import funnel_world, ranking_world
 from tests.trainer.ranking_requests import SPEC, example, raw_item
+from tests.warmup import allowed_batch_sizes, warmed_up_sizes
+from tfx_pipeline.warmup import add_warmup_requests
 from trainer.bundle import save_bundle
 from trainer.fingerprint import Fingerprint
 from trainer.golden import check_answer, read_golden_requests
@@ -25,9 +27,13 @@ BUNDLES = (*SCANN, *STOCK)
 
 
 @pytest.fixture(scope="module")
-def users(tmp_path_factory: pytest.TempPathFactory) -> Arrays:
-    path = funnel_world.write_user_states(tmp_path_factory.mktemp("states") / "users.gz")
-    return sample_users([str(path)], SPEC)
+def user_states(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return [str(funnel_world.write_user_states(tmp_path_factory.mktemp("states") / "users.gz"))]
+
+
+@pytest.fixture(scope="module")
+def users(user_states: list[str]) -> Arrays:
+    return sample_users(user_states, SPEC)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +78,16 @@ def test_a_server_answers_as_the_trained_models_over_both_protocols(base: Path) 
         for name in BUNDLES:
             golden = read_golden_requests(base / name / "1")
             check_golden_requests(name, golden, server.grpc_target, server.rest_target)
+
+
+def test_every_bundle_is_warmed_up_in_all_batch_sizes_that_a_server_may_make(
+    base: Path, user_states: list[str]
+) -> None:
+    assert len(sizes := allowed_batch_sizes()) > 3
+    for name in BUNDLES:
+        add_warmup_requests(base / name / "1", name, user_states, SPEC)
+        signatures = ["serving_default", *(["serving_user"] if name.startswith("funnel") else [])]
+        assert warmed_up_sizes(base / name / "1") == dict.fromkeys(signatures, sizes)
 
 
 def led_by_missing(request: Arrays) -> Arrays:

@@ -7,7 +7,12 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
+import grpc
 import numpy as np
 import pytest
 
@@ -20,6 +25,7 @@ from serving.client import (
     DeadlineExceededError,
     ModelNotFoundError,
     OneCall,
+    OverloadedError,
     RecommenderClient,
     RetryPolicy,
     ServerUnavailableError,
@@ -699,6 +705,68 @@ def test_models_that_are_loading_are_waited_for_a_little_and_then_told(monkeypat
     stub = Loading(num_looks=100)
     with pytest.raises(ServerUnavailableError, match=r"yet: .*retrieval has no available version"):
         RecommenderClient("stub", retry=policy).recommend({"user_id": "u"}, k=1)
+
+
+class Full(BaseHTTPRequestHandler):
+    """Answers everything with HTTP 429, and counts."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        body = b'{"error": "no room"}'
+        self.send_response(429)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def log_message(self, *args):
+        """Not to the terminal."""
+
+
+class FullOverGrpc(grpc.GenericRpcHandler):
+    """Answers every call with RESOURCE_EXHAUSTED, and counts."""
+
+    def __init__(self):
+        self.asked = []
+
+    def service(self, handler_call_details):
+        def refuse(request, context):
+            self.asked.append(handler_call_details.method)
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "no room")
+
+        return grpc.unary_unary_rpc_method_handler(refuse)
+
+
+@contextmanager
+def full_over_rest():
+    Full.asked = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Full) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", Full.asked
+        server.shutdown()
+        thread.join()
+
+
+@contextmanager
+def full_over_grpc():
+    handler = FullOverGrpc()
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[handler])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"grpc://127.0.0.1:{port}", handler.asked
+    server.stop(None).wait()
+
+
+@pytest.mark.parametrize("full", [full_over_rest, full_over_grpc], ids=["429", "RESOURCE_EXHAUSTED"])
+def test_a_server_without_room_is_told_and_not_asked_again(full):
+    with full() as (target, asked), RecommenderClient(target, timeout_s=10) as client:
+        with pytest.raises(OverloadedError, match="no room; send less, or let more servers share the load"):
+            client.recommend({"user_id": "u"}, k=1)
+        assert len(asked) == 1
 
 
 def test_layouts_prefer_one_call_and_scann():

@@ -2,7 +2,9 @@
 
 import ast
 import fnmatch
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +173,25 @@ def test_the_compose_file_follows_its_schema(tmp_path):
     broken = tmp_path / "docker-compose.yml"
     broken.write_text((SERVING / "docker-compose.yml").read_text().replace("read_only:", "readonly:"))
     assert checked(broken).returncode == 1
+
+
+def test_docker_itself_reads_the_compose_file():
+    if shutil.which("docker") is None or subprocess.run(["docker", "compose", "version"]).returncode:
+        pytest.skip("COMPOSE FILE NOT READ BY DOCKER: no docker with its compose plugin on PATH")
+    command = [
+        "docker",
+        "compose",
+        "-f",
+        str(SERVING / "docker-compose.yml"),
+        "--profile",
+        "*",
+        "config",
+        "--quiet",
+    ]
+    done = subprocess.run(
+        command, env=os.environ | {"FUNNEL_MODELS": "/models"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_health_check_of_stock_images_tells_loaded_models_from_others(compose, server):

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import httpx
 import numpy as np
+import psutil
 import pytest
 import scann
 import tensorflow as tf
@@ -47,6 +48,16 @@ def channel(server):
 def http(server):
     with httpx.Client(base_url=server.rest_target, timeout=30) as http:
         yield http
+
+
+def test_it_listens_on_this_machine_alone_unless_told_otherwise(server):
+    listening = {
+        (connection.laddr.ip.removeprefix("::ffff:"), connection.laddr.port)  # gRPC listens by IPv6
+        for connection in psutil.Process(server.pid).net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    targets = (server.grpc_target.removeprefix("grpc://"), server.rest_target.removeprefix("http://"))
+    assert listening == {("127.0.0.1", int(target.rpartition(":")[2])) for target in targets}
 
 
 def request_of(model, inputs, signature="", version=None, output_filter=()):

@@ -17,9 +17,9 @@ from click.testing import CliRunner
 from schema.contract import DatasetSpec
 from serving.client import RecommenderClient
 from serving.process import ModelServerProcess
-from serving.warmup import WARMUP_FILE
 from tests.tfx_pipeline import taste_world
 from tests.tfx_pipeline.taste_run import Run, run
+from tests.warmup import allowed_batch_sizes, warmed_up_sizes
 from tfx_pipeline.cli import main
 from tfx_pipeline.config import BUNDLES, MODELS, RunPaths
 from tfx_pipeline.gates import Verdict, read_validation
@@ -64,7 +64,6 @@ def test_a_fresh_run_pushes_both_models(fresh: Run, paths: RunPaths) -> None:
         folder = paths.serving_models / model / version
         assert (folder / "saved_model.pb").stat().st_size
         assert (folder / "variables" / "variables.index").is_file()
-        assert (folder / WARMUP_FILE).stat().st_size
 
 
 def test_all_bundles_of_a_run_have_one_version(fresh: Run, paths: RunPaths) -> None:
@@ -72,6 +71,26 @@ def test_all_bundles_of_a_run_have_one_version(fresh: Run, paths: RunPaths) -> N
     assert {name: os.listdir(paths.serving_models / name) for name in BUNDLES} == {
         name: [version] for name in BUNDLES
     }
+
+
+def warmed_up(paths: RunPaths, version: str) -> dict[str, dict[str, list[int]]]:
+    return {name: warmed_up_sizes(paths.serving_models / name / version) for name in BUNDLES}
+
+
+# By bundle and signature.
+OF_ALL_SIZES = {
+    name: dict.fromkeys(
+        ("serving_default", "serving_user") if name.startswith("funnel") else ("serving_default",),
+        allowed_batch_sizes(),
+    )
+    for name in BUNDLES
+}
+
+
+def test_every_bundle_is_warmed_up_in_all_batch_sizes_that_a_server_may_make(
+    fresh: Run, paths: RunPaths
+) -> None:
+    assert warmed_up(paths, next(iter(fresh.result.pushed.values()))) == OF_ALL_SIZES
 
 
 def test_a_fresh_run_leaves_everything_below_its_folder_and_no_leftovers(fresh: Run, paths: RunPaths) -> None:
@@ -445,8 +464,7 @@ def test_a_refresh_publishes_a_new_version_of_both_models(
     for model, versions in pushed_versions(refreshed).items():
         assert versions[-2] == last_pushed[model].name
         assert f"published: {model} version {versions[-1]}" in refresh_output
-        folder = refreshed.serving_models / model / versions[-1]
-        assert (folder / WARMUP_FILE).stat().st_size
+    assert warmed_up(refreshed, pushed_versions(refreshed)["retrieval"][-1]) == OF_ALL_SIZES
 
 
 def ranks_and_scores(folder: Path, run: RunResult) -> tuple[list[str], np.ndarray]:

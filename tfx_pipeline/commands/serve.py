@@ -83,8 +83,8 @@ def serve(port: int, rest_api_port: int, host: str, output_dir: Path, flags: tup
 def refresh_index(items: tuple[Path, ...], data_dir: Path | None, output_dir: Path) -> None:
     """Bring newer items into the pushed models, without training.
 
-    Publishes a new version of the retrieval model, with vectors of new and changed items and an index over
-    all, and of the ranking model, which looks items up in a catalogue of its own. A running server takes both
+    Publishes all five bundles under one new version: retrieval with vectors of new and changed items and an
+    index over all, ranking with the same catalogue, and what is built of the two. A running server takes them
     up by itself. Nothing is published when no item is new, changed or removed.
 
     \b
