@@ -2,6 +2,7 @@
 
 import asyncio
 import http.client
+import itertools
 import json
 import logging
 import socket
@@ -10,7 +11,7 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
 import grpc
@@ -38,6 +39,7 @@ FUZZ = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 PREDICT = "/v1/models/echo:predict"
+GRPC_PREDICT = "/tensorflow.serving.PredictionService/Predict"
 METHODS = ("Predict", "Classify", "Regress", "MultiInference", "GetModelMetadata")
 
 
@@ -467,46 +469,80 @@ def test_grpc_logs_no_stack_trace_of_a_client_that_has_gone_and_any_other_one(ca
 # gRPC: messages that do not come
 
 
-@pytest.fixture(scope="module")
-def limited_grpc(loop, echo_manager):
-    """Address of a gRPC API that waits 1.5 s for a message and takes 3 calls at once."""
+@contextmanager
+def grpc_api(loop, manager, **limits):
+    """Address of a gRPC API with these limits."""
 
     async def start():
         server = grpc.aio.server()
-        limits = {"max_calls": 3, "message_timeout_s": 1.5}
-        add_services(server, echo_manager, ThreadPool(8, "grpc"), ThreadPoolExecutor(1), **limits)
+        add_services(server, manager, ThreadPool(8, "grpc"), ThreadPoolExecutor(1), **limits)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         return server, ("127.0.0.1", port)
 
     server, address = asyncio.run_coroutine_threadsafe(start(), loop).result()
-    yield address
-    asyncio.run_coroutine_threadsafe(server.stop(1), loop).result()
+    try:
+        yield address
+    finally:
+        asyncio.run_coroutine_threadsafe(server.stop(None), loop).result()
+
+
+def call_slowly(loop, address, calls):
+    """Runs `calls` on a gRPC method whose calls begin without their message; fails after 30 s."""
+
+    async def run():
+        async with grpc.aio.insecure_channel(f"{address[0]}:{address[1]}") as channel:
+            predict = channel.stream_unary(
+                GRPC_PREDICT, request_serializer=bytes, response_deserializer=bytes
+            )
+            return await asyncio.wait_for(calls(predict), 30)
+
+    return asyncio.run_coroutine_threadsafe(run(), loop).result()
 
 
 def http2_frame(kind, flags, stream, payload):
     return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
 
 
-def predict_without_its_message(*streams, claimed=None):
-    """HTTP/2 of Predict calls without deadline: their heads, and the length of their messages at the most."""
+HTTP2_START = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + http2_frame(4, 0, 0, b"")
+
+
+def http2_predict(*streams, data=b""):
+    """HTTP/2 of Predict calls without deadline: their heads, and what is there of their messages."""
     head = b"".join(
         b"\x00" + bytes([len(name)]) + name + bytes([len(value)]) + value  # literal, not indexed
         for name, value in (
             (b":method", b"POST"),
             (b":scheme", b"http"),
-            (b":path", b"/tensorflow.serving.PredictionService/Predict"),
+            (b":path", GRPC_PREDICT.encode()),
             (b":authority", b"localhost"),
             (b"content-type", b"application/grpc"),
             (b"te", b"trailers"),
         )
     )
-    sent = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + http2_frame(4, 0, 0, b"")
+    sent = b""
     for stream in streams:
         sent += http2_frame(1, 4, stream, head)  # HEADERS, END_HEADERS
-        if claimed is not None:
-            sent += http2_frame(0, 0, stream, b"\x00" + claimed.to_bytes(4, "big") + b"\x0a\x06\x0a")
+        if data:
+            sent += http2_frame(0, 0, stream, data)
     return sent
+
+
+def grpc_message(content, size=None):
+    """A message, or the beginning of one that claims to have `size` bytes."""
+    return b"\x00" + (len(content) if size is None else size).to_bytes(4, "big") + content
+
+
+BEGINNING_OF_2_GIB = grpc_message(b"\x0a\x06\x0a", size=2**31 - 2)
+
+
+def receive(connection, enough):
+    """Reads until `enough` is true of all that came. The texts of errors can be read: gRPC packs none."""
+    answer = b""
+    while not enough(answer):
+        answer += (received := connection.recv(2**16))
+        assert received, "closed without a word"
+    return answer
 
 
 def code_of_a_call(address):
@@ -515,45 +551,53 @@ def code_of_a_call(address):
         return stub.Predict.future(half_request([1.0]), timeout=5).code()
 
 
-@pytest.mark.parametrize("claimed", [None, 2**31 - 2], ids=["no message", "2 GiB"])
-def test_calls_whose_message_does_not_come_are_ended_and_leave_their_place(limited_grpc, claimed):
-    assert code_of_a_call(limited_grpc) == grpc.StatusCode.OK
-    with socket.create_connection(limited_grpc, timeout=5) as connection:
-        connection.sendall(predict_without_its_message(1, 3, 5, claimed=claimed))
-        answer, started = b"", time.monotonic()
-        wait_for(lambda: code_of_a_call(limited_grpc) == grpc.StatusCode.RESOURCE_EXHAUSTED)
-        while answer.count(b"was not complete after 1.5 s") < 3:  # gRPC does not compress these texts
-            answer += (received := connection.recv(2**16))
-            assert received, "closed without a word"
-        assert time.monotonic() - started < 5
+@pytest.mark.parametrize("data", [b"", BEGINNING_OF_2_GIB], ids=["no message", "2 GiB"])
+def test_calls_whose_message_does_not_come_are_ended_and_leave_their_place(loop, echo_manager, data):
+    with (
+        grpc_api(loop, echo_manager, max_calls=3, message_timeout_s=1.5) as address,
+        socket.create_connection(address, timeout=60) as connection,
+    ):
+        connection.sendall(HTTP2_START + http2_predict(1, 3, 5, 7, data=data))
+        answer = receive(connection, lambda answer: answer.count(b"was not complete after 1.5 s") == 3)
+        assert answer.count(b"3 calls are being answered") == 1
         # The connection is still open.
-        wait_for(lambda: code_of_a_call(limited_grpc) == grpc.StatusCode.OK, timeout_s=2)
+        wait_for(lambda: code_of_a_call(address) == grpc.StatusCode.OK)
 
 
-def test_refused_calls_leave_the_limit_as_it_is(limited_grpc):
-    with grpc.insecure_channel(f"{limited_grpc[0]}:{limited_grpc[1]}") as channel:
-        stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
-        for _ in range(3):
-            codes = [future.code() for future in [stub.Predict.future(sleep_request(0.2)) for _ in range(12)]]
-            assert codes.count(grpc.StatusCode.OK) == 3
-            assert codes.count(grpc.StatusCode.RESOURCE_EXHAUSTED) == 9
+def test_refused_calls_leave_the_limit_as_it_is(loop, echo_manager):
+    async def calls(predict):
+        at_once = [predict() for _ in range(12)]
+        codes = [asyncio.ensure_future(call.code()) for call in at_once]
+        refused = [await code for code in itertools.islice(asyncio.as_completed(codes), 9)]
+        held = [call for call in at_once if not call.done()]
+        refused += [await predict().code() for _ in range(9)]
+        for call in held:
+            await call.write(half_request([1.0]).SerializeToString())
+            await call.done_writing()
+        return refused, [await call.code() for call in held]
+
+    with grpc_api(loop, echo_manager, max_calls=3) as address:
+        refused, held = call_slowly(loop, address, calls)
+    assert refused == [grpc.StatusCode.RESOURCE_EXHAUSTED] * 18
+    assert held == [grpc.StatusCode.OK] * 3
 
 
 def test_a_message_that_claims_two_gigabytes_does_not_get_them(server):
     host, _, port = server.grpc_target.removeprefix("grpc://").rpartition(":")
-    before = psutil.Process(server.pid).memory_info().rss
-    with socket.create_connection((host, int(port)), timeout=5) as connection:
-        streams = range(1, 201, 2)
-        connection.sendall(predict_without_its_message(*streams, claimed=2**31 - 2))
+    before = psutil.Process(server.pid).memory_info()
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(HTTP2_START + http2_predict(*range(1, 201, 2), data=BEGINNING_OF_2_GIB))
+        # Calls of a connection are taken up in turn: when the last is refused, the others wait for messages.
+        connection.sendall(http2_predict(201, data=grpc_message(b"\xff")))
+        receive(connection, lambda answer: b"the message is not one that Predict takes" in answer)
         assert ask_rest(server) == [0.5]
-        assert code_of_a_call((host, port)) == grpc.StatusCode.OK
-        assert psutil.Process(server.pid).memory_info().rss < before + 50 * 2**20
+        memory = psutil.Process(server.pid).memory_info()
+    assert memory.rss < before.rss + 50 * 2**20
+    assert memory.vms < before.vms + 2**30  # memory that is got and not touched; a new thread may get 100 MB
 
 
 def test_a_call_that_ends_without_a_message_is_an_invalid_argument(channel):
-    call = channel.stream_unary(
-        "/tensorflow.serving.PredictionService/Predict", request_serializer=bytes, response_deserializer=bytes
-    )
+    call = channel.stream_unary(GRPC_PREDICT, request_serializer=bytes, response_deserializer=bytes)
     with pytest.raises(grpc.RpcError, match="without a message") as caught:
         call(iter([]), timeout=10)
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
