@@ -20,6 +20,7 @@ import numpy as np
 import psutil
 import pytest
 import tensorflow as tf
+import uvloop
 from aiohttp import web
 from grpc._cython import cygrpc
 from hypothesis import HealthCheck, given, settings
@@ -324,8 +325,8 @@ def answers_rest(server):
 
 @pytest.fixture(scope="module")
 def loop():
-    """An event loop that runs in a thread of its own."""
-    loop = asyncio.new_event_loop()
+    """An event loop, as the server's, that runs in a thread of its own."""
+    loop = uvloop.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     yield loop
@@ -562,6 +563,21 @@ def test_calls_whose_message_does_not_come_are_ended_and_leave_their_place(loop,
         assert answer.count(b"3 calls are being answered") == 1
         # The connection is still open.
         wait_for(lambda: code_of_a_call(address) == grpc.StatusCode.OK)
+
+
+def test_every_call_whose_message_does_not_come_is_ended(loop, echo_manager):
+    """The loop's clock counts whole ms: calls that begin at many times meet each way in which it rounds."""
+
+    async def calls(predict):
+        async def code_of_one(start_s):
+            await asyncio.sleep(start_s)
+            return await predict().code()
+
+        return await asyncio.gather(*(code_of_one(0.004 * number) for number in range(100)))
+
+    with grpc_api(loop, echo_manager, message_timeout_s=0.05) as address:
+        codes = call_slowly(loop, address, calls)
+    assert codes == [grpc.StatusCode.DEADLINE_EXCEEDED] * 100
 
 
 def test_refused_calls_leave_the_limit_as_it_is(loop, echo_manager):
