@@ -38,7 +38,7 @@ class ModelManager:
         self._models: dict[str, Model] = {}
         self._successors: dict[str, Model] = {}  # at a new base path, until a version of it is loaded
         self._configs: dict[str, ModelConfig] = {}
-        self._mismatch = ""  # of the bundles that are served, as the log tells it
+        self._is_mixed = False  # whether the newest versions are of different releases, as the log tells it
         self._loading = threading.Lock()  # one thread at a time loads and unloads
         self._closing = threading.Event()
 
@@ -185,7 +185,7 @@ class ModelManager:
             self._check_together()
 
     def _check_together(self) -> None:
-        """Warns, once, when the newest versions of the bundles are of different releases.
+        """Warns when the newest versions of the bundles cease to be of one release.
 
         They are served all the same: while a release is pushed, one bundle after the other, that is so for a
         moment, and a server may have models of several products.
@@ -197,14 +197,14 @@ class ModelManager:
         }
         try:
             check_together(fingerprints)
-            mismatch = ""
         except BundleError as error:
-            mismatch = str(error)
-        if mismatch and mismatch != self._mismatch:
-            logger.warning("mixed releases: %s", mismatch)
-        elif self._mismatch and not mismatch:
-            logger.info("the bundles belong together again")
-        self._mismatch = mismatch
+            if not self._is_mixed:
+                logger.warning("mixed releases: %s", error)
+            self._is_mixed = True
+        else:
+            if self._is_mixed:
+                logger.info("the bundles belong together again")
+            self._is_mixed = False
 
     def _reload(self, path: Path) -> None:
         try:
