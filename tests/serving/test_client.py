@@ -746,9 +746,11 @@ def full_over_rest():
     with ThreadingHTTPServer(("127.0.0.1", 0), Full) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}", Full.asked
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", Full.asked
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @contextmanager
@@ -757,8 +759,10 @@ def full_over_grpc():
     server = grpc.server(ThreadPoolExecutor(1), handlers=[handler])
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    yield f"grpc://127.0.0.1:{port}", handler.asked
-    server.stop(None).wait()
+    try:
+        yield f"grpc://127.0.0.1:{port}", handler.asked
+    finally:
+        server.stop(None).wait()
 
 
 @pytest.mark.parametrize("full", [full_over_rest, full_over_grpc], ids=["429", "RESOURCE_EXHAUSTED"])
