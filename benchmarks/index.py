@@ -157,7 +157,7 @@ class ExportedIndex(tf.Module):
     """The index as the retrieval model exports it, behind a query tower that does nothing."""
 
     def __init__(self, served: ServedIndex) -> None:
-        """Serves an index."""
+        """Takes the index, `served`; its items have the width of the queries."""
         super().__init__()
         self.index = served
 
