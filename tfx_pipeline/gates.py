@@ -317,7 +317,7 @@ def _collapse(comparison: Comparison, tasks: Sequence[TaskSpec]) -> Iterator[Gat
         value = metric.value or 0.0
         reason = f"{key} {value:g}, required: {limit}"
         yield _result("collapse", f"{key} against one list", value > one_list, value, limit, reason)
-        yield _item_rank(comparison.facts[CANDIDATE_RANK])
+        yield _item_rank(comparison.facts)
         return
     for task in tasks:
         spread = comparison.facts.get(f"{task.name}/prediction_std")
@@ -338,10 +338,13 @@ def _collapse(comparison: Comparison, tasks: Sequence[TaskSpec]) -> Iterator[Gat
         yield _result("collapse", name, spread >= _MIN_STD_SHARE * of_labels, spread, limit, reason)
 
 
-def _item_rank(rank: float | None) -> GateResult:
+def _item_rank(facts: Mapping[str, float | None]) -> GateResult:
     """The served item vectors differ in more than one direction: along one, there are two lists for all."""
     limit = f"at least {MIN_EFFECTIVE_RANK:g}"
     name = f"{CANDIDATE_RANK} {limit}"
+    if CANDIDATE_RANK not in facts:
+        return _result("collapse", name, False, None, limit, f"the comparison lacks {CANDIDATE_RANK}")
+    rank = facts[CANDIDATE_RANK]
     if rank is None:
         return _not_applied("collapse", name, limit, f"the catalogue has fewer than {MIN_VECTORS} items")
     reason = f"{CANDIDATE_RANK} {rank:.2f}, required: {limit}"

@@ -331,6 +331,12 @@ SABOTAGES = [
         id="item-vectors-on-a-line",
     ),
     pytest.param(
+        with_evidence("retrieval", comparison=dataclasses.replace(HEALTHY["retrieval"].comparison, facts={})),
+        "collapse",
+        "the comparison lacks retrieval/candidate_effective_rank",
+        id="item-vectors-not-judged",
+    ),
+    pytest.param(
         with_facts(click_prediction_std=0.0),
         "collapse",
         "predictions of click have a standard deviation of 0, labels of 0.5, "
