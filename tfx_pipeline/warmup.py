@@ -13,6 +13,7 @@ from serving.batching_config import read_batching_parameters
 from serving.servable import read_signature_defs
 from serving.warmup import write_warmup_requests
 from trainer.bundle import input_specs
+from trainer.features import ITEM_ID
 from trainer.sample_requests import sample_request, sample_users, take
 
 _BATCHING_CONFIG = Path(serving.__file__).parent / "settings" / "batching.config"
@@ -38,9 +39,10 @@ def add_warmup_requests(
     users = sample_users(user_states, spec)
     count = len(users["user_id"])
     seen = [item_id for item_id in users["seen_item_ids"].ravel() if item_id]
+    items = {ITEM_ID: np.array(seen[:10] or [""], object)}
     requests = {
         name: [
-            sample_request(input_specs(signature), take(users, np.arange(size) % count), seen[:10] or [""])
+            sample_request(input_specs(signature), take(users, np.arange(size) % count), items)
             for size in sizes
         ]
         for name, signature in read_signature_defs(Path(model_dir)).items()

@@ -62,7 +62,7 @@ from trainer.preranker_config import PrerankerConfig
 from trainer.ranking import RankingModel, calibrate, train
 from trainer.ranking_export import ServedRanker, export
 from trainer.row_weights import training_batches
-from trainer.sample_requests import golden_requests, sample_users
+from trainer.sample_requests import golden_requests, sample_items, sample_users
 from trainer.transform_graph import TransformGraph
 
 TRAINING_LOG = "training_log.json"
@@ -135,7 +135,7 @@ def run_fn(fn_args: Any) -> None:
         }
         arrays[_PRERANKER_SCORES] = _pair_scores(model, distilled.student, probe)
     user_states = fn_args.custom_config["user_states"]
-    _export(served, transform_output, catalogue, spec, user_states, fn_args.serving_model_dir)
+    _export(served, transform_output, catalogue, item_files, spec, user_states, fn_args.serving_model_dir)
     write_checkpoint(
         fn_args.serving_model_dir,
         _network(model),
@@ -182,7 +182,7 @@ def refresh(model_dir: Path, catalogue: Sequence[str], user_states: Sequence[str
     served = ServedRanker(model, layer, items, spec)
     if preranking is not None:
         served.preranker = ServedPreRanker(preranking, served, layer, spec)
-    _export(served, transform_output, items, spec, user_states, target)
+    _export(served, transform_output, items, catalogue, spec, user_states, target)
     checkpoint.copy_to(target, catalogue)
 
 
@@ -207,6 +207,7 @@ def _export(
     served: ServedRanker,
     transform_output: tft.TFTransformOutput,
     catalogue: Catalogue,
+    item_files: Sequence[str],
     spec: DatasetSpec,
     user_states: Sequence[str],
     model_dir: Path | str,
@@ -219,7 +220,7 @@ def _export(
             RANKER: _hash_ranker(served.ranker.model),
         }
     )
-    items = list(catalogue.item_ids[:: max(1, len(catalogue) // _GOLDEN_ITEMS)])
+    items = sample_items(item_files, spec, step=max(1, len(catalogue) // _GOLDEN_ITEMS))
     golden = golden_requests(served.calls(), sample_users(user_states, spec), items)
     export(served, model_dir, fingerprint, golden)
 

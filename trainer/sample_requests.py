@@ -14,16 +14,23 @@ from trainer import features as ft
 from trainer.bundle import Signature
 from trainer.golden import GoldenRequest, answered
 from trainer.input_pipeline import expand
-from trainer.raw_inputs import MISSING, parse_users
+from trainer.raw_inputs import MISSING, parse_candidate_examples, parse_users
 
 STRANGER = "a-user-nobody-has-seen"
 # Users that are looked through for some with and without a history.
 _USERS_LOOKED_AT = 1_000
 # Beside them there are those of the Evaluator and lookups.
-_GOLDEN_SIGNATURES = ("serving_default", "serving_exact", "serving_weighted", "serving_user")
+_GOLDEN_SIGNATURES = (
+    "serving_default",
+    "serving_exact",
+    "serving_weighted",
+    "serving_candidates",
+    "serving_user",
+)
 _K, _NUM_CANDIDATES, _NUM_EXCLUDED = 10, 100, 2
 
 Arrays = dict[str, npt.NDArray[Any]]
+_NO_ITEMS: Arrays = {ft.ITEM_ID: np.array([], object)}
 
 
 def sample_users(user_states: Sequence[str], spec: DatasetSpec, count: int = 3) -> Arrays:
@@ -52,31 +59,47 @@ def sample_users(user_states: Sequence[str], spec: DatasetSpec, count: int = 3) 
     return {name: _not_empty(value.numpy()) for name, value in users.items()}
 
 
+def sample_items(catalogue: Sequence[str], spec: DatasetSpec, step: int) -> Arrays:
+    """Raw features of every step-th item of a catalogue.
+
+    Args:
+      catalogue: file patterns of the catalogue's examples.
+      spec: the declaration.
+      step: 1 or more.
+
+    Returns:
+      By raw name: candidate features and ITEM_COUNTS; [I], lists [I, L], L >= 1, padded on the right.
+    """
+    records = tf.data.TFRecordDataset(expand(catalogue), compression_type="GZIP").shard(step, 0)
+    items = parse_candidate_examples(tf.constant(list(records.as_numpy_iterator())), spec)
+    return {name: _not_empty(value.numpy()) for name, value in items.items()}
+
+
 def take(users: Arrays, rows: Sequence[int] | npt.NDArray[Any]) -> Arrays:
     """Some of the users, in the order given."""
     return {name: column[np.asarray(rows)] for name, column in users.items()}
 
 
-def sample_request(
-    inputs: Mapping[str, tf.TensorSpec], users: Arrays, item_ids: Sequence[str] = ()
-) -> Arrays:
+def sample_request(inputs: Mapping[str, tf.TensorSpec], users: Arrays, items: Arrays = _NO_ITEMS) -> Arrays:
     """A request to a signature, a row per user: ten items out of a hundred candidates.
 
     Args:
       inputs: of the signature.
       users: see `sample_users`; the first seen items are excluded.
-      item_ids: candidates of a signature that is given some.
+      items: candidates of a signature that is given some, see `sample_items`; at least their ITEM_ID.
 
     Returns:
       Every input by name; what is not said here is missing: "", -1 or NaN.
     """
     count = len(users[ft.USER_ID])
+    candidates = {name: np.repeat(column[np.newaxis], count, axis=0) for name, column in items.items()}
     given = {
         **users,
+        **candidates,
         "k": np.full(count, _K, np.int32),
         "num_candidates": np.full(count, _NUM_CANDIDATES, np.int32),
         "exclude_item_ids": users[ft.SEEN_ITEMS][:, :_NUM_EXCLUDED],
-        "candidate_item_ids": np.tile(np.array(list(item_ids), object), (count, 1)),
+        "candidate_item_ids": candidates[ft.ITEM_ID],
     }
     request = {}
     for name, spec in inputs.items():
@@ -84,12 +107,12 @@ def sample_request(
             request[name] = given[name]
         else:
             shape = [count, *(1 if size is None else size for size in spec.shape[1:])]
-            request[name] = np.full(shape, MISSING[spec.dtype.name], spec.dtype.as_numpy_dtype)
+            request[name] = _missing(shape, spec.dtype.as_numpy_dtype)
     return request
 
 
 def golden_requests(
-    calls: Mapping[str, Signature], users: Arrays, item_ids: Sequence[str] = ()
+    calls: Mapping[str, Signature], users: Arrays, items: Arrays = _NO_ITEMS
 ) -> list[GoldenRequest]:
     """Requests to the signatures that users call, with the answers of the trained model, run eagerly.
 
@@ -98,15 +121,19 @@ def golden_requests(
     Args:
       calls: signatures of the model.
       users: see `sample_users`.
-      item_ids: candidates of a signature that is given some; a padded one is added.
+      items: candidates of a signature that is given some, see `sample_items`; a padded one is added.
     """
+    items = {
+        name: np.concatenate([column, _missing((1, *column.shape[1:]), column.dtype)])
+        for name, column in items.items()
+    }
     everybody = np.arange(len(users[ft.USER_ID]))
     golden = []
     for name in _GOLDEN_SIGNATURES:
         if name not in calls:
             continue
         for rows in (everybody, [0]) if name == "serving_default" else (everybody,):
-            request = sample_request(calls[name].inputs, take(users, rows), [*item_ids, ""])
+            request = sample_request(calls[name].inputs, take(users, rows), items)
             golden.append(answered(name, request, calls[name].function))
     return golden
 
@@ -115,5 +142,10 @@ def _not_empty(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Lists at least one wide: TensorFlow Serving cannot pad an empty one when it merges requests."""
     if values.ndim == 1 or values.shape[1]:
         return values
-    kind = "string" if values.dtype == object else values.dtype.name
-    return np.full((len(values), 1), MISSING[kind], values.dtype)
+    return _missing((len(values), 1), values.dtype)
+
+
+def _missing(shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Values that stand for none."""
+    kind = np.dtype(dtype).name
+    return np.full(shape, MISSING["string" if kind == "object" else kind], dtype)

@@ -12,14 +12,21 @@ from serving.placement import PRODUCTS, Placement, audit
 from serving.process import ModelServerProcess
 from serving.replay import check_golden_requests
 from tests.trainer import funnel_world, ranking_world
-from tests.trainer.ranking_requests import SPEC, example, raw_item
+from tests.trainer.ranking_requests import SPEC, example, raw_item, write_catalogue
 from tests.warmup import allowed_batch_sizes, warmed_up_sizes
 from tfx_pipeline.warmup import add_warmup_requests
 from trainer.bundle import save_bundle
 from trainer.fingerprint import Fingerprint
 from trainer.golden import check_answer, read_golden_requests
-from trainer.raw_inputs import MISSING
-from trainer.sample_requests import Arrays, golden_requests, sample_request, sample_users, take
+from trainer.raw_inputs import MISSING, parse_candidate_examples
+from trainer.sample_requests import (
+    Arrays,
+    golden_requests,
+    sample_items,
+    sample_request,
+    sample_users,
+    take,
+)
 
 SCANN = ("retrieval", "funnel")
 STOCK = ("retrieval_exact", "ranking", "funnel_exact")
@@ -42,8 +49,10 @@ def base(tmp_path_factory: pytest.TempPathFactory, users: Arrays, monkeypatch_mo
     folder = tmp_path_factory.mktemp("bundles")
     world = funnel_world.make(folder)
     monkeypatch_module.setattr("trainer.sample_requests._NUM_CANDIDATES", funnel_world.MAX_K)
+    catalogue = write_catalogue(folder / "items.gz", map(raw_item, ranking_world.ITEMS))
+    items = sample_items([catalogue], SPEC, step=1)
     for name, served in world.bundles().items():
-        golden = golden_requests(served.calls(), users, ranking_world.ITEMS)
+        golden = golden_requests(served.calls(), users, items)
         (folder / name).mkdir()
         save_bundle(served, folder / name / "1", Fingerprint({"transform": "a"}), golden)
     return folder
@@ -65,7 +74,8 @@ def test_a_reloaded_bundle_answers_as_the_trained_model(
     base: Path, loaded: dict[str, Any], bundle: str
 ) -> None:
     golden = read_golden_requests(base / bundle / "1")
-    assert {request.signature for request in golden} >= {"serving_default"}
+    asked = {"serving_default", *(["serving_weighted", "serving_candidates"] if bundle == "ranking" else [])}
+    assert {request.signature for request in golden} >= asked
     assert {len(request.inputs["user_id"]) for request in golden} >= {1, 4}
     for request in golden:
         inputs = {name: tf.constant(array) for name, array in request.inputs.items()}
@@ -94,9 +104,9 @@ def led_by_missing(request: Arrays) -> Arrays:
     """The request as a client writes it for servers that pad: every list begins with a missing value."""
     changed = {}
     for name, array in request.items():
-        if array.ndim == 2 and name != "score_weights":
+        if array.ndim >= 2 and name != "score_weights":
             kind = "string" if array.dtype == object else array.dtype.name
-            first = np.full((len(array), 1), MISSING[kind], array.dtype)
+            first = np.full((len(array), 1, *array.shape[2:]), MISSING[kind], array.dtype)
             changed[name] = np.concatenate([first, array], axis=1)
         else:
             changed[name] = array
@@ -108,14 +118,23 @@ def merged(requests: list[Arrays]) -> dict[str, tf.Tensor]:
     result = {}
     for name in requests[0]:
         arrays = [request[name] for request in requests]
-        if arrays[0].ndim == 2:
-            width = max(array.shape[1] for array in arrays)
-            arrays = [
-                np.concatenate([a, np.full((len(a), width - a.shape[1]), a.flat[0], a.dtype)], axis=1)
-                for a in arrays
-            ]
-        result[name] = tf.constant(np.concatenate(arrays))
+        sizes = [max(of_requests) for of_requests in zip(*(a.shape[1:] for a in arrays), strict=True)]
+        padded = [np.full((len(a), *sizes), a.flat[0], a.dtype) for a in arrays]
+        for target, array in zip(padded, arrays, strict=True):
+            target[tuple(map(slice, array.shape))] = array
+        result[name] = tf.constant(np.concatenate(padded))
     return result
+
+
+# Neither in the catalogue nor shown to anybody.
+NEW = {name: value for name, value in raw_item("i6").items() if name != "item_counts"} | {
+    "item_id": "nowhere"
+}
+
+
+def candidates(*items: dict[str, Any]) -> Arrays:
+    parsed = parse_candidate_examples(tf.constant([example(item) for item in items]), SPEC)
+    return {name: values.numpy() for name, values in parsed.items()}
 
 
 def requests_to(name: str, signature: Any, users: Arrays) -> list[Arrays]:
@@ -131,8 +150,9 @@ def requests_to(name: str, signature: Any, users: Arrays) -> list[Arrays]:
         return [{"columns": np.array(rows, np.int32)} for rows in ([1], [0, 9])]
     if set(inputs) == {"parts"}:
         return [{"parts": np.array(rows, object)} for rows in (["id"], ["transform", "nothing"])]
-    alone = sample_request(inputs, take(users, [1]), ["i1", "i2"])
-    others = sample_request(inputs, take(users, [0, 2]), [*ranking_world.ITEMS, "nowhere"])
+    # Of one tag at most, and of two.
+    alone = sample_request(inputs, take(users, [1]), candidates(raw_item("i3"), NEW))
+    others = sample_request(inputs, take(users, [0, 2]), candidates(*map(raw_item, ranking_world.ITEMS), NEW))
     for request, k in ((alone, 3), (others, 5)):
         if "k" in request:
             request["k"] = np.full_like(request["k"], k)

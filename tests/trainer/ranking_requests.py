@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
@@ -101,7 +102,7 @@ def described_request(
             inputs[name] = tf.constant(values, spec.dtype, [len(queries), len(candidates[0])])
         else:
             lists = [[item.get(name, []) for item in items] for items in candidates]
-            longest = max((len(value) for items in lists for value in items), default=0)
+            longest = spec.shape[2] or max((len(value) for items in lists for value in items), default=0)
             values = [[[*v, *[missing] * (longest - len(v))] for v in items] for items in lists]
             inputs[name] = tf.constant(values, spec.dtype, [len(queries), len(candidates[0]), longest])
     inputs["score_weights"] = tf.fill([len(queries), len(SPEC.tasks)], math.nan)
@@ -119,12 +120,17 @@ class TransformOutput:
         return self.layer
 
 
+def write_catalogue(path: Path, items: Iterable[dict[str, Any]]) -> str:
+    """The path of the file, which now holds the items."""
+    with tf.io.TFRecordWriter(str(path), "GZIP") as writer:
+        for item in items:
+            writer.write(example(item))
+    return str(path)
+
+
 def catalogue(layer: world.TransformStub, items: list[dict[str, Any]] | None = None) -> Catalogue:
     """The catalogue of these items, or of all of the world, as the trainer reads it from its file."""
     given = [raw_item(item_id) for item_id in world.ITEMS] if items is None else items
     with tempfile.TemporaryDirectory() as folder:
-        path = f"{folder}/items.gz"
-        with tf.io.TFRecordWriter(path, "GZIP") as writer:
-            for item in given:
-                writer.write(example(item))
+        path = write_catalogue(Path(folder) / "items.gz", given)
         return load_catalogue([path], TransformOutput(layer), SPEC)
