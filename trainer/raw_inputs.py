@@ -12,6 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from schema.contract import DatasetSpec
+from schema.point_in_time import count_names
 from trainer import features
 from trainer.features import RawInput
 
@@ -49,10 +50,17 @@ def transform_candidates(layer: Any, raw: Mapping[str, tf.Tensor], spec: Dataset
 
 
 def candidate_signature(spec: DatasetSpec) -> dict[str, tf.TensorSpec]:
-    """Tensor specs of described candidates: [B, N], lists [B, N, L]; ITEM_COUNTS may be of length 0."""
+    """Tensor specs of described candidates: [B, N], lists [B, N, L], and ITEM_COUNTS [B, N, C].
+
+    C, the number of `count_names`, is part of the signature: a server that merges requests would make zeros
+    of no counts at all, which say that the log was empty, where NaN says that the item was never shown.
+    """
+    shapes: dict[RawInput, list[int | None]] = {
+        raw: [None] * (3 if raw.is_list else 2) for raw in features.raw_candidate_inputs(spec)
+    }
+    shapes[_COUNTS] = [None, None, len(count_names(spec))]
     return {
-        raw.name: tf.TensorSpec([None] * (3 if raw.is_list else 2), _DTYPES[raw.dtype], name=raw.name)
-        for raw in (*features.raw_candidate_inputs(spec), _COUNTS)
+        raw.name: tf.TensorSpec(shape, _DTYPES[raw.dtype], name=raw.name) for raw, shape in shapes.items()
     }
 
 

@@ -133,7 +133,7 @@ def test_signatures_have_the_documented_names_types_and_shapes(exported: Exporte
         "tag": (tf.string, [None, None, None]),
         "length": (tf.float32, [None, None]),
         "upload_time_unix_s": (tf.int64, [None, None]),
-        "item_counts": (tf.float32, [None, None, None]),
+        "item_counts": (tf.float32, [None, None, 40]),
         "score_weights": (tf.float32, [None, 3]),
     }
     outputs = exported.default(**request(QUERIES, [["i0", "i1"]] * 3))
