@@ -31,13 +31,14 @@ from benchmarks.index import (
     measure_in_turns,
     read_built,
     read_world,
+    served_search,
     table,
 )
 from serving.servable import Servable
 from trainer.allow_list_inputs import input_name
 from trainer.allow_lists import AllowLists
 from trainer.index import CandidateIndex, Effort, ExactIndex, ScannIndex
-from trainer.served_index import EXCLUDED, K, ServedIndex
+from trainer.served_index import EXCLUDED, ServedIndex
 
 SHARES = (0.5, 0.1, 0.01)
 _ATTRIBUTE = "shelf"
@@ -62,17 +63,10 @@ def contenders(servable: Servable, built: Built) -> list[Contender]:
     """Requests without a list, and with a list that each of SHARES passes."""
 
     def search_by(signature: str, allowed: str) -> Search:
-        requests = {
-            size: {
-                K: np.full(size, NEIGHBOURS, np.int32),
-                EXCLUDED: np.full((size, 1), b"", object),
-                input_name(_ATTRIBUTE): np.full((size, 1), allowed.encode(), object),
-            }
-            for size in (1, BATCH)
-        }
-        return lambda queries: servable.predict(signature, {"queries": queries, **requests[len(queries)]})[
-            "item_ids"
-        ]
+        inputs = {EXCLUDED: b"", input_name(_ATTRIBUTE): allowed.encode()}
+        return served_search(
+            servable, signature, {name: np.full((BATCH, 1), value, object) for name, value in inputs.items()}
+        )
 
     return [
         Contender(

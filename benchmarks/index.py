@@ -206,19 +206,22 @@ def load_funnel(world: World, settings: Settings, folder: Path) -> dict[str, Sea
     excluded = np.array([[b"i%d" % row for row in rows] for rows in excluded_ids], object)
     nothing = np.full((BATCH, 1), b"", object)
 
-    def search_by(signature: str, excluded: np.ndarray) -> Search:
-        requests = {
-            size: {K: np.full(size, NEIGHBOURS, np.int32), EXCLUDED: excluded[:size]} for size in (1, BATCH)
-        }
-        return lambda queries: servable.predict(signature, {"queries": queries, **requests[len(queries)]})[
-            "item_ids"
-        ]
-
     return {
-        "funnel, exported": search_by("serving_default", nothing),
-        f"funnel, {_EXCLUDED} excluded": search_by("serving_default", excluded),
-        "funnel, exact twin": search_by("serving_exact", nothing),
+        "funnel, exported": served_search(servable, "serving_default", {EXCLUDED: nothing}),
+        f"funnel, {_EXCLUDED} excluded": served_search(servable, "serving_default", {EXCLUDED: excluded}),
+        "funnel, exact twin": served_search(servable, "serving_exact", {EXCLUDED: nothing}),
     }
+
+
+def served_search(servable: Servable, signature: str, inputs: Mapping[str, np.ndarray]) -> Search:
+    """Asks a signature for the ids of the top NEIGHBOURS, with further inputs [BATCH, ...] of a request."""
+    requests = {
+        size: {K: np.full(size, NEIGHBOURS, np.int32), **{name: of[:size] for name, of in inputs.items()}}
+        for size in (1, BATCH)
+    }
+    return lambda queries: servable.predict(signature, {"queries": queries, **requests[len(queries)]})[
+        "item_ids"
+    ]
 
 
 def build_scann(world: World, target: float, folder: Path) -> Settings:

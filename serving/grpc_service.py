@@ -297,11 +297,15 @@ class _Places:
         self._number = number
         self._num_taken = 0
 
-    async def take(self, context: grpc.aio.ServicerContext) -> None:
-        """Takes a place until the answer is sent, or ends the call with RESOURCE_EXHAUSTED."""
+    def take(self, context: grpc.aio.ServicerContext) -> None:
+        """Takes a place until the answer is sent.
+
+        Raises:
+          RequestError: RESOURCE_EXHAUSTED, all are taken.
+        """
         if self._num_taken >= self._number:
             full = f"{self._number} calls are being answered; try again later"
-            await _abort(context, RequestError(grpc.StatusCode.RESOURCE_EXHAUSTED, full))
+            raise RequestError(grpc.StatusCode.RESOURCE_EXHAUSTED, full)
         self._num_taken += 1
         context.add_done_callback(self._leave)
 
@@ -327,10 +331,10 @@ def _method(
     async def call(
         messages: object, context: grpc.aio.ServicerContext[bytes, Message | bytes]
     ) -> Message | bytes:
-        if stopping.is_set():
-            await _abort(context, RequestError(grpc.StatusCode.UNAVAILABLE, "the server is stopping"))
-        await places.take(context)
         try:
+            if stopping.is_set():
+                raise RequestError(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
+            places.take(context)
             request = read(await _read_message(context, message_timeout_s))
         except RequestError as error:
             await _abort(context, error)

@@ -18,6 +18,12 @@ def allowed_batch_sizes() -> list[int]:
     return [int(size) for size in sizes.split(",")]
 
 
+def expected_sizes(bundle: str) -> dict[str, list[int]]:
+    """What `warmed_up_sizes` finds in a bundle that is whole: all sizes that a server may make."""
+    signatures = ["serving_default", *(["serving_user"] if bundle.startswith("funnel") else [])]
+    return dict.fromkeys(signatures, allowed_batch_sizes())
+
+
 def warmed_up_sizes(folder: Path) -> dict[str, list[int]]:
     """Batch sizes of the Predict requests by signature; every input of one must have that many rows."""
     sizes: dict[str, list[int]] = {}

@@ -86,7 +86,8 @@ def sample_request(inputs: Mapping[str, tf.TensorSpec], users: Arrays, items: Ar
     Args:
       inputs: of the signature.
       users: see `sample_users`; the first seen items are excluded.
-      items: candidates of a signature that is given some, see `sample_items`; at least their ITEM_ID.
+      items: candidates of a signature that is given some, see `sample_items`: their ITEM_ID where the
+        signature looks up the rest, all of it for `serving_candidates`.
 
     Returns:
       Every input by name; what is not said here is missing: "", -1 or NaN.

@@ -19,7 +19,7 @@ from serving.client import RecommenderClient
 from serving.process import ModelServerProcess
 from tests.tfx_pipeline import taste_world
 from tests.tfx_pipeline.taste_run import Run, run
-from tests.warmup import allowed_batch_sizes, warmed_up_sizes
+from tests.warmup import expected_sizes, warmed_up_sizes
 from tfx_pipeline.cli import main
 from tfx_pipeline.config import BUNDLES, MODELS, RunPaths
 from tfx_pipeline.gates import Verdict, read_validation
@@ -78,13 +78,7 @@ def warmed_up(paths: RunPaths, version: str) -> dict[str, dict[str, list[int]]]:
 
 
 # By bundle and signature.
-OF_ALL_SIZES = {
-    name: dict.fromkeys(
-        ("serving_default", "serving_user") if name.startswith("funnel") else ("serving_default",),
-        allowed_batch_sizes(),
-    )
-    for name in BUNDLES
-}
+OF_ALL_SIZES = {name: expected_sizes(name) for name in BUNDLES}
 
 
 def test_every_bundle_is_warmed_up_in_all_batch_sizes_that_a_server_may_make(
