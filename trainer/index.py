@@ -102,7 +102,8 @@ class ExactIndex(tf.Module):
         Args:
           queries: float32 [B, D] or [B, M, D].
           num_neighbors: int32 scalar.
-          is_allowed: catalogue rows int32 [C] -> bool [B, C], the items that may be found; all by default.
+          is_allowed: catalogue rows int32 [C] -> bool [B, C], or [1, 1] for all alike: the items that may be
+            found; all by default.
         """
         num_queries = tf.shape(queries)[0]
         wanted = tf.minimum(num_neighbors, self.num_items)
@@ -332,6 +333,13 @@ class Restriction:
             tuple(tf.gather(values, requests) for values in self.allowed_values),
         )
 
+    def has_allow_lists(self) -> tf.Tensor:
+        """Whether any request of the batch has an allow-list that not every value is on: bool []."""
+        has = tf.constant(False)
+        for values in self.allowed_values:
+            has |= ~tf.reduce_all(values)
+        return has
+
     def excludes(self, rows: tf.Tensor) -> tf.Tensor:
         """Whether each result, int32 [B, N], is NO_ROW or on its query's exclusion list: bool [B, N]."""
         # The extra column makes an empty list searchable, and NO_ROW excluded.
@@ -459,9 +467,7 @@ class CandidateIndex(tf.Module):
             left = tf.where(shares < 1.0, k, self.exact.num_items - num_excluded)
             return rows, scores, tf.minimum(k, left)
 
-        is_restricted = tf.reduce_any(restriction.excluded_rows != NO_ROW)
-        for values in restriction.allowed_values:
-            is_restricted |= ~tf.reduce_all(values)
+        is_restricted = tf.reduce_any(restriction.excluded_rows != NO_ROW) | restriction.has_allow_lists()
         rows, scores, wanted = tf.cond(is_restricted, restricted, unrestricted)
         # What is missing stands last, so one look at the last result wanted will do.
         last = tf.gather(rows, tf.maximum(wanted - 1, 0), batch_dims=1)
@@ -485,7 +491,12 @@ class CandidateIndex(tf.Module):
         self, queries: tf.Tensor, k: tf.Tensor, restriction: Restriction, width: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
         def is_allowed(rows: tf.Tensor) -> tf.Tensor:
-            return self.allow_lists.passes(restriction.allowed_values, rows)
+            # Looking up the values of all items costs several times what scoring them does.
+            return tf.cond(
+                restriction.has_allow_lists(),
+                lambda: self.allow_lists.passes(restriction.allowed_values, rows),
+                lambda: tf.ones([1, 1], tf.bool),
+            )
 
         rows, scores = self.exact.search(
             queries,
