@@ -3,8 +3,8 @@
     python -m benchmarks.exact_vs_scann --items 10000 100000 1000000 --width 64 128 --batch 1 32 256
 
 Both searches are those of the exported bundles, as graphs: exact search scores chunks of the items and merges
-the best of each; ScaNN is tuned to --min-recall for --k. Vectors are made up, see benchmarks/vectors.py.
-Prints a Markdown table; times are the least of several runs.
+the best of each; ScaNN is tuned to --min-recall for --k. An operation has one thread, as in the model server.
+Vectors are made up, see benchmarks/vectors.py. Prints a Markdown table; times are the least of several runs.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--min-recall", type=float, default=0.95)
     parser.add_argument("--seconds", type=float, default=2.0, help="Time for each measurement.")
     args = parser.parse_args(argv)
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
     gpus = [
         device.name.removeprefix("/physical_device:") for device in tf.config.list_physical_devices("GPU")
     ]
