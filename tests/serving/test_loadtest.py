@@ -1,5 +1,6 @@
 """The load generator: the same seed asks the same, and nobody's wait is left out of the figures."""
 
+import gc
 import json
 import socket
 import threading
@@ -17,6 +18,7 @@ from serving.loadtest import (
     LoadRequest,
     Sample,
     ask_for_recommendations,
+    asking,
     measure,
     poisson_arrivals,
     run_load,
@@ -181,6 +183,18 @@ def test_a_real_server_is_measured_by_stage(server, layout, stages):
     parts = sum(result.latency_ms[stage].p50 for stage in stages - {"total"})
     assert 0 < parts < result.latency_ms["total"].max
     assert json.loads(json.dumps(result.as_json()))["latency_ms"]["total"]["p99"] > 0
+
+
+def test_the_collector_does_not_walk_the_users_while_the_load_runs(server):
+    requests = [LoadRequest(QUERY)]
+
+    def is_walked() -> bool:
+        return any(each is requests for each in gc.get_objects())
+
+    assert is_walked()
+    with asking(server.grpc_target, requests, k=2, num_candidates=4, timeout_s=10):
+        assert not is_walked()
+    assert is_walked()
 
 
 def test_a_server_that_is_down_is_a_count_of_errors():
