@@ -22,9 +22,11 @@ from trainer.allow_lists import AllowLists
 
 # Padding among catalogue rows: no item found, or nothing to exclude.
 NO_ROW = -1
-# Items scored at a time by exact search, and how many scores of a batch may exist at a time.
-_CHUNK_ITEMS = 65_536
-_MAX_CHUNK_SCORES = 1 << 24
+# How many scores of a batch may exist at a time in exact search.
+_MAX_SCORES = 1 << 24
+# Where they are more, items are scored in chunks, whose vectors are copied. For a copy of more than 32 MB the
+# C library asks the kernel for memory anew, page by page, which takes three times what scoring does.
+_MAX_CHUNK_BYTES = 1 << 24
 _MIN_CHUNK_ITEMS = 4_096
 # At the same budget 0.2 finds more of the best than the library's default (off); Guo et al., ICML 2020.
 _ANISOTROPIC_THRESHOLD = 0.2
@@ -72,8 +74,8 @@ class Index(Protocol):
 class ExactIndex(tf.Module):
     """Scores every item, with stock TensorFlow operations on any device.
 
-    A chunk of the items is scored at a time and only its best are kept, so that memory does not grow with the
-    catalogue.
+    Where a batch has too many scores to keep, a chunk of the items is scored at a time and only its best are
+    kept, so that memory does not grow with the catalogue.
     """
 
     def __init__(self, vectors: np.ndarray | tf.Variable) -> None:
@@ -107,8 +109,12 @@ class ExactIndex(tf.Module):
         """
         num_queries = tf.shape(queries)[0]
         wanted = tf.minimum(num_neighbors, self.num_items)
-        affordable = _MAX_CHUNK_SCORES // tf.maximum(1, tf.size(queries) // self.vectors.shape[1])
-        chunk_items = tf.clip_by_value(affordable, _MIN_CHUNK_ITEMS, _CHUNK_ITEMS)
+        width = self.vectors.shape[1]
+        affordable = _MAX_SCORES // tf.maximum(1, tf.size(queries) // width)
+        most = max(_MIN_CHUNK_ITEMS, _MAX_CHUNK_BYTES // (4 * width))
+        chunk_items = tf.where(
+            affordable >= self.num_items, self.num_items, tf.clip_by_value(affordable, _MIN_CHUNK_ITEMS, most)
+        )
 
         def merge_chunk(
             start: tf.Tensor, rows: tf.Tensor, best: tf.Tensor

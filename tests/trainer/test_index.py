@@ -129,8 +129,10 @@ def test_exact_search_in_chunks_equals_exact_search_at_once(
     # Equal vectors in different chunks: the item that comes first in the catalogue wins.
     vectors = np.tile(np.round(64 * _vectors(100)), (7, 1))
     whole = ExactIndex(vectors).search(tf.constant(queries), tf.constant(150))
-    monkeypatch.setattr(index_module, "_CHUNK_ITEMS", 90)
-    monkeypatch.setattr(index_module, "_MIN_CHUNK_ITEMS", 90)
+    # Of 6 query vectors 600 scores are 100 items, and 2,880 bytes are 90 items of 8 numbers.
+    monkeypatch.setattr(index_module, "_MAX_SCORES", 600)
+    monkeypatch.setattr(index_module, "_MAX_CHUNK_BYTES", 2_880)
+    monkeypatch.setattr(index_module, "_MIN_CHUNK_ITEMS", 1)
     chunked = ExactIndex(vectors).search(tf.constant(queries), tf.constant(150))
     np.testing.assert_array_equal(whole[0], chunked[0])
     np.testing.assert_array_equal(whole[1], chunked[1])
