@@ -2,9 +2,10 @@
 
     python -m benchmarks.exact_vs_scann --items 10000 100000 1000000 --width 64 128 --batch 1 32 256
 
-Both searches are those of the exported bundles, as graphs: exact search scores chunks of the items and merges
-the best of each; ScaNN is tuned to --min-recall for --k. An operation has one thread, as in the model server.
-Vectors are made up, see benchmarks/vectors.py. Prints a Markdown table; times are the least of several runs.
+Both searches are those of the exported bundles, as graphs: exact search scores all items, in chunks where a
+batch has too many scores to keep; ScaNN is tuned to --min-recall for --k. An operation has one thread, as in
+the model server. Vectors are made up, see benchmarks/vectors.py. Prints a Markdown table; times are the least
+of several runs.
 """
 
 from __future__ import annotations

@@ -216,7 +216,9 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]
 @click.option(
     "--work-dir", type=click.Path(path_type=Path), default=Path("runs/benchmarks"), show_default=True
 )
-@click.option("--epochs", default=14, show_default=True, help="Passes over the users.")
+@click.option(
+    "--epochs", type=click.IntRange(1), default=14, show_default=True, help="Passes over the users."
+)
 @click.option("--width", default=64, show_default=True)
 @click.option("--blocks", default=2, show_default=True)
 @click.option("--heads", default=2, show_default=True)
@@ -225,7 +227,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]
 @click.option("--events-per-batch", default=2_000, show_default=True)
 @click.option("--epochs-per-validation", default=2, show_default=True)
 @click.option("--max-users", type=int, help="Fewer users, for a quick look.")
-@click.option("--seeds", default=1, show_default=True, help="Number of trainings.")
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Number of trainings.")
 @click.option("--first-seed", default=0, show_default=True, help="Seed of the first of them.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Where the JSON goes.")
 def main(

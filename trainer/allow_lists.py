@@ -29,6 +29,8 @@ class AllowLists(tf.Module):
         """
         super().__init__()
         self.attributes = tuple(attributes)
+        # Values of an item in the attribute that has most of them; 1 without attributes.
+        self.max_values = 1
         self._codes: list[tf.Variable] = []
         self._tables: list[tf.lookup.StaticHashTable] = []
         self._shares: list[tf.Variable] = []
@@ -38,6 +40,7 @@ class AllowLists(tf.Module):
             # The first distinct value, "", is no value and gets code 0.
             distinct, codes = np.unique(np.concatenate([[""], matrix.ravel()]), return_inverse=True)
             codes = codes[1:].reshape(matrix.shape).astype(np.int32)
+            self.max_values = max(self.max_values, matrix.shape[1])
             per_item = np.unique(codes + len(distinct) * np.arange(len(codes))[:, np.newaxis])
             counts = np.bincount(per_item % len(distinct), minlength=len(distinct))
             self._codes.append(tf.Variable(codes, trainable=False))

@@ -24,8 +24,9 @@ from trainer.allow_lists import AllowLists
 NO_ROW = -1
 # How many scores of a batch may exist at a time in exact search.
 _MAX_SCORES = 1 << 24
-# Where they are more, items are scored in chunks, whose vectors are copied. For a copy of more than 32 MB the
-# C library asks the kernel for memory anew, page by page, which takes three times what scoring does.
+# Where they are more, items are scored in chunks. The vectors of a chunk are copied unless they are a
+# multiple of 64 bytes wide, which 128 dimensions and a bias are not; and memory of more than 32 MB is asked
+# of the kernel anew each time, page by page, which takes longer than scoring does.
 _MAX_CHUNK_BYTES = 1 << 24
 _MIN_CHUNK_ITEMS = 4_096
 # At the same budget 0.2 finds more of the best than the library's default (off); Guo et al., ICML 2020.
@@ -97,32 +98,34 @@ class ExactIndex(tf.Module):
         self,
         queries: tf.Tensor,
         num_neighbors: tf.Tensor,
-        is_allowed: Callable[[tf.Tensor], tf.Tensor] | None = None,
+        restrict: Callable[[tf.Tensor, tf.Tensor], tf.Tensor] | None = None,
+        values_per_score: tf.Tensor | int = 1,
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """See `Index.search`.
 
         Args:
           queries: float32 [B, D] or [B, M, D].
           num_neighbors: int32 scalar.
-          is_allowed: catalogue rows int32 [C] -> bool [B, C], or [1, 1] for all alike: the items that may be
-            found; all by default.
+          restrict: scores float32 [B, C] and the catalogue rows int32 [C] that they are of -> scores, -inf
+            where an item must not be found.
+          values_per_score: how many values `restrict` keeps for each score while it works.
         """
         num_queries = tf.shape(queries)[0]
         wanted = tf.minimum(num_neighbors, self.num_items)
         width = self.vectors.shape[1]
-        affordable = _MAX_SCORES // tf.maximum(1, tf.size(queries) // width)
+        affordable = _MAX_SCORES // tf.maximum(1, tf.size(queries) // width * values_per_score)
         most = max(_MIN_CHUNK_ITEMS, _MAX_CHUNK_BYTES // (4 * width))
-        chunk_items = tf.where(
-            affordable >= self.num_items, self.num_items, tf.clip_by_value(affordable, _MIN_CHUNK_ITEMS, most)
-        )
+        # All items or none of them, by operations whose small integers stay on the CPU beside a GPU.
+        whole = tf.minimum(affordable, self.num_items) // self.num_items * self.num_items
+        chunk_items = tf.maximum(whole, tf.clip_by_value(affordable, _MIN_CHUNK_ITEMS, most))
 
         def merge_chunk(
             start: tf.Tensor, rows: tf.Tensor, best: tf.Tensor
         ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             stop = tf.minimum(start + chunk_items, self.num_items)
             scores = _score(queries, self.vectors[start:stop])
-            if is_allowed is not None:
-                scores = tf.where(is_allowed(tf.range(start, stop)), scores, -math.inf)
+            if restrict is not None:
+                scores = restrict(scores, tf.range(start, stop))
             chunk_best, chunk_rows = tf.math.top_k(scores, tf.minimum(wanted, stop - start))
             best = tf.concat([best, chunk_best], axis=1)
             rows = tf.concat([rows, chunk_rows + start], axis=1)
@@ -496,17 +499,21 @@ class CandidateIndex(tf.Module):
     def _search_exact(
         self, queries: tf.Tensor, k: tf.Tensor, restriction: Restriction, width: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        def is_allowed(rows: tf.Tensor) -> tf.Tensor:
+        has_allow_lists = restriction.has_allow_lists()
+        num_values = 1 + (self.allow_lists.max_values - 1) * tf.cast(has_allow_lists, tf.int32)
+
+        def restrict(scores: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
             # Looking up the values of all items costs several times what scoring them does.
-            return tf.cond(
-                restriction.has_allow_lists(),
-                lambda: self.allow_lists.passes(restriction.allowed_values, rows),
-                lambda: tf.ones([1, 1], tf.bool),
-            )
+
+            def restricted() -> tf.Tensor:
+                passes = self.allow_lists.passes(restriction.allowed_values, rows)
+                return tf.where(passes, scores, -math.inf)
+
+            return tf.cond(has_allow_lists, restricted, lambda: scores)
 
         rows, scores = self.exact.search(
             queries,
             width + tf.reduce_max(restriction.num_excluded()),
-            is_allowed if restriction.allowed_values else None,
+            *((restrict, num_values) if restriction.allowed_values else ()),
         )
         return _cut(*_best(rows, scores, restriction.excludes(rows), width), k, width)
