@@ -13,6 +13,7 @@ import scipy.sparse as sp
 import scipy.stats
 
 from benchmarks.protocols import EvaluationUsers, mask_seen
+from benchmarks.seeds import mean_and_std
 from schema.errors import ShapeError
 from trainer import metrics
 from trainer.metrics import FloatArray, IntArray
@@ -89,13 +90,7 @@ class Judged:
         """Metric -> `mean` over users and seeds, and `std` over seeds, None for one seed."""
         per_seed = {name: values.mean(axis=1) for name, values in self.by_user.items()}
         per_seed["coverage_at_10"] = self.coverage
-        return {
-            name: {
-                "mean": float(values.mean()),
-                "std": float(values.std(ddof=1)) if len(values) > 1 else None,
-            }
-            for name, values in per_seed.items()
-        }
+        return {name: mean_and_std(values) for name, values in per_seed.items()}
 
 
 def judge_all(ranked_by_seed: Sequence[IntArray], users: EvaluationUsers, num_items: int) -> Judged:

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
 import tensorflow as tf
 
 from benchmarks.protocols import LeaveOneOut, leave_one_out, leave_one_out_metrics, load_tables
+from benchmarks.seeds import summary
 from trainer.config import HistoryConfig
 from trainer.history import CausalTransformer
 from trainer.losses import sampled_softmax_loss
@@ -201,15 +202,6 @@ def train(
     }
 
 
-def summary(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Mean and standard deviation over seeds of each test metric; one seed has no standard deviation."""
-    values = {name: [run["test"][name] for run in runs] for name in runs[0]["test"]}
-    return {
-        name: {"mean": float(np.mean(v)), "std": float(np.std(v, ddof=1)) if len(v) > 1 else None}
-        for name, v in values.items()
-    }
-
-
 @click.command()
 @click.option("--dataset", default="movielens-1m", show_default=True)
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Folder of the official archive.")
@@ -267,12 +259,12 @@ def main(
     for seed in range(first_seed, first_seed + seeds):
         run = train(data, config, width, learning_rate, epochs, events_per_batch, epochs_per_validation, seed)
         runs.append(run)
-        result = {"settings": settings, "summary": summary(runs), "runs": runs}
+        result = {"settings": settings, "summary": summary([run["test"] for run in runs]), "runs": runs}
         partial = out.with_suffix(".partial")
         partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         partial.replace(out)
         click.echo(json.dumps({"seed": seed, "test": run["test"], "train_s": run["train_s"]}))
-    click.echo(json.dumps(summary(runs)))
+    click.echo(json.dumps(result["summary"]))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from scipy.special import expit, logit
 from benchmarks.protocols import prepare_dataset, read_run_on
 from benchmarks.ranking_baselines import BASELINES, Fitted, Predict, RankingData, tune
 from benchmarks.retraining import retrained_ranker
+from benchmarks.seeds import mean_and_std
 from schema.contract import TaskKind, TaskSpec
 from schema.errors import DataError, FunnelError
 from schema.point_in_time import ITEM_COUNTS
@@ -217,7 +218,7 @@ def judge(
     for name, by_seed in predictions.items():
         values = [metrics.ranking_metrics(task.kind, labels, p, user_ids) for p in by_seed]
         figures["models"][name] = {
-            metric: _summary([v[metric] for v in values])
+            metric: mean_and_std([v[metric] for v in values])
             for metric in RANKING_METRICS[task.kind]
             # It takes clicks besides labels; the comparison of a run has it.
             if metric != "weighted_pairwise_loss"
@@ -256,13 +257,6 @@ def _over_seeds(
         return UserSums(np.concatenate([seed.sums for seed in seeds], axis=1), combine)
 
     return {name: mean_of([sums[name] for sums in by_seed]) for name in metric_names}
-
-
-def _summary(values: Sequence[float]) -> dict[str, float | None]:
-    return {
-        "mean": float(np.mean(values)),
-        "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-    }
 
 
 def online_past_trade_off(data: RankingData, task: TaskSpec, model: Predict) -> list[dict[str, float]]:

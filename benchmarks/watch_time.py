@@ -34,6 +34,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.protocols import Tables, load_tables
+from benchmarks.seeds import mean_and_std, summary
 from schema.contract import COMPLETION, WATCH_TIME, TaskKind, TaskSpec, load_dataset_spec
 from schema.tables import INTERACTIONS, ITEMS, prepare_tables
 from tfx_pipeline.datasets.simulator import DEFAULT, simulate
@@ -378,17 +379,6 @@ def compare(logs: Mapping[str, WatchLog], methods: Sequence[str], seeds: Sequenc
     return results
 
 
-def summary(values: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
-    """Metric -> `mean` over seeds, and `std` over seeds, None for one seed."""
-    return {
-        name: {
-            "mean": float(np.mean([value[name] for value in values])),
-            "std": float(np.std([value[name] for value in values], ddof=1)) if len(values) > 1 else None,
-        }
-        for name in values[0]
-    }
-
-
 def table_2(logs: Mapping[str, WatchLog], seeds: Sequence[int]) -> dict[str, dict[str, Any]]:
     """Weighted pairwise loss by hidden layers: clicks weighted by watch time, and equally.
 
@@ -412,7 +402,7 @@ def table_2(logs: Mapping[str, WatchLog], seeds: Sequence[int]) -> dict[str, dic
                         test.columns[CLICK], test.watch_time_s, logits[:, 0].numpy(), test.user_ids
                     )
                 )
-            results[name][weighting] = summary([{"loss": loss} for loss in losses])["loss"]
+            results[name][weighting] = mean_and_std(losses)
         click.echo(f"hidden layers {name}: " + _cells(results[name]))
     return results
 

@@ -29,8 +29,6 @@ class AllowLists(tf.Module):
         """
         super().__init__()
         self.attributes = tuple(attributes)
-        # Values of an item in the attribute that has most of them; 1 without attributes.
-        self.max_values = 1
         self._codes: list[tf.Variable] = []
         self._tables: list[tf.lookup.StaticHashTable] = []
         self._shares: list[tf.Variable] = []
@@ -40,7 +38,6 @@ class AllowLists(tf.Module):
             # The first distinct value, "", is no value and gets code 0.
             distinct, codes = np.unique(np.concatenate([[""], matrix.ravel()]), return_inverse=True)
             codes = codes[1:].reshape(matrix.shape).astype(np.int32)
-            self.max_values = max(self.max_values, matrix.shape[1])
             per_item = np.unique(codes + len(distinct) * np.arange(len(codes))[:, np.newaxis])
             counts = np.bincount(per_item % len(distinct), minlength=len(distinct))
             self._codes.append(tf.Variable(codes, trainable=False))
@@ -49,6 +46,11 @@ class AllowLists(tf.Module):
             )
             self._tables.append(tf.lookup.StaticHashTable(keys, default_value=_NO_VALUE))
             self._shares.append(tf.Variable((counts / len(codes)).astype(np.float32), trainable=False))
+
+    @property
+    def max_values(self) -> int:
+        """Values of an item in the attribute that has most of them; 1 without attributes."""
+        return max((codes.shape[1] for codes in self._codes), default=1)
 
     def signature(self) -> dict[str, tf.TensorSpec]:
         """The request inputs: string [B, L] by name."""

@@ -514,6 +514,7 @@ class CandidateIndex(tf.Module):
         rows, scores = self.exact.search(
             queries,
             width + tf.reduce_max(restriction.num_excluded()),
-            *((restrict, num_values) if restriction.allowed_values else ()),
+            restrict if restriction.allowed_values else None,
+            num_values,
         )
         return _cut(*_best(rows, scores, restriction.excludes(rows), width), k, width)

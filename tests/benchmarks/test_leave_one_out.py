@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from benchmarks.leave_one_out import SequenceModel, evaluate, padded, summary, train, training_batches
+from benchmarks.leave_one_out import SequenceModel, evaluate, padded, train, training_batches
 from benchmarks.protocols import LeaveOneOut
 from trainer.config import HistoryConfig
 
@@ -126,9 +126,3 @@ def test_the_same_seed_gives_the_same_curve_and_another_seed_another():
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert losses[0] != pytest.approx(losses[2], rel=1e-3)
-
-
-def test_the_summary_is_mean_and_standard_deviation_over_seeds():
-    runs = [{"test": {"hit_rate_at_10": value}} for value in (0.1, 0.3)]
-    assert summary(runs)["hit_rate_at_10"] == {"mean": pytest.approx(0.2), "std": pytest.approx(0.02**0.5)}
-    assert summary(runs[:1])["hit_rate_at_10"] == {"mean": 0.1, "std": None}
