@@ -6,7 +6,7 @@ fails when the server ends, does not answer a whole request in time, answers wit
 (INTERNAL, 500), logs a stack trace, or when its memory, files or threads grew over the second half.
 
 Example:
-  python -m benchmarks.fuzz --minutes 5
+  python -m benchmarks.fuzz --minutes 10
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _MODEL: Final = "half_plus_three"
 _SAMPLES: Final = 10
 _TIMEOUT_S: Final = 20.0
 _SLOW_S: Final = 5.0
-# What the server may grow by over the second half: a leak of 3 kB a request would be more in five minutes.
+# What the server may grow by over the second half: a leak of .4 kB a request would be more in ten minutes.
 _MAX_GROWTH_MB: Final = 30.0
 _MAX_MORE_FILES: Final = 10
 _MAX_MORE_THREADS: Final = 4
@@ -228,7 +228,7 @@ def _probe(server: ModelServerProcess) -> float:
 
 
 @click.command(help=__doc__)
-@click.option("--minutes", default=5.0, show_default=True, help="How long.")
+@click.option("--minutes", default=10.0, show_default=True, help="How long.")
 @click.option("--clients", "num_clients", default=8, show_default=True, help="Hostile clients at once.")
 @click.option("--seed", default=0, show_default=True, help="Of what they send.")
 def main(minutes: float, num_clients: int, seed: int) -> None:
