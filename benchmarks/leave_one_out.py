@@ -45,7 +45,7 @@ class SequenceModel(tf.keras.Model):
             "items", [num_items + 1, width], initializer=tf.keras.initializers.RandomNormal(stddev=0.02)
         )
         self.bias = self.add_weight("bias", [num_items], initializer="zeros")
-        self.transformer = CausalTransformer(config, width)
+        self.transformer = CausalTransformer(config, width, has_times=True)
         self.max_events = config.max_events
 
     def call(self, items: tf.Tensor, times_s: tf.Tensor, training: bool = False) -> tf.Tensor:

@@ -220,7 +220,9 @@ class RankingConfig(_Config):
       patience_epochs: epochs without a lower validation loss before training stops.
       id_dropout_fraction: share of the ids (user, item, creator, ...) that training reads as unknown; teaches
         the model what to say about ids it has never met, and not to learn known ids by heart.
-      ignored_features: query and candidate features that the ranker does not read, by raw name.
+      ignored_features: query and candidate features that are no inputs of their own, by raw name. What else
+        is made of them stays: the product of the item's embedding with the history's, the user's past by
+        item, key and surface, counters, and the crosses and slices that name them.
       item_vectors: what item embeddings start from: "random", or "cooccurrence", the vectors that retrieval
         starts from too, at the width of the ranker's item embeddings.
       crosses: pairs of a query and a candidate feature, by raw name, whose combinations get embeddings of

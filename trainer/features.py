@@ -146,7 +146,10 @@ class FeatureSpace:
 
     def find(self, name: str) -> Feature:
         """The feature with this raw name. Raises KeyError when there is none."""
-        return next(f for f in self.all if f.name == name)
+        for feature in self.all:
+            if feature.name == name:
+                return feature
+        raise KeyError(name)
 
 
 CLOCK_FEATURES = (

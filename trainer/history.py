@@ -67,12 +67,13 @@ class CausalTransformer(tf.keras.layers.Layer):
     as in Zhai et al., ICML 2024, section 3 (HSTU).
     """
 
-    def __init__(self, config: HistoryConfig, width: int, **kwargs: object) -> None:
+    def __init__(self, config: HistoryConfig, width: int, has_times: bool = False, **kwargs: object) -> None:
         """Makes the layer.
 
         Args:
           config: blocks, heads, dropout, and the number of distinct distances.
           width: W, a multiple of the number of heads.
+          has_times: whether the layer is called with the times of the events.
           **kwargs: passed to the Keras layer.
 
         Raises:
@@ -85,7 +86,7 @@ class CausalTransformer(tf.keras.layers.Layer):
                 "wide, which is no multiple of it; change num_heads, max_embedding_width or embedding_dim"
             )
         self.dropout = tf.keras.layers.Dropout(config.dropout_fraction)
-        self.blocks = [_Block(config, width) for _ in range(config.num_blocks)]
+        self.blocks = [_Block(config, width, has_times) for _ in range(config.num_blocks)]
         self.norm = tf.keras.layers.LayerNormalization(epsilon=_EPSILON)
 
     def call(self, vectors: tf.Tensor, times_s: tf.Tensor | None = None, training: bool = False) -> tf.Tensor:
@@ -93,7 +94,8 @@ class CausalTransformer(tf.keras.layers.Layer):
 
         Args:
           vectors: item embeddings.
-          times_s: int [B, L], event times in seconds, not decreasing; None where they are not known.
+          times_s: int [B, L], event times in seconds, not decreasing, of a layer made for them; None where
+            they are not known.
           training: whether dropout acts.
         """
         hidden = self.dropout(vectors * math.sqrt(vectors.shape[-1]), training=training)
@@ -118,7 +120,7 @@ def _time_buckets(times_s: tf.Tensor) -> tf.Tensor:
 class _Block(tf.keras.layers.Layer):
     """Self-attention and a two-layer network, each added to its input."""
 
-    def __init__(self, config: HistoryConfig, width: int) -> None:
+    def __init__(self, config: HistoryConfig, width: int, has_times: bool) -> None:
         super().__init__()
         self.num_heads = config.num_heads
         self.max_events = config.max_events
@@ -133,7 +135,10 @@ class _Block(tf.keras.layers.Layer):
         self.by_distance = self.add_weight(
             "by_distance", [config.max_events, self.num_heads], initializer="zeros"
         )
-        self.by_time = self.add_weight("by_time", [_NUM_TIME_BUCKETS, self.num_heads], initializer="zeros")
+        if has_times:
+            self.by_time = self.add_weight(
+                "by_time", [_NUM_TIME_BUCKETS, self.num_heads], initializer="zeros"
+            )
 
     def call(self, hidden: tf.Tensor, time_buckets: tf.Tensor | None, training: bool = False) -> tf.Tensor:
         attended = self._attend(self.attention_norm(hidden), time_buckets, training)

@@ -65,6 +65,12 @@ def test_every_declared_feature_is_an_input_and_knows_its_transformed_names(name
         assert task.label in space.labels
 
 
+def test_a_feature_that_is_not_there_is_a_key_error() -> None:
+    space = features.feature_space(load_dataset_spec("simulated"))
+    with pytest.raises(KeyError, match="nothing"):
+        space.find("nothing")
+
+
 def test_history_and_candidate_share_one_vocabulary() -> None:
     space = features.feature_space(DatasetSpec.model_validate(_SMALL))
     assert space.find("history_item_ids").space == space.find("item_id").space != space.find("user_id").space

@@ -45,7 +45,9 @@ def moved(layer: tf.keras.layers.Layer, *inputs: np.ndarray) -> tf.keras.layers.
 
 def transformer(config: HistoryConfig = TRANSFORMER) -> CausalTransformer:
     times = np.arange(5, dtype=np.int64)[np.newaxis]
-    layer: CausalTransformer = moved(CausalTransformer(config, WIDTH), events(5, users=1), times)
+    layer: CausalTransformer = moved(
+        CausalTransformer(config, WIDTH, has_times=True), events(5, users=1), times
+    )
     return layer
 
 
@@ -74,7 +76,7 @@ def transformer_oracle(
     head_width = WIDTH // TRANSFORMER.num_heads
     states = [event * math.sqrt(WIDTH) for event in sequence]
     for block in layer.blocks:
-        by_distance, by_time = block.by_distance.numpy(), block.by_time.numpy()
+        by_distance = block.by_distance.numpy()
         projected = [
             _dense(_normalised(state, block.attention_norm), block.projection).reshape(3, -1, head_width)
             for state in states
@@ -89,7 +91,7 @@ def transformer_oracle(
                     logit += by_distance[min(now - then, SMALL["max_events"] - 1), head]
                     if times_s is not None:
                         e_folds = math.log(1 + times_s[now] - times_s[then])
-                        logit += by_time[min(int(3 * e_folds), 63), head]
+                        logit += block.by_time.numpy()[min(int(3 * e_folds), 63), head]
                     logits.append(logit)
                 weights = _softmax(logits)
                 heads.append(sum(w * projected[then][2][head] for then, w in enumerate(weights)))
@@ -261,3 +263,13 @@ def test_dropout_acts_in_training_only() -> None:
     layer = moved(TransformerHistory(TRANSFORMER, WIDTH), sequence, mask)
     np.testing.assert_array_equal(layer(sequence, mask), layer(sequence, mask))
     assert np.abs(layer(sequence, mask, training=True) - layer(sequence, mask)).max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["attention", "transformer", "interests"])
+def test_every_weight_is_trained(name: str) -> None:
+    layer = moved(history_layer(ALL[name], WIDTH), events(4), np.ones([3, 4], bool))
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(layer(events(4), np.ones([3, 4], bool)) ** 2)
+    weights = layer.trainable_weights
+    gradients = tape.gradient(loss, weights)
+    assert weights and not [w.name for w, g in zip(weights, gradients, strict=True) if g is None]

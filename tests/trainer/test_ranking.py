@@ -374,15 +374,38 @@ def test_only_a_single_valued_categorical_query_feature_can_be_a_slice() -> None
             untrained(world.rows(64, seed=1), CONFIG.model_copy(update={"calibration": config}))
 
 
-def test_ignored_features_change_nothing() -> None:
+def ignoring(*names: str) -> tuple[RankingModel, dict[str, tf.Tensor]]:
+    """A model with random weights that has no inputs of these names, and its rows."""
     rows = world.rows(64, seed=1)
-    model = untrained(rows, CONFIG.model_copy(update={"ignored_features": ("length", "age", "surface")}))
+    model = untrained(rows, CONFIG.model_copy(update={"ignored_features": names}))
     model(rows)
     for weight in model.trainable_weights:
         weight.assign_add(tf.random.normal(weight.shape, stddev=0.3))
+    return model, rows
+
+
+def test_ignored_features_change_nothing() -> None:
+    model, rows = ignoring("length", "age")
     other = world.rows(64, seed=9)
     changed = {**rows, **{name: other[name] for name in ("length_cdf", "length_bucket", "age_cdf")}}
     np.testing.assert_array_equal(model(changed)["click"], model(rows)["click"])
     assert not np.allclose(
         model({**rows, "item_age_days_cdf": other["item_age_days_cdf"]})["click"], model(rows)["click"]
     )
+
+
+def test_an_ignored_item_id_is_no_input_but_still_meets_the_history() -> None:
+    model, rows = ignoring("user_id", "item_id")
+    everything, _ = ignoring()
+    names = [feature.name for feature in model.item_encoder.encoded]
+    assert names == [f.name for f in everything.item_encoder.encoded if f.name != "item_id"]
+    no_past = {name: tf.zeros_like(rows[name]) for name in features.impression_names(SPEC)}
+    no_history = {"history_item_ids_ids": tf.zeros_like(rows["history_item_ids_ids"])}
+
+    def is_moved_by_the_item(**changes: tf.Tensor) -> bool:
+        request = {**rows, **no_past, **changes}
+        other = {**request, "item_id_id": tf.roll(rows["item_id_id"], 1, 0)}
+        return not np.allclose(model(other)["click"], model(request)["click"])
+
+    assert is_moved_by_the_item()
+    assert not is_moved_by_the_item(**no_history)
