@@ -62,7 +62,7 @@ class _Failure:
 class Model:
     """The versions of one model that are loaded, by the version policy of its config.
 
-    One thread at a time may call `refresh`; all others may be called from any thread.
+    One thread at a time may call `refresh`, `load` and `unload`; all others may be called from any thread.
     """
 
     def __init__(self, config: ModelConfig, settings: LoadSettings) -> None:
@@ -71,6 +71,7 @@ class Model:
         # Replaced whole, never changed in place: requests read them without a lock.
         self._loaded: dict[int, Servable] = {}
         self._statuses: dict[int, VersionStatus] = {}
+        self._on_disk: set[int] = set()  # at the last look
         self._failures: dict[int, _Failure] = {}
         self._status_lock = threading.Lock()
 
@@ -79,31 +80,48 @@ class Model:
         """Model name in requests."""
         return self.config.name
 
-    def refresh(self, policy: VersionPolicy | None = None) -> None:
-        """Brings what is loaded in line with the version policy and what is on disk.
-
-        New versions are loaded first; those that the policy no longer wants go once one that it wants is
-        there. A version that does not load makes place for the next older one, is tried again later or once
-        its files change, and never costs a version that serves. When no version is left on disk the loaded
-        ones stay.
-
-        Args:
-          policy: instead of that of the config.
+    def refresh(self) -> None:
+        """Brings what is loaded in line with the version policy and what is on disk: `load`, then `unload`.
 
         Raises:
           OSError: the folder cannot be read; what is loaded stays.
         """
+        self.unload(self.load(self.config.policy))
+
+    def load(self, policy: VersionPolicy) -> set[int]:
+        """Loads what a version policy wants of what is on disk.
+
+        A version that does not load makes place for the next older one, is tried again later or once its
+        files change, and never costs a version that serves. When no version is left on disk the loaded ones
+        stay.
+
+        Returns:
+          Loaded versions that the policy does not want, to `unload`: none unless one that it wants is there.
+
+        Raises:
+          OSError: the folder cannot be read.
+        """
         found = find_versions(self.config.base_path)
-        policy = policy or self.config.policy
         served: list[int] = []
         for version in policy.candidates(found):
             if policy.limit is not None and len(served) == policy.limit:
                 break
             if version in self._loaded or self._try_to_load(version, found[version]):
                 served.append(version)
-        if served:
-            self._unload(set(self._loaded) - set(served))
-        self._forget(set(found) | set(self._loaded))
+        self._on_disk = set(found)
+        self._forget(self._on_disk | set(self._loaded))
+        return set(self._loaded) - set(served) if served else set()
+
+    def unload(self, versions: set[int]) -> None:
+        """Unloads versions, once no label names them."""
+        if not versions:
+            return
+        self._loaded = {v: servable for v, servable in self._loaded.items() if v not in versions}
+        for version in versions:
+            self._set_status(version, VersionStatus(State.END))
+        self._forget(self._on_disk | set(self._loaded))
+        _free_memory()
+        logger.info("unloaded model=%s versions=%s serving=%s", self.name, sorted(versions), self.versions())
 
     def servable(self, version: int | None) -> Servable:
         """Returns the loaded version asked for, or the newest one.
@@ -178,15 +196,6 @@ class Model:
             self.name, version, num_warmups, time.monotonic() - started,
         )  # fmt: skip
         return True
-
-    def _unload(self, versions: set[int]) -> None:
-        if not versions:
-            return
-        self._loaded = {v: servable for v, servable in self._loaded.items() if v not in versions}
-        for version in versions:
-            self._set_status(version, VersionStatus(State.END))
-        _free_memory()
-        logger.info("unloaded model=%s versions=%s serving=%s", self.name, sorted(versions), self.versions())
 
     def _set_status(self, version: int, status: VersionStatus) -> None:
         with self._status_lock:

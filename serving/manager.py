@@ -60,10 +60,16 @@ class ModelManager:
                 self._check_labels(configs)
             models: dict[str, Model] = {}
             successors: dict[str, Model] = {}
+            unwanted: list[tuple[Model, set[int]]] = []
             failures: list[str] = []
             for name, config in configs.items():
                 old, model = self._models.get(name), self._model_at(config)
-                failures.extend(_refresh(model, config))
+                try:
+                    unwanted.append((model, model.load(config.policy)))
+                    failures += _why_none_is_loaded(model, config)
+                except OSError as error:
+                    logger.exception("cannot look for versions model=%s path=%s", name, config.base_path)
+                    failures.append(f"model {name!r}: {config.base_path} cannot be read: {error}")
                 if old is not None and old.versions() and not model.versions():
                     models[name], successors[name] = old, model
                 else:
@@ -71,6 +77,8 @@ class ModelManager:
             for name, model in (models | successors).items():
                 model.config = configs[name]
             self._models, self._successors, self._configs = models, successors, dict(configs)
+            for model, versions in unwanted:  # not before: the old labels name them
+                model.unload(versions)
             self._check_together()
         if failures:
             raise RequestError(grpc.StatusCode.UNKNOWN, " ".join(failures))
@@ -146,7 +154,7 @@ class ModelManager:
     def _check_labels(self, configs: Mapping[str, ModelConfig]) -> None:
         for name, config in configs.items():
             model = self._models.get(name)
-            loaded = model.versions() if model else []
+            loaded = self._model_at(config).versions()  # not those of the base path before
             old_labels = model.config.labels if model else {}
             for label, version in config.labels.items():
                 moves = old_labels.get(label, version) != version
@@ -154,7 +162,7 @@ class ModelManager:
                     raise RequestError(
                         grpc.StatusCode.FAILED_PRECONDITION,
                         f"Request to assign label {label} to version {version} of model {name}, which is not "
-                        f"loaded; load the version first, or set "
+                        f"loaded from {config.base_path}; load the version first, or set "
                         f"--allow_version_labels_for_unavailable_models for labels not in use yet",
                     )
 
@@ -216,13 +224,7 @@ class ModelManager:
             logger.error("cannot take over all of %s, serving=%s: %s", path, self.serving_versions(), error)
 
 
-def _refresh(model: Model, config: ModelConfig) -> list[str]:
-    """Loads what a config asks for; returns what went wrong."""
-    try:
-        model.refresh(config.policy)
-    except OSError as error:
-        logger.exception("cannot look for versions model=%s path=%s", model.name, config.base_path)
-        return [f"model {model.name!r}: {config.base_path} cannot be read: {error}"]
+def _why_none_is_loaded(model: Model, config: ModelConfig) -> list[str]:
     if model.versions():
         return []
     return [f"model {model.name!r}: no version under {config.base_path} can be loaded: {model.failures()}"]

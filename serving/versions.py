@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from pathlib import Path
 
 from schema.errors import ServingError
 from serving.config import ModelConfig
 
+logger = logging.getLogger(__name__)
+
 
 def find_versions(base_path: Path) -> dict[int, Path]:
-    """Returns the version directories of a model that hold a `saved_model.pb`, by version number."""
+    """Returns the version directories of a model that hold a `saved_model.pb`, by version number.
+
+    Of several with one number, such as `1` and `01`, it is the one with the fewest leading zeros.
+    """
     if not base_path.is_dir():
         return {}
-    return {
-        int(path.name): path
-        for path in base_path.iterdir()
-        if _is_version(path.name) and (path / "saved_model.pb").is_file()
-    }
+    versions: dict[int, Path] = {}
+    for path in sorted(base_path.iterdir(), key=lambda path: len(path.name)):
+        if not _is_version(path.name) or not (path / "saved_model.pb").is_file():
+            continue
+        chosen = versions.setdefault(int(path.name), path)
+        if chosen != path:
+            _warn_of_same_number(chosen, path)
+    return versions
+
+
+@functools.lru_cache  # once, not at every look for new versions
+def _warn_of_same_number(chosen: Path, other: Path) -> None:
+    logger.warning(
+        "version=%d is in two folders, path=%s is taken and path=%s ignored; remove or rename one",
+        int(other.name), chosen, other,
+    )  # fmt: skip
 
 
 def _is_version(name: str) -> bool:

@@ -5,6 +5,7 @@ import json
 import shutil
 import time
 import weakref
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -281,6 +282,23 @@ def test_only_folders_named_by_an_int64_are_versions(world):
     assert list(states(manager)) == [1]
 
 
+@pytest.mark.parametrize("names", [("1", "01", "001"), ("001", "01", "1")], ids=["first", "last"])
+def test_of_two_folders_with_one_number_the_plainly_named_one_is_served_with_one_warning(
+    world, monkeypatch, caplog, names
+):
+    world.add(1)
+    for name in ("01", "001"):
+        shutil.copytree(world.base_path / "1", world.base_path / name)
+    monkeypatch.setattr(Path, "iterdir", lambda self: (self / name for name in names))
+    for _ in range(2):  # the poller looks every second
+        assert find_versions(world.base_path) == {1: world.base_path / "1"}
+    warnings = sorted(record.getMessage() for record in caplog.records)
+    assert len(warnings) == 2
+    for warning, name in zip(warnings, ("001", "01"), strict=True):
+        assert f"{world.base_path / '1'} " in warning
+        assert f"{world.base_path / name} " in warning
+
+
 def test_the_memory_of_a_version_is_free_once_it_is_replaced_and_its_requests_are_done(world):
     world.add(1)
     manager = ModelManager()
@@ -352,6 +370,54 @@ def test_new_labels_may_come_before_their_version_when_that_is_allowed_but_not_m
     assert answer(manager, label="canary") == 2
 
 
+def test_a_label_that_moves_answers_while_the_other_models_of_the_config_load(
+    world, echo_versions, monkeypatch
+):
+    world.add(1, 2)
+    manager = ModelManager()
+    manager.load(world.config(ALL))
+    manager.load(world.config(ALL, stable=1))
+    load = Model._load
+    answers = []
+
+    def ask():
+        answers.append(answer(manager, label="stable"))
+
+    def asked(self, version, path, *, is_last_try):
+        ask()
+        return load(self, version, path, is_last_try=is_last_try)
+
+    monkeypatch.setattr("serving.loader.Model._load", asked)
+    monkeypatch.setattr("serving.loader._free_memory", ask)  # the last step of unloading
+    manager.load({**world.config(specific(2), stable=2), "other": ModelConfig("other", echo_versions)})
+    assert answers == [1, 2]
+    assert states(manager) == {2: State.AVAILABLE, 1: State.END}
+    refused(lambda: answer(manager, version=1), "NOT_FOUND")
+    assert answer(manager, name="other") == 4
+
+
+def test_a_config_whose_loading_breaks_off_leaves_versions_and_labels_as_they_were(
+    world, echo_versions, monkeypatch
+):
+    world.add(1, 2)
+    manager = ModelManager()
+    manager.load(world.config(ALL))
+    manager.load(world.config(ALL, stable=1))
+    new = {**world.config(specific(2), stable=2), "other": ModelConfig("other", echo_versions)}
+    with monkeypatch.context() as patch:
+        patch.setattr("serving.loader.Model._load", lambda *args, **kwargs: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            manager.load(new)
+    for look in (lambda: None, manager._refresh):
+        look()
+        assert answer(manager, label="stable") == 1
+        assert [answer(manager, version=version) for version in (1, 2)] == [1, 2]
+        assert not manager.is_served("other")
+    manager.load(new)
+    assert answer(manager, label="stable") == 2
+    assert states(manager) == {2: State.AVAILABLE, 1: State.END}
+
+
 def test_a_reload_serves_what_it_names_and_only_that(world, tmp_path, echo_versions):
     world.add(1)
     manager = ModelManager(NO_RETRY)
@@ -382,6 +448,28 @@ def test_a_model_whose_base_path_changes_serves_the_old_one_until_the_new_one_is
     assert answer(manager) == 1
     manager.load({"echo": ModelConfig("echo", echo_versions)})
     assert answer(manager) == 4
+
+
+def test_the_labels_of_a_new_base_path_are_not_checked_against_the_versions_of_the_old_one(
+    world, echo_versions
+):
+    world.add(1)
+    moved = {"echo": ModelConfig("echo", echo_versions, labels={"stable": 1})}
+    manager = ModelManager()
+    manager.load(world.config())
+    manager.load(world.config(stable=1))
+    old = manager.servable(spec())
+    assert "stable" in refused(lambda: manager.load(moved), "FAILED_PRECONDITION")
+    assert manager.servable(spec()) is manager.servable(spec(label="stable")) is old
+    manager.load({"echo": ModelConfig("echo", echo_versions)})
+    manager.load({"echo": ModelConfig("echo", echo_versions, labels={"stable": 4})})
+    assert answer(manager, label="stable") == 4
+
+    manager = ModelManager(allow_labels_before_loading=True)
+    manager.load(world.config(stable=1))
+    manager.load(moved)
+    assert answer(manager) == 4
+    refused(lambda: answer(manager, label="stable"), "NOT_FOUND")
 
 
 def test_a_base_path_that_does_not_load_is_tried_as_often_as_asked_and_taken_once_it_loads(
