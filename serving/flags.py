@@ -45,6 +45,8 @@ _ABSENT: Final = (
     "skip_initialize_tpu",
 )
 
+_DEFAULT_MODEL_NAME: Final = "default"
+
 _TRUE: Final = ("true", "1", "yes")
 _FALSE: Final = ("false", "0", "no")
 
@@ -62,6 +64,12 @@ def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags = parser.parse_args(argv)
     if flags.port == flags.rest_api_port != AUTO:
         parser.error(f"--rest_api_port must be another than --port, both are {flags.port}")
+    if flags.model_config_file is not None and flags.model_name is not None:
+        parser.error("--model_name goes with --model_base_path; --model_config_file names its models itself")
+    if flags.model_name is None:
+        flags.model_name = _DEFAULT_MODEL_NAME
+    if flags.monitoring_config_file is not None and flags.rest_api_port == OFF:
+        parser.error("--monitoring_config_file needs REST, which answers with the metrics: --rest_api_port")
     if flags.pin_workers and flags.num_workers == 1:
         parser.error("--pin_workers needs several workers to keep apart: --num_workers=2 or more")
     return flags
@@ -114,7 +122,9 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="pause between looks for a changed model_config_file; 0: read once",
     )
-    group.add_argument("--model_name", default="default", help="name of the model in --model_base_path")
+    group.add_argument(
+        "--model_name", help=f"name of the model in --model_base_path; None: {_DEFAULT_MODEL_NAME!r}"
+    )
     group.add_argument("--model_base_path", type=Path, help="folder of version folders, for one model")
     group.add_argument(
         "--file_system_poll_wait_seconds",

@@ -75,6 +75,7 @@ def add_services(
     check_method_name: bool = False,
     stopping: asyncio.Event | None = None,
     max_calls: int = 1000,
+    max_control_calls: int = 100,
     message_timeout_s: float = 60.0,
 ) -> None:
     """Registers both services. Methods not defined here, such as PredictStreamed, answer UNIMPLEMENTED.
@@ -90,13 +91,15 @@ def add_services(
       check_method_name: see `inference.classify`.
       stopping: once set, calls that come are refused with UNAVAILABLE.
       max_calls: calls that are read, wait for a thread, run or are being sent; others get RESOURCE_EXHAUSTED.
+      max_control_calls: the same for ModelService and GetModelMetadata, which have places of their own: a
+        server full of requests still answers probes, and can be rolled back.
       message_timeout_s: time in which the message of a call must be there, else DEADLINE_EXCEEDED: a client
         without a deadline would otherwise hold its place among the calls at once for ever.
     """
     stopping = stopping or asyncio.Event()
-    method = functools.partial(
-        _method, stopping=stopping, places=_Places(max_calls), message_timeout_s=message_timeout_s
-    )
+    bounded = functools.partial(_method, stopping=stopping, message_timeout_s=message_timeout_s)
+    method = functools.partial(bounded, places=_Places(max_calls))
+    control = functools.partial(bounded, places=_Places(max_control_calls))
     prediction = PredictionService(models, threads, batcher, check_method_name)
     model = ModelService(models, loader, reload)
     for service, methods in (
@@ -107,7 +110,7 @@ def add_services(
                 method(prediction.Classify, classification_pb2.ClassificationRequest.FromString),
                 method(prediction.Regress, regression_pb2.RegressionRequest.FromString),
                 method(prediction.MultiInference, inference_pb2.MultiInferenceRequest.FromString),
-                method(
+                control(
                     prediction.GetModelMetadata, get_model_metadata_pb2.GetModelMetadataRequest.FromString
                 ),
             ],
@@ -115,8 +118,8 @@ def add_services(
         (
             "tensorflow.serving.ModelService",
             [
-                method(model.GetModelStatus, get_model_status_pb2.GetModelStatusRequest.FromString),
-                method(model.HandleReloadConfigRequest, model_management_pb2.ReloadConfigRequest.FromString),
+                control(model.GetModelStatus, get_model_status_pb2.GetModelStatusRequest.FromString),
+                control(model.HandleReloadConfigRequest, model_management_pb2.ReloadConfigRequest.FromString),
             ],
         ),
     ):

@@ -26,6 +26,7 @@ _Metric = TypeVar("_Metric", Counter, Histogram)
 REGISTRY: Final = CollectorRegistry()
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+_DEFAULT_PATH: Final = "/monitoring/prometheus/metrics"  # the official server's
 _MICROSECONDS: Final = 1e6
 _LATENCY_BUCKETS: Final = tuple(10 * 1.8**i for i in range(33))  # microseconds, up to about 20 minutes
 _QUEUING_BUCKETS: Final = tuple(100 * 1.2**i for i in range(52))  # microseconds, up to about a second
@@ -144,7 +145,7 @@ def read_metrics_path(path: Path) -> str | None:
     """Reads a `monitoring.config`, a MonitoringConfig text proto.
 
     Returns:
-      The URL path of the metrics, or None when they are not enabled.
+      The URL path of the metrics, by default that of the official server, or None when they are not enabled.
 
     Raises:
       ConfigError: not readable, not such a proto, or a path that does not start with a slash.
@@ -152,13 +153,13 @@ def read_metrics_path(path: Path) -> str | None:
     config = read_text_proto(path, _MONITORING_CONFIG(), "--monitoring_config_file").prometheus_config
     if not config.enable:
         return None
-    if not config.path.startswith("/"):
+    url_path = str(config.path) or _DEFAULT_PATH
+    if not url_path.startswith("/"):
         raise ConfigError(
-            f"--monitoring_config_file {path}: prometheus_config.path must start with '/', "
-            f"got {config.path!r}; "
-            f'the usual one is "/monitoring/prometheus/metrics"'
+            f"--monitoring_config_file {path}: prometheus_config.path must start with '/', got {url_path!r}; "
+            f"the usual one is {_DEFAULT_PATH!r}"
         )
-    return str(config.path)
+    return url_path
 
 
 def render() -> bytes:

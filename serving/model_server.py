@@ -34,6 +34,7 @@ from serving.batching_config import BatchingParameters, read_batching_parameters
 from serving.config import ModelConfig, parse_model_config, read_model_config
 from serving.cores import deal_out_cpus, usable_cpus
 from serving.flags import OFF, parse_flags
+from serving.metrics import read_metrics_path
 from serving.status import RequestError
 from serving.thread_pool import ThreadPool
 from serving.tls import read_server_credentials
@@ -121,6 +122,7 @@ def _exit(exit_code: int) -> NoReturn:
 async def _supervise(flags: argparse.Namespace) -> int:
     """Runs the server as several workers behind the same two ports."""
     _batching_parameters(flags)
+    _metrics_path(flags)
     _server_credentials(flags)
     cpus = deal_out_cpus(flags.num_workers) if flags.pin_workers else [[]] * flags.num_workers
     for config in _model_configs(flags).values():
@@ -152,6 +154,7 @@ def _announce(flags: argparse.Namespace, versions: str) -> None:
 async def _serve(flags: argparse.Namespace, link: WorkerLink | None = None) -> int:
     """Loads and serves until a signal; `link` is that of a worker among several."""
     batching = _batching_parameters(flags)
+    metrics_path = _metrics_path(flags)
     credentials = _server_credentials(flags)
     if link is not None and link.initial_config is not None:
         # The other workers hold it, even if a model of it has no version: no reason not to start.
@@ -183,7 +186,9 @@ async def _serve(flags: argparse.Namespace, link: WorkerLink | None = None) -> i
             asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
         _add_services(grpc_server, models, batcher, flags, link, stop)
         await grpc_server.start()
-        rest = None if rest_socket is None else await _start_rest(flags, models, batcher, rest_socket)
+        rest = None
+        if rest_socket is not None:
+            rest = await _start_rest(flags, models, batcher, rest_socket, metrics_path)
         models.start_polling(flags.file_system_poll_wait_seconds)
         if flags.model_config_file is not None:
             models.start_polling_config(flags.model_config_file, flags.model_config_file_poll_wait_seconds)
@@ -276,6 +281,10 @@ def _batching_parameters(flags: argparse.Namespace) -> BatchingParameters | None
     return read_batching_parameters(flags.batching_parameters_file)
 
 
+def _metrics_path(flags: argparse.Namespace) -> str | None:
+    return None if flags.monitoring_config_file is None else read_metrics_path(flags.monitoring_config_file)
+
+
 def _default_num_threads() -> int:
     """Threads of each API: the official server's 4 per core, and 8 at least."""
     return max(8, 4 * len(usable_cpus()))
@@ -328,9 +337,12 @@ def _load_models(
 
 
 async def _start_rest(
-    flags: argparse.Namespace, models: ModelManager, batcher: Batcher | None, rest_socket: socket.socket
+    flags: argparse.Namespace,
+    models: ModelManager,
+    batcher: Batcher | None,
+    rest_socket: socket.socket,
+    metrics_path: str | None,
 ) -> web.AppRunner:
-    from serving.metrics import read_metrics_path
     from serving.rest import RestSettings, create_runner
 
     settings = RestSettings(
@@ -338,7 +350,7 @@ async def _start_rest(
         check_method_name=flags.enable_signature_method_name_check,
         enable_cors=flags.rest_api_enable_cors_support,
         max_concurrent_requests=_MAX_CONCURRENT_REQUESTS,
-        metrics_path=flags.monitoring_config_file and read_metrics_path(flags.monitoring_config_file),
+        metrics_path=metrics_path,
     )
     threads = ThreadPool(flags.rest_api_num_threads or _default_num_threads(), "rest")
     runner = create_runner(models, threads, settings, shutdown_timeout_s=_DRAIN_S, batcher=batcher)

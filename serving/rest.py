@@ -47,6 +47,9 @@ logger = logging.getLogger(__name__)
 _MODEL: Final = r"/v1/models/{model:[^/:]+}"
 _CHOICES: Final = ("", r"/versions/{version:\d{1,19}}", r"/labels/{label:[^/:]+}")
 _GZIP: Final = 31  # zlib's number for it
+# Bytes that are unpacked in one go: at the end of a member zlib copies what is left of them.
+_PIECE_BYTES: Final = 2**16
+_MAX_GZIP_MEMBERS: Final = 10_000  # an empty one has 20 bytes, and takes microseconds
 _INT64_MAX: Final = 2**63 - 1
 # How long the rest of a refused body is read and dropped, so that the client gets to see the refusal.
 _LINGERING_S: Final = 1.0
@@ -261,16 +264,27 @@ def _predict(servable: Servable, spec: model_pb2.ModelSpec, body: bytes) -> Call
 
 
 def _unpack(body: bytes, limit: int) -> bytes:
-    unpacker = zlib.decompressobj(wbits=_GZIP)
-    try:
-        unpacked = unpacker.decompress(body, limit + 1)
-    except zlib.error as error:
-        raise invalid_argument(f"the body is not gzip: {error}") from error
-    if len(unpacked) > limit:
-        raise web.HTTPRequestEntityTooLarge(limit, len(unpacked))
-    if not unpacker.eof:
-        raise invalid_argument("the body is not gzip: it is cut short")
-    return unpacked
+    """Unpacks the gzip members of a body, of which there may be several (RFC 1952), and joins them."""
+    packed, start = memoryview(body), 0
+    parts: list[bytes] = []
+    room = limit
+    for number in range(1, _MAX_GZIP_MEMBERS + 1):
+        unpacker = zlib.decompressobj(wbits=_GZIP)
+        while not unpacker.eof:
+            piece = packed[start : start + _PIECE_BYTES]
+            if not piece:
+                raise invalid_argument(f"the body is not gzip: member {number}: it is cut short")
+            try:
+                parts.append(unpacker.decompress(piece, room + 1))
+            except zlib.error as error:
+                raise invalid_argument(f"the body is not gzip: member {number}: {error}") from error
+            room -= len(parts[-1])
+            if room < 0:
+                raise web.HTTPRequestEntityTooLarge(limit, limit - room)
+            start += len(piece) - len(unpacker.unused_data)
+        if start == len(body):
+            return b"".join(parts)
+    raise invalid_argument(f"the body has more than {_MAX_GZIP_MEMBERS:,} gzip members")
 
 
 def _input_dtypes(servable: Servable, signature_name: str) -> Mapping[str, np.dtype[Any]]:

@@ -3,6 +3,7 @@
 import gzip
 import http.client
 import json
+import re
 import time
 from urllib.parse import quote, urlsplit
 
@@ -111,6 +112,32 @@ def test_a_packed_body_is_unpacked(http_client):
     body = gzip.compress(b'{"signature_name": "half", "instances": [1.0]}')
     answer = http_client.post("/v1/models/echo:predict", content=body, headers={"Content-Encoding": "gzip"})
     assert answer.json() == {"predictions": [0.5]}
+
+
+def test_a_packed_body_of_several_members_is_joined(http_client):
+    whole = b'{"signature_name": "half", "instances": [%s1.0]}' % (b" " * 300_000)
+    # One that is longer than what is unpacked in one go, behind one that is not, and an empty one at the end.
+    members = [gzip.compress(part, compresslevel=0) for part in (whole[:20], whole[20:], b"")]
+    answer = http_client.post(
+        "/v1/models/echo:predict", content=b"".join(members), headers={"Content-Encoding": "gzip"}
+    )
+    assert answer.json() == {"predictions": [0.5]}
+
+
+@pytest.mark.parametrize(
+    ("rest", "complaint"),
+    [
+        (b"garbage", "member 2: .*incorrect header check"),
+        (bytes(8), "member 2: .*incorrect header check"),
+        (gzip.compress(b" ")[:-1], "member 2: it is cut short"),
+    ],
+    ids=["garbage", "zeros", "cut"],
+)
+def test_what_follows_a_packed_body_and_is_no_member_is_refused(http_client, rest, complaint):
+    body = gzip.compress(b'{"signature_name": "half", "instances": [1.0]}') + rest
+    answer = http_client.post("/v1/models/echo:predict", content=body, headers={"Content-Encoding": "gzip"})
+    assert answer.status_code == 400
+    assert re.search(complaint, answer.json()["error"])
 
 
 @pytest.mark.parametrize(("encoding", "http_code"), [("gzip", 400), ("br", 415)])

@@ -332,6 +332,7 @@ def test_without_a_monitoring_config_there_are_no_metrics(server):
     ("text", "expected"),
     [
         ("prometheus_config { enable: true path: '/m' }", "/m"),
+        ("prometheus_config { enable: true }", "/monitoring/prometheus/metrics"),
         ("prometheus_config { path: '/m' }", None),
         ("", None),
     ],
@@ -344,7 +345,7 @@ def test_a_monitoring_config_tells_where_the_metrics_are(tmp_path, text, expecte
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("prometheus_config { enable: true }", "must start with '/'"),
+        ("prometheus_config { enable: true path: 'm' }", "must start with '/'"),
         ("prometheus_config { enabled: true }", "is not a MonitoringConfig"),
     ],
 )

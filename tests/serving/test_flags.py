@@ -80,6 +80,24 @@ def test_one_worker_alone_cannot_be_pinned(capsys):
     assert not parse_flags(["--num_workers=2"]).pin_workers
 
 
+@pytest.mark.parametrize("name", ["ranking", "default"])
+def test_a_model_name_besides_a_config_file_is_refused_not_ignored(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_flags(["--model_config_file=models.config", f"--model_name={name}"])
+    assert caught.value.code == 2
+    assert "--model_name goes with --model_base_path" in capsys.readouterr().err
+    assert parse_flags(["--model_config_file=models.config"]).model_name == "default"
+    assert parse_flags([f"--model_name={name}", "--model_base_path=m"]).model_name == name
+
+
+def test_a_monitoring_config_without_rest_is_refused_not_ignored(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_flags(["--monitoring_config_file=monitoring.config", "--rest_api_port=0"])
+    assert caught.value.code == 2
+    assert "--monitoring_config_file needs REST" in capsys.readouterr().err
+    parse_flags(["--monitoring_config_file=monitoring.config", "--rest_api_port=auto"])
+
+
 @pytest.mark.parametrize(
     "argument",
     [

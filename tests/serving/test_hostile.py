@@ -1,6 +1,7 @@
 """Malformed and hostile clients: each gets an error, and the server answers everybody else as before."""
 
 import asyncio
+import gzip
 import http.client
 import itertools
 import json
@@ -25,7 +26,15 @@ from aiohttp import web
 from grpc._cython import cygrpc
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
+from tensorflow_serving.apis import (
+    get_model_metadata_pb2,
+    get_model_status_pb2,
+    model_management_pb2,
+    model_pb2,
+    model_service_pb2_grpc,
+    predict_pb2,
+    prediction_service_pb2_grpc,
+)
 
 from serving.config import ModelConfig
 from serving.grpc_service import add_services  # its filter of grpc's log is under test, too
@@ -41,6 +50,8 @@ FUZZ = settings(
 )
 PREDICT = "/v1/models/echo:predict"
 GRPC_PREDICT = "/tensorflow.serving.PredictionService/Predict"
+GRPC_STATUS = "/tensorflow.serving.ModelService/GetModelStatus"
+ECHO = model_pb2.ModelSpec(name="echo")
 METHODS = ("Predict", "Classify", "Regress", "MultiInference", "GetModelMetadata")
 
 
@@ -107,11 +118,11 @@ def wait_for(condition, timeout_s=30):
         time.sleep(0.05)
 
 
-def post(address, body, path=PREDICT):
-    """Status and error text of a body sent as it is."""
+def post(address, body, path=PREDICT, **headers):
+    """Status and error text of a body sent as it is; `Content_Encoding` is the header Content-Encoding."""
     connection = http.client.HTTPConnection(*address, timeout=20)
     try:
-        connection.request("POST", path, body)
+        connection.request("POST", path, body, {name.replace("_", "-"): headers[name] for name in headers})
         answer = connection.getresponse()
         return answer.status, json.loads(answer.read()).get("error", "")
     finally:
@@ -251,6 +262,14 @@ def test_a_packed_body_that_unpacks_to_more_than_the_limit_is_refused(address):
         connection.sendall(head % (PREDICT.encode(), len(body)) + body)
         answer = connection.recv(2**16)
     assert answer.split(b" ")[1] in (b"400", b"413")
+
+
+def test_a_packed_body_of_empty_members_is_refused_and_costs_little(address):
+    body = gzip.compress(b"") * 1_000_000 + gzip.compress(b"{}")  # 20 MB
+    started = time.monotonic()
+    status, error = post(address, body, Content_Encoding="gzip")
+    assert (status, error) == (400, "the body has more than 10,000 gzip members")
+    assert time.monotonic() - started < 5
 
 
 def test_connections_closed_in_the_middle_leave_nothing_behind(address, server):
@@ -413,6 +432,19 @@ def test_a_body_above_the_limit_is_413(limited):
     assert "10000" in error
 
 
+def test_the_members_of_a_packed_body_share_the_limit(limited):
+    half, empty = gzip.compress(b" " * 5000), gzip.compress(b"")
+    for members, status, complaint in (
+        ([half, half], 400, "JSON Parse error"),  # read as a whole
+        ([half, half, empty], 400, "JSON Parse error"),
+        ([half, half, gzip.compress(b" ")], 413, "10000"),
+        ([half, half, half], 413, "10000"),
+    ):
+        got, error = post(limited, b"".join(members), Content_Encoding="gzip")
+        assert got == status
+        assert complaint in error
+
+
 def test_requests_beyond_the_limit_are_429_before_their_body_is_read(limited):
     connections = [socket.create_connection(limited, timeout=5) for _ in range(4)]
     try:
@@ -488,15 +520,13 @@ def grpc_api(loop, manager, **limits):
         asyncio.run_coroutine_threadsafe(server.stop(None), loop).result()
 
 
-def call_slowly(loop, address, calls):
+def call_slowly(loop, address, calls, method=GRPC_PREDICT):
     """Runs `calls` on a gRPC method whose calls begin without their message; fails after 30 s."""
 
     async def run():
         async with grpc.aio.insecure_channel(f"{address[0]}:{address[1]}") as channel:
-            predict = channel.stream_unary(
-                GRPC_PREDICT, request_serializer=bytes, response_deserializer=bytes
-            )
-            return await asyncio.wait_for(calls(predict), 30)
+            call = channel.stream_unary(method, request_serializer=bytes, response_deserializer=bytes)
+            return await asyncio.wait_for(calls(call), 30)
 
     return asyncio.run_coroutine_threadsafe(run(), loop).result()
 
@@ -580,22 +610,56 @@ def test_every_call_whose_message_does_not_come_is_ended(loop, echo_manager):
     assert codes == [grpc.StatusCode.DEADLINE_EXCEEDED] * 100
 
 
-def test_refused_calls_leave_the_limit_as_it_is(loop, echo_manager):
-    async def calls(predict):
-        at_once = [predict() for _ in range(12)]
+@pytest.mark.parametrize(
+    ("method", "limit", "message"),
+    [
+        (GRPC_PREDICT, "max_calls", half_request([1.0])),
+        (GRPC_STATUS, "max_control_calls", get_model_status_pb2.GetModelStatusRequest(model_spec=ECHO)),
+    ],
+    ids=["Predict", "GetModelStatus"],
+)
+def test_refused_calls_leave_the_limit_as_it_is(loop, echo_manager, method, limit, message):
+    async def calls(begin):
+        at_once = [begin() for _ in range(12)]
         codes = [asyncio.ensure_future(call.code()) for call in at_once]
         refused = [await code for code in itertools.islice(asyncio.as_completed(codes), 9)]
         held = [call for call in at_once if not call.done()]
-        refused += [await predict().code() for _ in range(9)]
+        refused += [await begin().code() for _ in range(9)]
         for call in held:
-            await call.write(half_request([1.0]).SerializeToString())
+            await call.write(message.SerializeToString())
             await call.done_writing()
         return refused, [await call.code() for call in held]
 
-    with grpc_api(loop, echo_manager, max_calls=3) as address:
-        refused, held = call_slowly(loop, address, calls)
+    with grpc_api(loop, echo_manager, **{limit: 3}) as address:
+        refused, held = call_slowly(loop, address, calls, method)
     assert refused == [grpc.StatusCode.RESOURCE_EXHAUSTED] * 18
     assert held == [grpc.StatusCode.OK] * 3
+
+
+def test_a_server_full_of_predict_calls_tells_its_models_and_can_be_rolled_back(
+    loop, echo_manager, echo_versions
+):
+    metadata = get_model_metadata_pb2.GetModelMetadataRequest(
+        model_spec=ECHO, metadata_field=["signature_def"]
+    )
+    same_config = model_management_pb2.ReloadConfigRequest()
+    same_config.config.model_config_list.config.add(
+        name="echo", base_path=str(echo_versions), model_platform="tensorflow"
+    )
+    with (
+        grpc_api(loop, echo_manager, max_calls=1) as address,
+        socket.create_connection(address, timeout=30) as connection,
+        grpc.insecure_channel(f"{address[0]}:{address[1]}") as channel,
+    ):
+        connection.sendall(HTTP2_START + http2_predict(1))
+        wait_for(lambda: code_of_a_call(address) == grpc.StatusCode.RESOURCE_EXHAUSTED)
+        model = model_service_pb2_grpc.ModelServiceStub(channel)
+        status = model.GetModelStatus(get_model_status_pb2.GetModelStatusRequest(model_spec=ECHO), timeout=10)
+        assert status.model_version_status
+        prediction = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+        assert prediction.GetModelMetadata(metadata, timeout=10).metadata
+        model.HandleReloadConfigRequest(same_config, timeout=10)
+        assert code_of_a_call(address) == grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 def test_a_message_that_claims_two_gigabytes_does_not_get_them(server):

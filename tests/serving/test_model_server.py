@@ -490,6 +490,22 @@ def test_a_model_whose_only_version_is_damaged_is_an_error_with_the_reason(tmp_p
     assert "is not a SavedModel" in error
 
 
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("text", [None, "prometheus_config { enabled: true }"], ids=["missing", "wrong"])
+def test_a_mistake_in_the_monitoring_config_shows_before_models_are_loaded(
+    tmp_path, base_paths, monkeypatch, capsys, text, num_workers
+):
+    monitoring = tmp_path / "monitoring.config"
+    if text is not None:
+        monitoring.write_text(text)
+    for name in ("_load_models", "Supervisor"):
+        monkeypatch.setattr(model_server, name, lambda *_: pytest.fail("the models load"))
+    flags = [f"--num_workers={num_workers}", f"--monitoring_config_file={monitoring}"]
+    model = f"--model_base_path={base_paths['echo']}"
+    assert main(["--port=auto", "--rest_api_port=auto", model, *flags]) == 1
+    assert f"--monitoring_config_file {monitoring}" in capsys.readouterr().err
+
+
 def test_a_server_process_that_does_not_start_raises_with_the_end_of_its_log(tmp_path):
     with (
         pytest.raises(ServingError, match=r"(?s)exit code 1.*model 'm'.*is not a folder"),
