@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ __all__ = [
 _LOGGER = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
 _READY_POLL_S: Final = 0.1
-# A newer version may have gained a pre-ranker: no request fails by that.
+# A newer version may have gained a pre-ranker, or be of another run: no request fails by that.
 _KNOWN_FOR_S: Final = 60.0
 # Parts of which bundles tell a hash, as in trainer.fingerprint. The trainer is not imported here: it insists
 # on being imported before TensorFlow, which a user of the client need not know.
@@ -210,9 +211,11 @@ class RecommenderClient:
         self._timeout_s = timeout_s
         self._layouts = tuple(layouts)
         self._retrier = Retrier(retry or RetryPolicy())
+        self._version_label = version_label
         self._transport: Transport = open_transport(target, version_label)
         self._known: dict[str, _Known] = {}
-        self._mismatches: dict[tuple[tuple[str, int | None], ...], str] = {}
+        # With the time.monotonic() from which it is looked up again.
+        self._mismatches: dict[tuple[tuple[str, int | None], ...], tuple[str, float]] = {}
         self._found: dict[tuple[Layout, ...], Any] = {}
 
     def __enter__(self) -> RecommenderClient:
@@ -324,15 +327,18 @@ class RecommenderClient:
           ServerUnavailableError: they have not after `timeout_s` seconds; the text tells the last problem.
         """
         deadline = time.monotonic() + timeout_s
+        problem: ServingError | None = None
         while True:
+            is_over = False
             try:
                 self._discover(self._layouts, deadline)
                 return
             except (ServerUnavailableError, ModelNotFoundError) as error:
                 problem = error
             except DeadlineExceededError as error:
-                raise ServerUnavailableError(f"not ready after {timeout_s} s: {error}") from error
-            if time.monotonic() + _READY_POLL_S >= deadline:
+                problem = problem or error  # what a look that was cut short would have found
+                is_over = True
+            if is_over or time.monotonic() + _READY_POLL_S >= deadline:
                 raise ServerUnavailableError(f"not ready after {timeout_s} s: {problem}") from problem
             time.sleep(_READY_POLL_S)
 
@@ -483,21 +489,26 @@ class RecommenderClient:
         )
 
     def _mismatch(self, versions: Mapping[str, int | None], deadline: float) -> str:
-        """Names the parts in which versions of models differ; asked once per combination of versions."""
+        """Names the parts in which versions of models differ; asked once per combination of versions.
+
+        Models that tell no version are asked again after a while: others may have taken their place.
+        """
         key = tuple(versions.items())
-        if key not in self._mismatches:
-            parts = {
-                model: self._fingerprints(model, version, deadline) for model, version in versions.items()
-            }
-            differing = [
-                part
-                for i, part in enumerate(_PARTS)
-                if len({hashes[i] for hashes in parts.values() if hashes and hashes[i]}) > 1
-            ]
-            if differing:
-                _LOGGER.warning("models of different runs answer together: %s in %s", versions, differing)
-            self._mismatches[key] = ", ".join(differing)
-        return self._mismatches[key]
+        known, until = self._mismatches.get(key, ("", 0.0))
+        if time.monotonic() < until:
+            return known
+        parts = {model: self._fingerprints(model, version, deadline) for model, version in versions.items()}
+        differing = [
+            part
+            for i, part in enumerate(_PARTS)
+            if len({hashes[i] for hashes in parts.values() if hashes and hashes[i]}) > 1
+        ]
+        mismatch = ", ".join(differing)
+        if mismatch not in ("", known):
+            _LOGGER.warning("models of different runs answer together: %s in %s", versions, differing)
+        until = time.monotonic() + _KNOWN_FOR_S if None in versions.values() else math.inf
+        self._mismatches[key] = mismatch, until
+        return mismatch
 
     def _fingerprints(self, model: str, version: int | None, deadline: float) -> Sequence[str]:
         """Hashes of _PARTS; none from a model that was exported before there were fingerprints."""
@@ -605,6 +616,10 @@ class RecommenderClient:
             versions = self._transport.available_versions(model, self._remaining(deadline))
         except ModelNotFoundError:
             return _UNKNOWN
+        except BadRequestError:  # so servers answer where a model lacks the label
+            if not self._version_label:
+                raise
+            return f"has no version with label {self._version_label!r}"
         return _AVAILABLE if versions else _LOADING
 
     def _layouts_of_two(self) -> tuple[TwoCalls, ...]:

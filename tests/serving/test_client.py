@@ -1,5 +1,6 @@
 """The client against the real server, and against stubs where the server cannot be made to misbehave."""
 
+import dataclasses
 import math
 import socket
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import ClassVar
 
 import grpc
@@ -369,6 +371,26 @@ def test_waiting_for_a_model_that_is_not_there_says_so(target):
         client.wait_until_ready(timeout_s=0.3)
 
 
+def test_a_last_look_that_is_cut_short_hides_no_problem(target, monkeypatch):
+    problems = iter([ModelNotFoundError("nothing is not served"), DeadlineExceededError("cut short")])
+
+    def discover(*_):
+        raise next(problems)
+
+    with RecommenderClient(target) as client:
+        monkeypatch.setattr(client, "_discover", discover)
+        with pytest.raises(ServerUnavailableError, match="not ready after 9 s: nothing is not served"):
+            client.wait_until_ready(timeout_s=9)
+
+
+def test_a_label_that_no_model_has_is_named(target):
+    with (
+        RecommenderClient(target, version_label="canary", timeout_s=30) as client,
+        pytest.raises(ModelNotFoundError, match="retrieval has no version with label 'canary'"),
+    ):
+        client.recommend(QUERY, k=1)
+
+
 @pytest.mark.parametrize("target", ["127.0.0.1:8500", "ftp://x", "grpc://", ""])
 def test_a_target_of_another_form_is_refused(target):
     with pytest.raises(ConfigError, match="expected grpc://host:port"):
@@ -566,6 +588,62 @@ def test_a_refused_request_leaves_what_is_known_of_its_models(pre_ranking):
     assert [3] in sizes, "it is asked for three candidates at once, not for all of them"
 
 
+class OfRuns(StubTransport):
+    """The ranker may be of another run; answers tell the version given here."""
+
+    def __init__(self, version):
+        super().__init__()
+        self.version = version
+        self.catalogue_of_ranker = "c1"
+
+    def signatures(self, model, timeout_s):
+        specs = {"user_id": InputSpec("string", "DT_STRING", 1)}
+        if model == "ranking":
+            specs["candidate_item_ids"] = InputSpec("string", "DT_STRING", 2)
+        return {"serving_default": specs, "fingerprint": {"parts": InputSpec("string", "DT_STRING", 1)}}
+
+    def predict(self, model, inputs, specs, timeout_s, signature="serving_default"):
+        return dataclasses.replace(
+            super().predict(model, inputs, specs, timeout_s, signature), version=self.version
+        )
+
+    def fingerprints(self, model, version, parts, timeout_s):
+        catalogue = self.catalogue_of_ranker if model == "ranking" else "c1"
+        return [catalogue if part == "catalogue" else "" for part in parts]
+
+
+@pytest.fixture
+def mismatch_at(monkeypatch):
+    """Returns the mismatch some seconds after the first call, of a ranker that has the catalogue."""
+    stub = OfRuns(version=None)
+    monkeypatch.setattr(client_module, "open_transport", lambda *args: stub)
+    client = RecommenderClient("stub", layouts=(TwoCalls(),))
+    now = time.monotonic()
+
+    def ask(seconds, catalogue, version=None):
+        stub.version, stub.catalogue_of_ranker = version, catalogue
+        monkeypatch.setattr(time, "monotonic", lambda: now + seconds)
+        return client.recommend({"user_id": "u"}, k=1).mismatch
+
+    return ask
+
+
+def test_models_that_tell_no_version_are_compared_again_after_a_minute(mismatch_at, caplog):
+    assert mismatch_at(0, "c2") == "catalogue", "in the middle of a swap"
+    assert mismatch_at(59, "c1") == "catalogue"
+    assert mismatch_at(61, "c1") == ""
+    assert mismatch_at(100, "c2") == ""
+    assert mismatch_at(122, "c2") == "catalogue", "after a bad push"
+    assert mismatch_at(183, "c2") == "catalogue"
+    assert caplog.text.count("models of different runs answer together") == 2, "once for each change"
+
+
+def test_versions_that_are_told_are_compared_once(mismatch_at):
+    assert mismatch_at(0, "c2", version=1) == "catalogue"
+    assert mismatch_at(1000, "c1", version=1) == "catalogue"
+    assert mismatch_at(1000, "c1", version=2) == ""
+
+
 def test_a_score_that_is_not_a_number_is_an_error_not_an_order(monkeypatch):
     monkeypatch.setattr(client_module, "open_transport", lambda *args: StubTransport(score=math.nan))
     with pytest.raises(ServingError, match="one number per candidate"):
@@ -683,6 +761,42 @@ def test_a_layout_that_is_gone_is_looked_for_again(monkeypatch):
     assert answer.mismatch == "", "models that tell no fingerprint cannot differ"
 
 
+class LabelledLater(FunnelThatGoes):
+    """Serves `funnel` without labels, and `funnel_exact`, which gets its label after some looks."""
+
+    def __init__(self, num_looks):
+        super().__init__()
+        self.num_looks = num_looks
+        self.asked = []
+
+    def available_versions(self, model, timeout_s):
+        if not model.startswith("funnel"):
+            raise ModelNotFoundError(model)
+        self.num_looks -= model == "funnel_exact"
+        if model == "funnel" or self.num_looks >= 0:
+            raise BadRequestError("Unrecognized servable version label: canary")
+        return [1]
+
+    def predict(self, model, *args):
+        self.asked.append(model)
+        return super().predict("funnel", *args)
+
+
+def test_a_layout_without_the_label_is_passed_over_and_its_label_waited_for(monkeypatch):
+    monkeypatch.setattr(client_module, "open_transport", lambda *args: stub)
+    stub = LabelledLater(num_looks=0)
+    assert RecommenderClient("stub", version_label="canary").recommend({"user_id": "u"}, k=1).items
+    assert stub.asked == ["funnel_exact"]
+    stub = LabelledLater(num_looks=2)
+    client = RecommenderClient("stub", version_label="canary")
+    with pytest.raises(ModelNotFoundError, match="funnel_exact has no version with label 'canary'"):
+        client.recommend({"user_id": "u"}, k=1)
+    client.wait_until_ready(timeout_s=10)
+    assert stub.num_looks == -1
+    with pytest.raises(BadRequestError, match="Unrecognized"):
+        RecommenderClient("stub").wait_until_ready(timeout_s=10)
+
+
 class Loading(StubTransport):
     """Both models are known, and become available after some looks."""
 
@@ -705,6 +819,85 @@ def test_models_that_are_loading_are_waited_for_a_little_and_then_told(monkeypat
     stub = Loading(num_looks=100)
     with pytest.raises(ServerUnavailableError, match=r"yet: .*retrieval has no available version"):
         RecommenderClient("stub", retry=policy).recommend({"user_id": "u"}, k=1)
+
+
+class HttpServer(ThreadingHTTPServer):
+    request_queue_size = 128  # connections at once; a further one tries again a second later
+
+
+@contextmanager
+def http_server(handler):
+    with HttpServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class Together(BaseHTTPRequestHandler):
+    """Answers once as many ask as are to be in flight, and counts connections."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    opened: ClassVar[list[object]] = []
+    closed: ClassVar[list[object]] = []
+    all_asked: ClassVar[threading.Barrier]
+
+    def setup(self):
+        super().setup()
+        self.opened.append(self.client_address)
+
+    def finish(self):
+        super().finish()
+        self.closed.append(self.client_address)
+
+    def do_GET(self):
+        self.all_asked.wait()
+        body = b'{"model_version_status": [{"version": "1", "state": "AVAILABLE"}]}'
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        """Not to the terminal."""
+
+
+@pytest.fixture
+def ask_together():
+    """Sends as many requests at once as it is told."""
+    Together.opened, Together.closed = [], []
+    with http_server(Together) as target, ThreadPoolExecutor(128) as pool:
+        rest = transport.open_transport(target)
+
+        def ask(num_requests, times=1):
+            Together.all_asked = threading.Barrier(num_requests, timeout=20)
+            for versions in pool.map(
+                lambda _: [rest.available_versions("retrieval", 30.0) for _ in range(times)],
+                range(num_requests),
+            ):
+                assert versions == [[1]] * times
+
+        yield ask
+        rest.close()
+
+
+def test_every_call_in_flight_has_a_connection_which_the_next_one_takes_over(ask_together):
+    ask_together(128, times=2)  # the default of `funnel loadtest --max-in-flight`
+    assert len(Together.opened) == 128
+
+
+def test_connections_that_a_peak_needed_are_closed_after_a_minute_without_use(ask_together, monkeypatch):
+    for now in (0, 50, 70):
+        monkeypatch.setattr(transport, "time", SimpleNamespace(monotonic=lambda now=now: now))
+        ask_together(1 if now else 4)
+    deadline = time.monotonic() + 10
+    while len(Together.closed) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (len(Together.opened), len(Together.closed)) == (4, 3)
 
 
 class Full(BaseHTTPRequestHandler):
@@ -743,14 +936,8 @@ class FullOverGrpc(grpc.GenericRpcHandler):
 @contextmanager
 def full_over_rest():
     Full.asked = []
-    with ThreadingHTTPServer(("127.0.0.1", 0), Full) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}", Full.asked
-        finally:
-            server.shutdown()
-            thread.join()
+    with http_server(Full) as target:
+        yield target, Full.asked
 
 
 @contextmanager

@@ -140,3 +140,32 @@ def test_a_dropped_connection_and_a_busy_answer_are_tried_again_over_real_socket
         transport.close()
     assert versions == [1]
     assert [request.split()[1] for request in asked] == [b"/v1/models/retrieval"] * 3
+
+
+def test_a_connection_that_the_server_ends_between_two_requests_is_replaced():
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(STATUS), STATUS)
+    replies = [[answer], [answer, b""], [answer]]  # of each connection, which is closed after the last
+    asked, closed = [], threading.Event()
+
+    def serve(listener):
+        for of_connection in replies:
+            connection, _ = listener.accept()
+            with connection:
+                for reply in of_connection:
+                    asked.append(connection.recv(65536))
+                    connection.sendall(reply)
+            closed.set()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        transport = open_transport(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        assert transport.available_versions("retrieval", 10.0) == [1]
+        assert closed.wait(10)
+        assert transport.available_versions("retrieval", 10.0) == [1], "no request went to the closed one"
+        retrier = Retrier(RetryPolicy(initial_backoff_s=0.01))
+        versions = retrier.call(lambda: transport.available_versions("retrieval", 10.0), in_a_minute())
+        thread.join()
+        transport.close()
+    assert versions == [1]
+    assert len(asked) == 4
