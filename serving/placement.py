@@ -11,7 +11,9 @@ counted: its operations are listed as what they are, of the CPU alone.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -92,20 +94,15 @@ def audit(model_dir: Path | str) -> list[Placement]:
         golden.setdefault(request.signature, request)
     meta_graph = _meta_graph(Path(model_dir))
     placements = []
-    for name, request in golden.items():
-        nodes = list(_reachable(meta_graph, name))
-        flops = _count_flops(Path(model_dir), request)
-        ops = [
-            OpPlacement(
-                op,
-                count,
-                sum(_has_gpu_kernel(node) for node in nodes if node.op == op),
-                flops.get(op, 0),
-            )
-            for op, count in Counter(node.op for node in nodes).items()
-        ]
-        ops.sort(key=lambda op: (-op.flops, op.op))
-        placements.append(Placement(Path(model_dir).parent.name, name, tuple(ops)))
+    with _as_exported(Path(model_dir)) as (session, signatures):
+        for name, request in golden.items():
+            nodes = list(_reachable(meta_graph, name))
+            flops = _count_flops(session, signatures[name], request)
+            counts = Counter(node.op for node in nodes)
+            gpu_counts = Counter(node.op for node in nodes if _has_gpu_kernel(node))
+            ops = [OpPlacement(op, counts[op], gpu_counts[op], flops.get(op, 0)) for op in counts]
+            ops.sort(key=lambda op: (-op.flops, op.op))
+            placements.append(Placement(Path(model_dir).parent.name, name, tuple(ops)))
     return placements
 
 
@@ -164,8 +161,12 @@ def _called(node: node_def_pb2.NodeDef) -> list[str]:
     return names
 
 
+@functools.cache
+def _registered_kernels(op: str) -> tuple[kernel_def_pb2.KernelDef, ...]:
+    return tuple(kernels.get_registered_kernels_for_op(op).kernel)
+
+
 def _has_gpu_kernel(node: node_def_pb2.NodeDef) -> bool:
-    registered: Iterable[kernel_def_pb2.KernelDef] = kernels.get_registered_kernels_for_op(node.op).kernel
     return any(
         # A kernel of the device "DEFAULT" is one for every device.
         kernel.device_type in ("GPU", "DEFAULT")
@@ -174,7 +175,7 @@ def _has_gpu_kernel(node: node_def_pb2.NodeDef) -> bool:
             or _type(node, constraint.name) in constraint.allowed_values.list.type
             for constraint in kernel.constraint
         )
-        for kernel in registered
+        for kernel in _registered_kernels(node.op)
     )
 
 
@@ -186,8 +187,9 @@ def _type(node: node_def_pb2.NodeDef, name: str) -> int:
     return int(next(attr.default_value.type for attr in attributes if attr.name == name))
 
 
-def _count_flops(model_dir: Path, request: GoldenRequest) -> dict[str, int]:
-    """FLOPs of one run by type of operation; loops count as often as they turn."""
+@contextlib.contextmanager
+def _as_exported(model_dir: Path) -> Iterator[tuple[tf.compat.v1.Session, Mapping[str, Any]]]:
+    """A session of the bundle on the CPU, and its signatures by name."""
     # As exported: what the optimiser would fuse or fold is counted too, in the same way on every machine.
     off = rewriter_config_pb2.RewriterConfig.OFF
     rewrites = rewriter_config_pb2.RewriterConfig(
@@ -197,15 +199,18 @@ def _count_flops(model_dir: Path, request: GoldenRequest) -> dict[str, int]:
         graph_options=config_pb2.GraphOptions(rewrite_options=rewrites), device_count={"GPU": 0}
     )
     with tf.Graph().as_default(), tf.compat.v1.Session(config=config) as session:
-        loaded = tf.compat.v1.saved_model.load(session, ["serve"], str(model_dir))
-        signature = loaded.signature_def[request.signature]
-        fetches = [info.name for info in signature.outputs.values()]
-        inputs = {signature.inputs[name].name: array for name, array in request.inputs.items()}
-        trace = config_pb2.RunMetadata()
-        options = config_pb2.RunOptions(
-            trace_level=config_pb2.RunOptions.FULL_TRACE, output_partition_graphs=True
-        )
-        session.run(fetches, inputs, options=options, run_metadata=trace)
+        yield session, tf.compat.v1.saved_model.load(session, ["serve"], str(model_dir)).signature_def
+
+
+def _count_flops(session: tf.compat.v1.Session, signature: Any, request: GoldenRequest) -> dict[str, int]:
+    """FLOPs of one run by type of operation; loops count as often as they turn."""
+    fetches = [info.name for info in signature.outputs.values()]
+    inputs = {signature.inputs[name].name: array for name, array in request.inputs.items()}
+    trace = config_pb2.RunMetadata()
+    options = config_pb2.RunOptions(
+        trace_level=config_pb2.RunOptions.FULL_TRACE, output_partition_graphs=True
+    )
+    session.run(fetches, inputs, options=options, run_metadata=trace)
     return _flops_of_trace(trace)
 
 
