@@ -108,6 +108,15 @@ def test_a_planted_order_is_learnt():
     assert before["ndcg_at_10"] < 0.8 and after["ndcg_at_10"] > 0.99
 
 
+@pytest.fixture
+def without_tracing():
+    """Tracing takes longer than a handful of steps."""
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
+@pytest.mark.usefixtures("without_tracing")
 def test_training_reports_the_weights_that_were_best_on_validation():
     data = cyclic(num_users=8, length=8)
     result = train(data, CONFIG, 8, 1e-3, epochs=5, events_per_batch=1_000, epochs_per_validation=2, seed=0)
@@ -118,6 +127,7 @@ def test_training_reports_the_weights_that_were_best_on_validation():
     assert set(result["test"]) == {"hit_rate_at_10", "ndcg_at_10"}
 
 
+@pytest.mark.usefixtures("without_tracing")
 def test_the_same_seed_gives_the_same_curve_and_another_seed_another():
     data = cyclic(num_users=8, length=8)
     losses = [
