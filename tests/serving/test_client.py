@@ -35,6 +35,7 @@ from serving.client import (
 )
 from serving.transport import InputSpec, Prediction
 from tests.serving import models
+from tests.serving.waiting import wait_for
 from trainer import fingerprint
 
 QUERY = {
@@ -894,9 +895,7 @@ def test_connections_that_a_peak_needed_are_closed_after_a_minute_without_use(as
     for now in (0, 50, 70):
         monkeypatch.setattr(transport, "time", SimpleNamespace(monotonic=lambda now=now: now))
         ask_together(1 if now else 4)
-    deadline = time.monotonic() + 10
-    while len(Together.closed) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(lambda: len(Together.closed) >= 3, timeout_s=10)
     assert (len(Together.opened), len(Together.closed)) == (4, 3)
 
 

@@ -31,6 +31,7 @@ from serving.servable import Servable
 from serving.transport import BadRequestError, open_transport
 from serving.warmup import WARMUP_FILE, replay_warmup_requests
 from tests.serving import models
+from tests.serving.waiting import wait_for
 
 METRICS_PATH = "/monitoring/prometheus/metrics"
 CONFIG = """
@@ -109,13 +110,6 @@ def sleep_request(seconds):
 
 def fast_request(signature="half"):
     return request_of(signature, x=np.zeros(1, np.float32))
-
-
-def wait_for(condition, timeout_s=30):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "not reached in time"
-        time.sleep(0.05)
 
 
 # Versions and labels

@@ -41,6 +41,7 @@ from serving.grpc_service import add_services  # its filter of grpc's log is und
 from serving.manager import ModelManager
 from serving.rest import RestSettings, create_runner
 from serving.thread_pool import ThreadPool
+from tests.serving.waiting import wait_for
 
 FUZZ = settings(
     max_examples=60,
@@ -109,13 +110,6 @@ def sleep_request(seconds):
     request.model_spec.signature_name = "sleep"
     request.inputs["seconds"].CopyFrom(tf.make_tensor_proto(np.float32(seconds)))
     return request
-
-
-def wait_for(condition, timeout_s=30):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "not reached in time"
-        time.sleep(0.05)
 
 
 def post(address, body, path=PREDICT, **headers):
@@ -651,8 +645,15 @@ def test_a_server_full_of_predict_calls_tells_its_models_and_can_be_rolled_back(
         socket.create_connection(address, timeout=30) as connection,
         grpc.insecure_channel(f"{address[0]}:{address[1]}") as channel,
     ):
-        connection.sendall(HTTP2_START + http2_predict(1))
-        wait_for(lambda: code_of_a_call(address) == grpc.StatusCode.RESOURCE_EXHAUSTED)
+        connection.sendall(HTTP2_START)
+        streams = itertools.count(1, 2)
+
+        def is_full():
+            # Another one each time: the one before was refused if the call that asks had the place.
+            connection.sendall(http2_predict(next(streams)))
+            return code_of_a_call(address) == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+        wait_for(is_full)
         model = model_service_pb2_grpc.ModelServiceStub(channel)
         status = model.GetModelStatus(get_model_status_pb2.GetModelStatusRequest(model_spec=ECHO), timeout=10)
         assert status.model_version_status

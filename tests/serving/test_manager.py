@@ -3,7 +3,6 @@
 import gc
 import json
 import shutil
-import time
 import weakref
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from serving.loader import LoadSettings, Model
 from serving.manager import ModelManager
 from serving.status import RequestError
 from serving.versions import find_versions
+from tests.serving.waiting import wait_for
 from trainer.fingerprint import FINGERPRINT_FILE, Fingerprint
 
 State = get_model_status_pb2.ModelVersionStatus
@@ -370,13 +370,19 @@ def test_new_labels_may_come_before_their_version_when_that_is_allowed_but_not_m
     assert answer(manager, label="canary") == 2
 
 
-def test_a_label_that_moves_answers_while_the_other_models_of_the_config_load(
-    world, echo_versions, monkeypatch
-):
+def labelled(world):
+    """A manager of versions 1 and 2, of which 1 is the stable one."""
     world.add(1, 2)
     manager = ModelManager()
     manager.load(world.config(ALL))
     manager.load(world.config(ALL, stable=1))
+    return manager
+
+
+def test_a_label_that_moves_answers_while_the_other_models_of_the_config_load(
+    world, echo_versions, monkeypatch
+):
+    manager = labelled(world)
     load = Model._load
     answers = []
 
@@ -399,10 +405,7 @@ def test_a_label_that_moves_answers_while_the_other_models_of_the_config_load(
 def test_a_config_whose_loading_breaks_off_leaves_versions_and_labels_as_they_were(
     world, echo_versions, monkeypatch
 ):
-    world.add(1, 2)
-    manager = ModelManager()
-    manager.load(world.config(ALL))
-    manager.load(world.config(ALL, stable=1))
+    manager = labelled(world)
     new = {**world.config(specific(2), stable=2), "other": ModelConfig("other", echo_versions)}
     with monkeypatch.context() as patch:
         patch.setattr("serving.loader.Model._load", lambda *args, **kwargs: 1 // 0)
@@ -530,13 +533,6 @@ def test_a_folder_that_cannot_be_read_costs_the_other_models_nothing(world, echo
     world.add(2)
     manager._refresh()
     assert [answer(manager, version=version) for version in (1, 2)] == [1, 2]
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "not reached in time"
-        time.sleep(0.01)
 
 
 def test_a_polled_config_with_a_model_that_has_no_version_is_survived_and_its_correction_taken(

@@ -33,6 +33,7 @@ from serving.model_server import main
 from serving.process import ModelServerProcess
 from serving.warmup import WARMUP_FILE, write_warmup_requests
 from tests.serving import models
+from tests.serving.waiting import wait_for
 
 State = get_model_status_pb2.ModelVersionStatus
 
@@ -91,13 +92,6 @@ def statuses(channel, model, version=None):
         request.model_spec.version.value = version
     response = model_service_pb2_grpc.ModelServiceStub(channel).GetModelStatus(request, timeout=30)
     return {status.version: status for status in response.model_version_status}
-
-
-def wait_for(condition, timeout_s=30):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "not reached in time"
-        time.sleep(0.05)
 
 
 # Predict

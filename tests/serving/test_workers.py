@@ -37,6 +37,7 @@ from serving.workers import (
     _Reloaded,
     reserve_port,
 )
+from tests.serving.waiting import wait_for
 
 MANY = 24  # connections; that the kernel deals them all to one of two workers has a chance of 1 in 8 million
 TWO_CORES = len(os.sched_getaffinity(0)) > 1
@@ -96,13 +97,6 @@ def cores_of(pid):
     return {frozenset(os.sched_getaffinity(thread.id)) for thread in psutil.Process(pid).threads()}
 
 
-def wait_for(condition, timeout_s=60):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "not reached in time"
-        time.sleep(0.1)
-
-
 def test_new_connections_are_dealt_out_among_the_workers_and_metrics_are_summed(server):
     calls = [which_version(server)[1] for _ in range(MANY)]
     assert len(set(calls)) < MANY  # each worker counts for itself
@@ -124,7 +118,7 @@ def test_all_threads_of_a_pinned_worker_stay_on_its_share_of_the_cores(server):
 def test_all_workers_take_up_a_new_version(server, base_path, echo_versions):
     shutil.copytree(echo_versions / "2", base_path / ".2")
     (base_path / ".2").rename(base_path / "2")
-    wait_for(lambda: all(which_version(server)[0] == 2 for _ in range(MANY)))
+    wait_for(lambda: all(which_version(server)[0] == 2 for _ in range(MANY)), timeout_s=60)
 
 
 def test_a_reload_reaches_all_workers_before_it_is_answered(server, base_path, tmp_path):
@@ -145,7 +139,7 @@ def test_a_worker_that_dies_is_replaced_and_has_the_config_of_the_others(server,
     assert len(before) == 2
     cores = cores_of(before[0])
     os.kill(before[0], signal.SIGKILL)
-    wait_for(lambda: re.search(r"worker pid=\d+ serves", server.log))
+    wait_for(lambda: re.search(r"worker pid=\d+ serves", server.log), timeout_s=60)
     after = workers_of(server)
     assert len(after) == 2
     assert before[1] in after
